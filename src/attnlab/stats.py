@@ -1,0 +1,67 @@
+"""Paired statistics: is one mechanism's loss different from another's, over the same seeds? Pure Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
+
+
+def t_within(t: float, degrees: int) -> float:
+    """P(|T| <= t) of Student's distribution; exact for whole degrees of freedom (Abramowitz and Stegun 26.7.3-4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    cos2 = math.cos(angle) ** 2
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= cos2 * (k - 1) / k
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+def t_quantile(confidence: float, degrees: int) -> float:
+    """The t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303. Bisection to the last bit."""
+    if not 0 < confidence < 1 or degrees < 1:
+        raise ValueError(f"confidence {confidence} must lie in (0, 1) and degrees {degrees} be at least 1")
+    low, high = 0.0, 1.0
+    while t_within(high, degrees) < confidence:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if t_within(middle, degrees) < confidence else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences (one per seed) as a mean, and the interval that holds the true mean at the given confidence."""
+
+    n: int
+    mean: float
+    interval: tuple[float, float] | None  # None: fewer than two pairs say nothing about the spread
+
+    @property
+    def verdict(self) -> Verdict:
+        """In words, for a loss: lower is better. An interval that touches 0 does not distinguish."""
+        if self.interval is None:
+            return "too few seeds"
+        low, high = self.interval
+        return "better" if high < 0 else "worse" if low > 0 else "not distinguishable"
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Paired:
+    """Compares ours[i] - theirs[i], where pair i shared its seed (and so its data order)."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if not differences:
+        return Paired(0, math.nan, None)
+    mean = fmean(differences)
+    if len(differences) < 2:
+        return Paired(1, mean, None)
+    half = t_quantile(confidence, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    return Paired(len(differences), mean, (mean - half, mean + half))
