@@ -1,0 +1,114 @@
+"""What is running, how fast, how well, how long still: live bars on a terminal, plain lines anywhere else.
+
+A run reports events, plain dictionaries. Any key may be missing:
+`step` (steps done), `loss` (nats per token), `val_loss`, `tokens_per_s`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PATIENCE = 10.0  # seconds between two lines about one run, where there is no terminal to redraw
+
+
+class Progress:
+    """Bars for the runs under way and one for the whole; a finished run becomes a line that stays.
+
+    `total` is in steps, over all runs; leave it out for a single run, which then has no second bar. It writes to
+    stderr, so that what a command prints stays clean.
+    """
+
+    def __init__(self, total: int | None = None, *, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.console = console or Console(stderr=True)
+        self.live = self.console.is_terminal
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", justify="right", style="cyan"),
+            TextColumn("{task.fields[losses]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+            speed_estimate_period=60,
+        )
+        self._runs: dict[str, _Run] = {}
+        self._total = None if total is None else self._bars.add_task("[bold]total", total=total, rate="", losses="")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for run in self._runs.values():
+            self._bars.remove_task(run.bar)
+        self._runs.clear()
+        self._bars.stop()
+
+    def begin(self, name: str, steps: int) -> Callable[[Mapping[str, Any]], None]:
+        """Show a run of `steps` steps. Returns where its events go: what `train` takes as `progress`."""
+        self._runs[name] = _Run(self._bars.add_task(name, total=steps, rate="", losses=""), steps)
+        if not self.live:
+            self.say(f"{name}: starts, {steps} steps")
+        return lambda event: self.update(name, event)
+
+    def update(self, name: str, event: Mapping[str, Any]) -> None:
+        run = self._runs[name]
+        now = time.monotonic()
+        validated = event.get("val_loss") is not None
+        run.seen |= {key: value for key, value in event.items() if value is not None}
+        step = run.seen.get("step", 0)
+        if self._total is not None:
+            self._bars.advance(self._total, step - run.counted)
+        run.counted = step
+        rate = f"{_short(run.seen['tokens_per_s'])} tok/s" if "tokens_per_s" in run.seen else ""
+        self._bars.update(run.bar, completed=step, rate=rate, losses=run.losses())
+        if not self.live and (validated or now - run.spoken > PATIENCE):
+            run.spoken = now
+            self.say("  ".join(filter(None, (f"{name}: step {step}/{run.steps}", run.losses(), rate, run.left(now)))))
+
+    def end(self, name: str, text: str) -> None:
+        """The run is over; `text` stays on the screen."""
+        run = self._runs.pop(name)
+        self._bars.remove_task(run.bar)
+        self.say(f"{name}: {text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Run:
+    def __init__(self, bar: Any, steps: int) -> None:
+        self.bar, self.steps, self.counted = bar, steps, 0
+        self.seen: dict[str, Any] = {}
+        self.spoken = self.began = time.monotonic()
+        self.first: int | None = None
+
+    def losses(self) -> str:
+        shown = (("loss", "loss"), ("val_loss", "val"))
+        return "  ".join(f"{word} {self.seen[key]:.3f}" for key, word in shown if key in self.seen)
+
+    def left(self, now: float) -> str:
+        """From the steps of this sitting alone: a resumed run did not do the others at this pace."""
+        if self.first is None:
+            self.first, self.began = self.counted, now
+        done = self.counted - self.first
+        return f"{(now - self.began) / done * (self.steps - self.counted):.0f} s left" if done else ""
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
