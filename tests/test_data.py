@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+
+import pytest
+import torch
+
+from attnlab import data
+from attnlab.config import DataConfig
+from attnlab.spec import UserError
+
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
+
+
+@pytest.fixture(scope="module")
+def shakespeare() -> data.Corpus:
+    return data.load(DataConfig())
+
+
+def test_shakespeare_is_nanogpts(shakespeare):
+    content = (files("attnlab.data") / "tinyshakespeare.txt").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert (len(shakespeare.train), len(shakespeare.val), shakespeare.vocab_size) == (1_003_854, 111_540, 65)
+    assert shakespeare.tokenizer.chars == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    # nanoGPT's prepare.py: the first and last ids of each part
+    assert shakespeare.train[:5].tolist() == [18, 47, 56, 57, 58] and shakespeare.val[:3].tolist() == [12, 0, 0]
+    whole = torch.cat([shakespeare.train, shakespeare.val]).tolist()
+    assert shakespeare.tokenizer.decode(whole) == content.decode()
+
+
+def test_the_packaged_text_is_checked(monkeypatch):
+    from attnlab.data import corpus
+
+    corpus._shakespeare.cache_clear()
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="sha256"):
+        data.load(DataConfig())
+
+
+def test_tokenizer_round_trip_beyond_ascii():
+    text = "naïve “quotes” 中文 🙂\ttab"
+    tokenizer = data.CharTokenizer.of(text)
+    again = data.from_json(tokenizer.to_json())
+    assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
+    assert list(again.chars) == sorted(set(text)) and again.vocab_size == len(set(text))
+    assert again.encode("") == [] and again.decode([0, 999]) == again.chars[0] + "\ufffd"
+
+
+@pytest.mark.parametrize(("prompt", "named"), [("abz", "'z'"), ("a🙂", "'🙂'"), ("\x00", r"'\\x00'")])
+def test_unknown_character_is_named(prompt, named):
+    with pytest.raises(UserError, match=named):
+        data.CharTokenizer.of("abc").encode(prompt)
+    with pytest.raises(UserError, match="'a'.* 0 characters"):
+        data.CharTokenizer("").encode("a")
+
+
+def test_unknown_tokenizer_kind():
+    with pytest.raises(UserError, match="'bpe'"):
+        data.from_json({"kind": "bpe"})
+
+
+def test_batch_is_a_pure_function(shakespeare):
+    x, y = shakespeare.batch(3, 1000, 5, 17)
+    assert x.shape == y.shape == (5, 17) and x.dtype == y.dtype == torch.int64 and x.is_contiguous()
+    shakespeare.batch(3, 0, 5, 17)  # what was read before changes nothing
+    again = data.load(DataConfig()).batch(3, 1000, 5, 17)
+    assert torch.equal(again[0], x) and torch.equal(again[1], y)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    for other in (shakespeare.batch(4, 1000, 5, 17), shakespeare.batch(3, 1001, 5, 17)):
+        assert not torch.equal(other[0], x)
+    assert torch.equal(shakespeare.batch(3, 1000, 9, 17)[0][:5], x)
+
+
+def test_batch_order_is_pinned(shakespeare):
+    """Runs are compared across machines and years: the order of the data must never change."""
+    x, _ = shakespeare.batch(0, 0, 3, 8)
+    assert [shakespeare.tokenizer.decode(row.tolist()) for row in x] == [" art one", ", sir, h", "o? what "]
+
+
+def test_batch_covers_every_offset_and_never_leaves_the_training_part():
+    corpus = data.from_text("".join(chr(0x4E00 + i) for i in range(40)), val_fraction=0.5)
+    firsts = torch.cat([corpus.batch(0, step, 8, 6)[0][:, 0] for step in range(60)])
+    lasts = torch.cat([corpus.batch(0, step, 8, 6)[1][:, -1] for step in range(60)])
+    assert sorted(set(firsts.tolist())) == list(range(14)) and lasts.max() == 19
+
+
+def test_windows_are_fixed_and_spread_over_the_validation_part():
+    corpus = data.from_text("".join(chr(0x4E00 + i) for i in range(100)), val_fraction=0.5)
+    x, y = corpus.windows(5, 9)
+    assert x[:, 0].tolist() == [50, 60, 70, 80, 90] and y[-1, -1] == 99
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert corpus.windows(1, 49)[0].shape == (1, 49)
+    assert corpus.windows(3, 9, "train")[1][-1, -1] == 49
+
+
+def test_text_file_and_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").write_bytes(b"\xff\xff")
+    (tmp_path / "b" / "two.txt").write_text("zwei\n")
+    (tmp_path / "a.md").write_text("eins")  # no last newline
+    (tmp_path / "c.txt").write_bytes("\ufeffdrei\r\n".encode())
+    (tmp_path / "empty.txt").touch()
+    assert data.read_text(tmp_path) == "eins\nzwei\ndrei\r\n"
+    (tmp_path / "c.txt").write_text(TEXT)
+    corpus = data.load(DataConfig(source=f"text:{tmp_path / 'c.txt'}", val_fraction=0.25))
+    assert (len(corpus.train), len(corpus.val)) == (297, 99)
+    assert corpus.tokenizer.decode(torch.cat([corpus.train, corpus.val]).tolist()) == TEXT
+
+
+def test_fingerprint_follows_ids_split_and_characters():
+    prints = [
+        data.from_text(text, val_fraction=fraction).fingerprint
+        for text, fraction in ((TEXT, 0.1), (TEXT, 0.2), (TEXT + "x", 0.1), (TEXT.replace("q", "Q"), 0.1))
+    ]
+    assert len(set(prints)) == 4 and data.from_text(TEXT).fingerprint == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("wikipedia", "'wikipedia'"), ("text:", "'text:'"), ("text:nowhere/at all.txt", "nowhere/at all.txt does not exist")],
+)
+def test_unknown_source(source, said):
+    with pytest.raises(UserError, match=said):
+        data.load(DataConfig(source=source))
+
+
+def test_empty_text(tmp_path):
+    with pytest.raises(UserError, match=r"0 files"):
+        data.read_text(tmp_path)
+    (tmp_path / "none.txt").touch()
+    for path, said in ((tmp_path, r"1 files, all empty"), (tmp_path / "none.txt", "is empty")):
+        with pytest.raises(UserError, match=said):
+            data.read_text(path)
+
+
+def test_not_utf8_says_file_byte_and_line(tmp_path):
+    (tmp_path / "good.txt").write_text(TEXT)
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 11 \(line 3\)"):
+        data.load(DataConfig(source=f"text:{tmp_path}"))
+
+
+@pytest.mark.parametrize(("fraction", "part"), [(0.1, "validation"), (0.95, "training")])
+def test_corpus_shorter_than_a_window(fraction, part):
+    corpus = data.from_text(TEXT[:100], "mine", fraction)
+    short = min(len(corpus.train), len(corpus.val))
+    corpus.check(short - 1)
+    for read in (lambda: corpus.batch(0, 0, 1, short), lambda: corpus.windows(1, short), lambda: corpus.check(short)):
+        with pytest.raises(UserError, match=rf"the {part} part of 'mine' has {short} tokens.*at most {short - 1}"):
+            read()
