@@ -1,0 +1,216 @@
+"""Laws that any module can be asked for that maps x [B T D] to y [B T D]."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import load, save
+from .subject import Broken, NotApplicable, Subject, accepts, by, finite, movement, same, scale, shaken, span
+
+
+def causality(s: Subject) -> str:
+    """No output depends on a later token."""
+    for module, when in ((s.module, ""), *training(s)):
+        for length in s.lengths:
+            x = s.x(length)
+            y = s(x, module).detach()
+            worst, pair = s.tolerance * scale(y), None
+            for later, changed in _changes(x):
+                moved = movement(s(changed, module), y)[:later]
+                if len(moved) and float(moved.max()) > worst:
+                    worst, pair = float(moved.max()), (int(moved.argmax()), later)
+            if pair:
+                raise Broken(f"{when}output {pair[0]} {by(worst)} when token {pair[1]} changes ({length} tokens)")
+        length = max(n for n in s.lengths if n <= 13 or n == s.lengths[0])
+        for token, gradient in _gradients(s, module, s.x(length)):
+            worst = float(gradient[token + 1 :].max()) if token + 1 < length else 0.0
+            if worst > s.tolerance * float(gradient.max()):
+                later = token + 1 + int(gradient[token + 1 :].argmax())
+                raise Broken(f"{when}output {token} has gradient {worst:.2g} on token {later} ({length} tokens)")
+    return f"no output moves when a later token changes, up to {s.lengths[-1]} tokens, in value or in gradient"
+
+
+def _changes(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(the first changed token, changed x): single tokens by several sizes, and for long sequences everything after.
+
+    Changes as well as gradients, because choosing the best k has no gradient.
+    """
+    length = x.shape[1]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    for later in range(1, length):
+        single = length <= 13
+        if not single and later % max(1, length // 40):
+            continue
+        for size in (0.01, 1.0, 100.0) if single else ((0.1, 1.0, 30.0)[later % 3],):
+            changed = x.clone()
+            until = later + 1 if single else length
+            changed[:, later:until] += size * noise[:, later:until]
+            yield later, changed
+
+
+def _gradients(s: Subject, module: nn.Module, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """For each output token: the size of its gradient on every input token, [T]."""
+    x = x.requires_grad_()
+    y = s(x, module)
+    if not y.requires_grad:
+        return
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    for token in range(x.shape[1]):
+        value = (y[:, token] * weight[:, token]).sum()
+        (gradient,) = torch.autograd.grad(value, x, retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            yield token, gradient.abs().nan_to_num(nan=math.inf).amax((0, 2))
+
+
+def training(s: Subject) -> tuple[tuple[nn.Module, str], ...]:
+    """The module in training mode, where it can be called so on its own: statistics may leak there and nowhere else."""
+    module = copy.deepcopy(s.module).train()
+    try:
+        s(s.x(s.lengths[-1]), module)
+    except Exception:
+        return ()
+    return ((module, "in training mode, "),)
+
+
+def mixing(s: Subject) -> str:
+    """Outputs depend on earlier tokens."""
+    if s.call is None and (spec := s.config.cache_spec).keep == 1 and not spec.state and not spec.beside:
+        raise NotApplicable("its config says that a token sees only itself")
+    length = s.lengths[-1]
+    x = s.x(length)
+    y = s(x).detach()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    seen: list[list[int]] = [[] for _ in range(length)]
+    width = max(1, length // 40)  # tokens changed together
+    for first in range(0, length - width, width):
+        changed = x.clone()
+        changed[:, first : first + width] += noise[:, first : first + width]
+        moved = movement(s(changed), y)
+        for later in (moved > 1e-4 * s.tolerance * scale(y)).nonzero().flatten().tolist():
+            if later >= first + width:
+                seen[later] += range(first, first + width)
+    blind = [token for token in range(width, length) if not seen[token]]
+    if len(blind) == length - width:
+        raise Broken(
+            f"no output depends on any earlier token: output {length - 1} moves only when token {length - 1} does"
+        )
+    for token, after in itertools.pairwise(blind):
+        if after == token + 1:
+            raise Broken(f"outputs {span(blind)} depend on no earlier token ({length} tokens)")
+    last = f"output {length - 1} depends on {len(seen[-1])} earlier tokens: {span(seen[-1])}"
+    return last + (f"; outputs {span(blind)} depend on none" if blind else "")
+
+
+def no_dead_parameters(s: Subject) -> str:
+    """Every trainable parameter gets a gradient, and no large part of a projection goes without."""
+    module = copy.deepcopy(s.module).train()
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise NotApplicable("it has no trainable parameter")
+    alive = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in trainable.items()}
+    for seed in range(4):
+        y = s(s.x(batch=4, seed=seed), module)
+        if not y.requires_grad:
+            raise Broken("the output has no gradient at all: it was computed without one")
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
+        gradients = torch.autograd.grad((y * weight).sum(), list(trainable.values()), allow_unused=True)
+        for name, gradient in zip(trainable, gradients, strict=True):
+            if gradient is not None:
+                alive[name] |= gradient != 0
+    dead = [name for name, some in alive.items() if not some.any()]
+    if dead:
+        raise Broken(
+            f"{', '.join(dead)} {'get' if len(dead) > 1 else 'gets'} no gradient: the output does not depend on it"
+        )
+    for name, some in alive.items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if some.ndim == 2 and (
+            isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D" or name.endswith("in_proj_weight")
+        ):
+            for axis, word in ((1, "rows"), (0, "columns")):
+                idle = (~some.any(axis)).nonzero().flatten().tolist()
+                if 4 * len(idle) >= some.shape[1 - axis]:
+                    raise Broken(
+                        f"{word} {span(idle)} of {name} get no gradient: that part of the projection is discarded"
+                    )
+    return f"all {len(trainable)} parameters get a gradient"
+
+
+def batch_independence(s: Subject) -> str:
+    """A sequence's output does not depend on its neighbours in the batch, nor on their order or number."""
+    x, other = s.x(batch=3), s.x(batch=3, seed=5)
+    changed = torch.cat([x[:1], 3 * other[1:]])
+    for module, when in ((s.module, ""), *training(s)):
+        y = s(x, module)
+        moved = float(movement(s(changed, module)[:1], y[:1]).max())
+        if moved > s.tolerance * scale(y):
+            raise Broken(f"{when}sequence 0 {by(moved)} when sequences 1 and 2 of its batch change")
+    y = s(x)
+    same(s(x.flip(0)).flip(0), y, s.tolerance, "with the batch in reverse order")
+    same(s(x[:1]), y[:1], s.tolerance, "with sequence 0 alone in its batch")
+    return "neighbours, their order and their number change nothing"
+
+
+def determinism(s: Subject) -> str:
+    """The same input gives the same output, whatever was asked in between, and is itself left alone."""
+    module = copy.deepcopy(s.module)
+    x = s.x()
+    kept = x.clone()
+    y = s.answer(module, x)
+    if not torch.equal(x, kept):
+        raise Broken(f"the module writes into its input: token {int((x != kept).any(2).any(0).nonzero()[0])} changes")
+    same(s.answer(module, kept.clone()), y, 0, "asked the same twice in evaluation mode")
+    s.answer(module, s.x(s.lengths[0], seed=7))
+    same(s.answer(module, kept.clone()), y, 0, "asked the same again after another input")
+    return "equal to the last bit when asked again"
+
+
+def finiteness(s: Subject) -> str:
+    """Outputs and gradients are finite: for small, large, constant and all-zero input, and for a single token."""
+    shortest = (1,) if accepts(s, 1) else ()
+    x = s.x()
+    inputs = {"ordinary": x, "zero": 0 * x, "constant": x[:, :1].expand_as(x), "a thousand times larger": 1e3 * x}
+    cases = [(f"{word} input", value) for word, value in inputs.items()]
+    cases += [(f"{n} token{'s' * (n > 1)}", s.x(n)) for n in (*shortest, *s.lengths)]
+    for what, value in cases:
+        value = value.detach().clone().requires_grad_()
+        y = s(value)
+        finite(y, f"with {what}")
+        if y.requires_grad and "zero" not in what:
+            (gradient,) = torch.autograd.grad(y.sum(), value, allow_unused=True)
+            if gradient is not None:
+                finite(gradient, f"with {what}, in the gradient")
+    return "finite for ordinary, zero, constant and thousandfold input" + (", and for one token" if shortest else "")
+
+
+def save_and_load(s: Subject) -> str:
+    """A fresh module that loads the saved parameters gives the same output; so does a saved and loaded cache."""
+    x = s.x()
+    y = s(x)
+    fresh = shaken(s.build() if s.build else copy.deepcopy(s.module), seed=11).to(s.dtype).eval()
+    file = io.BytesIO()
+    torch.save(s.module.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    same(s(x, fresh), y, 0, "after its state was saved and loaded into a fresh module")
+    if s.call is not None:
+        return "equal to the last bit after a round trip"
+    cut = x.shape[1] - 3
+    _, cache = s.feed(x[:, :cut], [cut], s.cache())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache.safetensors"
+        save([cache], path)
+        (loaded,) = load(path)
+    want, _ = s.feed(x[:, cut:], [1, 2], cache, start=cut)
+    got, _ = s.feed(x[:, cut:], [1, 2], loaded, start=cut)
+    same(got, want, 0, "decoding on from a saved and loaded cache")
+    return "module and cache are equal to the last bit after a round trip"
