@@ -1,0 +1,73 @@
+"""Fast memory-keyed attention: keys and values are made from a gated mix of the token and a running summary.
+
+    m[t]   = a m[t-1] + (1 - a) x[t]                      a: one learned decay per channel
+    x~[t]  = lambda[t, 1] x[t] + lambda[t, 2] m[t]        lambda[t] = softmax(MLP(W_q x[t])), the *key's* gate
+    o[t]   = W_o Attn(W_q x[t], W_k x~, W_v x~)           one causal attention
+
+After arXiv 2603.20586, made causal: the published summary was a mean over the whole sequence, and decoding dropped it.
+A third source, recalled chunks, would need every x again, so it is mka's alone. Caches 2 K H floats per token, as gqa
+does, and the running summary (D): it does not shrink the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Cache, extend
+from ..ops import attend, ema, rope
+from ..spec import CAUSAL, CacheSpec, Mask
+from . import gqa
+from .mka import make_gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(gqa.Config):
+    summary = "keys and values from a gated mix of the token and a moving average"
+    formula = "k, v = W (lambda_1 x + lambda_2 ema(x));  o = softmax(q k^T / sqrt(H)) v"
+    source = "arXiv 2603.20586, made causal"
+    caches = "keys and values of K heads, and one moving average"
+
+    @property
+    def default_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        return replace(super().cache_spec, state={"ema": (self.d_model,)})
+
+    @property
+    def gate_width(self) -> int:
+        return max(self.d_model // 8, 4)
+
+    def flops(self, queries: int, keys: int) -> int:
+        return super().flops(queries, keys) + 2 * queries * self.gate_width * (self.n_heads * self.head_dim + 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = c = config
+        self.q = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
+        self.kv = nn.Linear(c.d_model, 2 * c.kv_heads * c.head_dim, bias=c.bias)
+        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        self.gate = make_gate(c, c.gate_width, 2)
+        half_lives = torch.logspace(1, 7, c.d_model, base=2)  # 2 to 128 tokens
+        self.decay = nn.Parameter(torch.logit(0.5 ** (1 / half_lives)))
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
+    ) -> tuple[Tensor, Cache | None]:
+        c, before = self.config, cache
+        q = self.q(x)
+        summary = ema(x, self.decay.sigmoid(), positions, cache and cache.state["ema"])
+        weight = self.gate(q).softmax(-1).to(x.dtype)
+        mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
+        k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
+        q, k = rope(q.unflatten(-1, (-1, c.head_dim)), positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        seen, cache = extend(before, positions, k=k, v=v)
+        dropout = c.dropout if self.training else 0.0
+        y = attend(q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=c.impl, dropout=dropout)
+        return self.o(y.flatten(2)), cache and cache.with_state(ema=summary[:, -1])

@@ -1,0 +1,69 @@
+"""Latent lookup: each token reads a learned table of latents. It looks at no other token.
+
+    w[t, n] = softmax of the k largest q[t, n] . E[n, i] / sqrt(H)      E: L learned latents per head
+    o[t]    = W_o concat_n (sum_i w[t, n, i] E[n, i] + v[t, n])
+
+As published for GPT-2 under the name "MSLA" (which here means `msla`). It is kept as a floor for comparisons and as the
+audit's worked example: nothing mixes tokens, and W_k is never used, so the laws of mixing and of dead parameters are
+broken, as they should be reported. Caches nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Cache, extend
+from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttentionConfig):
+    n_latents: int = 256
+    top_k: int = 16
+
+    summary = "a per-token lookup in learned latents; mixes no tokens, kept as a floor"
+    formula = "o[n] = topk-softmax(q[n] E[n]^T / sqrt(H)) E[n] + v[n]"
+    source = "the published MSLA patch for GPT-2"
+    caches = "nothing"
+    impls = ("reference", "sdpa")  # no attention is computed, so any kernel does
+    breaks = ("mixing", "no dead parameters")
+    cache_width = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.top_k <= self.n_latents:
+            raise UserError(f"top_k is {self.top_k}: it must be from 1 to n_latents, {self.n_latents}")
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        return CacheSpec({})
+
+    def flops(self, queries: int, keys: int) -> int:
+        heads = self.n_heads * self.head_dim
+        return 2 * queries * heads * (3 * self.d_model + self.n_latents + self.top_k)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = c = config
+        heads = c.n_heads * c.head_dim
+        self.q, self.k, self.v = (nn.Linear(c.d_model, heads, bias=c.bias) for _ in range(3))
+        self.o = nn.Linear(heads, c.d_model, bias=c.bias)
+        self.latents = nn.Parameter(torch.randn(c.n_heads, c.n_latents, c.head_dim) * c.head_dim**-0.5)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
+    ) -> tuple[Tensor, Cache | None]:
+        c = self.config
+        q, v = self.q(x).unflatten(-1, (c.n_heads, -1)), self.v(x).unflatten(-1, (c.n_heads, -1))
+        scores = torch.einsum("blnh,nih->blni", q, self.latents.to(q.dtype)) * c.head_dim**-0.5
+        best = scores.topk(c.top_k)
+        heads = torch.arange(c.n_heads, device=x.device)[:, None]
+        found = self.latents[heads, best.indices].to(q.dtype)
+        y = torch.einsum("blnk,blnkh->blnh", best.values.softmax(-1).to(q.dtype), found) + v
+        _, cache = extend(cache, positions)
+        return self.o(y.flatten(2)), cache

@@ -1,0 +1,135 @@
+"""Multi-head sparse latent attention: mla whose queries attend only to the k best stored tokens.
+
+    I[t, s] = sum_j w[t, j] relu(qI[t, j] . kI[s])     a small *indexer*: J heads, one shared key of size R_I per token
+    o[t]    = mla of x[t] over the k tokens s <= t with the highest I[t, s], the newest `local` always among them
+
+DeepSeek-V3.2 (arXiv 2512.02556). The indexer reads x detached and learns only from KL(attention || softmax I), where
+the attention is mla's own, averaged over heads and detached: over all tokens for the first `warmup` training calls,
+while attention is dense too, and over the selected ones afterwards. Ties go to the newer token, so chunks decode alike.
+Caches the latent, the rotary key and the indexer key: R + rope_dim + R_I floats per token. With k >= T it is mla.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Cache, Seen, extend
+from ..ops import attention_weights, newest, rope, with_loss
+from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from . import mla
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(mla.Config):
+    top_k: int = 32
+    local: int = 4  # the newest tokens, always selected
+    index_heads: int = 2
+    index_dim: int = 16
+    warmup: int = 100  # training calls with dense attention
+
+    summary = "mla over the k stored tokens that a learned indexer picks"
+    formula = "o[t] = mla(x[t]) over top-k_s sum_j w[t,j] relu(qI[t,j] . kI[s])"
+    source = "DeepSeek-V3.2 2025, arXiv 2512.02556"
+    caches = "one latent, one rotary key and one indexer key"
+    impls = ("reference", "sdpa")
+    variants = {
+        "sparse": {"top_k": 5, "local": 2},
+        "sparse absorbed": {"top_k": 5, "local": 1, "mode": "absorbed"},
+        "sparse expanded": {"top_k": 3, "local": 0, "mode": "expanded"},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.local <= self.top_k or self.top_k < 1:
+            raise UserError(
+                f"top_k is {self.top_k} and local {self.local}: give top_k of at least 1 and local up to it"
+            )
+        if min(self.index_heads, self.index_dim) < 1 or self.index_dim % 2:
+            raise UserError(f"index_heads {self.index_heads} must be at least 1 and index_dim {self.index_dim} even")
+
+    def check_context(self, context: int) -> None:
+        if self.top_k > context:
+            raise UserError(
+                f"msla's top_k is {self.top_k} and the context {context}: nothing would be left out; "
+                f"give at most {context}, or use mla"
+            )
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        spec = super().cache_spec
+        return replace(spec, rows={**spec.rows, "index": (self.index_dim,)})
+
+    def gathers(self, queries: int, keys: int) -> bool:
+        """Whether reading only the selected rows beats a mask over all of them."""
+        return queries == 1 and self.top_k < keys
+
+    def flops(self, queries: int, keys: int) -> int:
+        D, J, E = self.d_model, self.index_heads, self.index_dim
+        indexer = 2 * queries * D * (J * E + J + E) + 2 * queries * keys * J * (E + 1)
+        return super().flops(queries, self.top_k if self.gathers(queries, keys) else keys) + indexer
+
+
+class Attention(mla.Attention):
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c = config
+        self.index_q = nn.Linear(c.d_model, c.index_heads * c.index_dim, bias=False)
+        self.index_k = nn.Linear(c.d_model, c.index_dim, bias=False)
+        self.index_w = nn.Linear(c.d_model, c.index_heads, bias=False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # in training
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
+    ) -> tuple[Tensor, Cache | None]:
+        c, still = self.config, x.detach()
+        q, rows = self.project(x, positions)
+        index_k = rope(self.index_k(still)[:, :, None], positions, c.rope_theta)[:, :, 0]
+        seen, cache = extend(cache, positions, **rows, index=index_k)
+        scores, keep = self.select(still, seen, positions, mask)
+        if self.training:
+            keep = keep | (self.calls < c.warmup)
+            self.calls += torch.is_grad_enabled()
+        if c.gathers(x.shape[1], seen.positions.shape[1]):
+            y = self.mix(q, gather(seen, keep[:, 0], c.top_k), positions, replace(mask, plain=False))
+        else:
+            y = self.mix(q, seen, positions, mask, keep[:, None] if c.top_k < keep.shape[-1] else None)
+        if torch.is_grad_enabled() and cache is None:
+            y = with_loss(y, "indexer", self.divergence(q, seen, positions, mask, scores, keep))
+        return self.o(y.flatten(2)), cache
+
+    def select(self, x: Tensor, seen: Seen, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """The indexer's scores, -inf where the mask forbids, and the pairs it keeps: both B L S."""
+        c = self.config
+        q = rope(self.index_q(x).unflatten(-1, (c.index_heads, -1)), positions, c.rope_theta)
+        match = torch.einsum("blje,bse->bljs", q, seen.rows["index"].to(q.dtype)).relu()
+        scores = torch.einsum("blj,bljs->bls", self.index_w(x), match) * (c.index_heads * c.index_dim) ** -0.5
+        query, key = positions[:, :, None], seen.positions[:, None]
+        scores = scores.masked_fill(~mask(query, key), -torch.inf)
+        recent = mask(query, key) & (query - key < c.local)
+        return scores, newest(scores.detach().masked_fill(recent, torch.inf), c.top_k)
+
+    def divergence(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, scores: Tensor, keep: Tensor) -> Tensor:
+        """KL(attention || softmax of the scores) over the kept tokens, mean over queries, in nats."""
+        c = self.config
+        with torch.no_grad():
+            q, k, _ = self.expand(q, seen)
+            scale = (c.head_dim + c.r) ** -0.5
+            target = attention_weights(q, k, positions, seen.positions, mask, scale, keep=keep[:, None]).mean(1)
+        least = torch.finfo(scores.dtype).min
+        guess = scores.masked_fill(~keep, least).log_softmax(-1)
+        divergence = (torch.xlogy(target, target) - target * guess.masked_fill(~keep, 0)).sum(-1)
+        real = positions >= 0
+        return (divergence * real).sum() / real.sum().clamp(min=1)
+
+
+def gather(seen: Seen, keep: Tensor, count: int) -> Seen:
+    """Only the kept rows (keep: B S), at most `count` of them."""
+    chosen = keep.to(torch.uint8).topk(count).indices.sort().values
+    batch = torch.arange(len(keep), device=keep.device)[:, None]
+    positions = torch.where(keep[batch, chosen], seen.positions[batch, chosen], -1)
+    return Seen(positions, {name: rows[batch, chosen] for name, rows in seen.rows.items()})

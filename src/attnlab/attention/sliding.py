@@ -1,0 +1,50 @@
+"""Sliding-window attention: a query sees itself and the `window` - 1 tokens before it.
+
+`gqa` under a narrower mask, with a cache that is a ring of `window` rows: its size does not grow with the context.
+Beltagy et al. 2020 (arXiv 2004.05150); Mistral 7B (arXiv 2310.06825). Caches 2 K H floats for each of the last
+`window` tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..cache import Cache
+from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from . import gqa
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(gqa.Config):
+    window: int = 32
+
+    summary = "each token sees only the last `window` tokens"
+    formula = "o[t] = softmax over t-w < s <= t of (q[t] k[s]^T / sqrt(H)) v[s]"
+    source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
+    caches = "keys and values of the last `window` tokens, in a ring"
+    cache_width = "window"
+    variants = {"narrow": {"window": 5}, "one": {"window": 1}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise UserError(f"window is {self.window}: a token sees at least itself, so give 1 or more")
+
+    @property
+    def default_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        return replace(super().cache_spec, keep=self.window)
+
+
+class Attention(gqa.Attention):
+    config: Config
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
+    ) -> tuple[Tensor, Cache | None]:
+        return super().forward(x, positions, cache, replace(mask, window=self.config.window))

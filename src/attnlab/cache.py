@@ -1,0 +1,243 @@
+"""The one cache: named rows, the position each row holds (-1: empty), and named fixed-size state.
+
+A mechanism declares what it remembers (`CacheSpec`); a `Cache` obeys. A cache is a value passed in and returned; nothing
+lives inside a module, so prompts can be forked, saved, batched and rewound. Rows are preallocated and written in place,
+so use it without gradients, and `fork` before two continuations of one prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .results import write_bytes
+from .spec import CacheSpec, UserError
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Everything that the queries of one call may read."""
+
+    positions: Tensor  # B S; -1: no token
+    rows: dict[str, Tensor]  # name -> B S ...
+
+
+@dataclass(frozen=True)
+class Cache:
+    spec: CacheSpec
+    positions: Tensor  # B S
+    rows: dict[str, Tensor]  # name -> B S ...
+    state: dict[str, Tensor]  # name -> B ...
+    beside: dict[str, Cache]
+    capacity: int  # rows
+    tokens: int = 0  # how many have passed, padding counted: known on the host, so that no step waits for the device
+    ragged: bool = True  # False: a promise that all sequences advance together, without padding
+
+    @classmethod
+    def empty(
+        cls,
+        spec: CacheSpec,
+        batch: int,
+        max_len: int,
+        *,
+        ragged: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """A cache for `batch` sequences of up to `max_len` tokens."""
+        capacity = spec.slots(max_len)
+        columns = capacity + ragged  # a ragged cache has one more, where padding is written and never read
+        return cls(
+            spec=spec,
+            positions=torch.full((batch, columns), -1, device=device),
+            rows={n: torch.zeros(batch, columns, *s, dtype=dtype, device=device) for n, s in spec.rows.items()},
+            state={n: torch.zeros(batch, *s, dtype=dtype, device=device) for n, s in spec.state.items()},
+            beside={
+                n: cls.empty(s, batch, max_len, ragged=ragged, dtype=dtype, device=device)
+                for n, s in spec.beside.items()
+            },
+            capacity=capacity,
+            ragged=ragged,
+        )
+
+    @property
+    def held(self) -> int:
+        """Columns that may hold a row."""
+        return min(self.capacity, self.spec.slots(self.tokens))
+
+    def with_state(self, **state: Tensor) -> Cache:
+        return replace(self, state={n: s.to(self.state[n].dtype) for n, s in state.items()})
+
+    def fork(self) -> Cache:
+        """A copy that shares nothing."""
+        return replace(
+            self,
+            positions=self.positions.clone(),
+            rows={n: t.clone() for n, t in self.rows.items()},
+            state={n: t.clone() for n, t in self.state.items()},
+            beside={n: c.fork() for n, c in self.beside.items()},
+        )
+
+    def rewind(self, length: int) -> Cache:
+        """The cache as it was after `length` tokens, in place; a `UserError` where what was there is overwritten."""
+        if self.spec.state or self.spec.keep is not None:
+            kind = "keeps a running state" if self.spec.state else f"remembers only the last {self.spec.keep} tokens"
+            raise UserError(f"this cache cannot go back to {length} tokens, because it {kind}; fork it before instead")
+        if not 0 <= length <= self.tokens:
+            raise UserError(
+                f"cannot rewind to {length} tokens: the cache has seen {self.tokens}; give 0 to {self.tokens}"
+            )
+        self.positions[:, self.spec.slots(length) :] = -1
+        beside = {n: c.rewind(length) for n, c in self.beside.items()}
+        return replace(self, tokens=length, beside=beside)
+
+    def floats(self) -> int:
+        """Floats that the tokens held occupy, over the batch: counted, to be compared with `spec.floats`."""
+        live = int((self.positions[:, : self.capacity] >= 0).sum())
+        own = live * sum(t[0, 0].numel() for t in self.rows.values()) + sum(t.numel() for t in self.state.values())
+        return own + sum(c.floats() for c in self.beside.values())
+
+    def nbytes(self) -> int:
+        """`floats` in bytes."""
+        sample = next(iter((*self.rows.values(), *self.state.values())), None)
+        return self.floats() * (sample.element_size() if sample is not None else 0)
+
+    def allocated_bytes(self) -> int:
+        """What the buffers take, filled or not, positions left out."""
+        own = sum(t.numel() * t.element_size() for t in (*self.rows.values(), *self.state.values()))
+        return own + sum(c.allocated_bytes() for c in self.beside.values())
+
+    def _tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        out = {f"{prefix}positions": self.positions, **{f"{prefix}row.{n}": t for n, t in self.rows.items()}}
+        out |= {f"{prefix}state.{n}": t for n, t in self.state.items()}
+        for name, cache in self.beside.items():
+            out |= cache._tensors(f"{prefix}{name}/")
+        return out
+
+
+def extend(
+    cache: Cache | None, positions: Tensor, *, tokens: int | None = None, **new: Tensor
+) -> tuple[Seen, Cache | None]:
+    """Add rows `new` (name -> B L ...) of tokens at `positions` (B L). Returns what this call may read, and the cache.
+
+    `tokens` is how many tokens passed, where that is not the number of rows (a row per completed chunk). Without a
+    cache, as in training, a call sees its own rows and nothing is kept. Raises `UserError` when the cache is full.
+    """
+    if cache is None:
+        return Seen(positions, new), None
+    passed = positions.shape[1] if tokens is None else tokens
+    after = replace(cache, tokens=cache.tokens + passed)
+    if cache.capacity == cache.spec.keep and after.tokens > cache.capacity:
+        return _extend_ring(cache, after, positions, new)
+    _check_room(cache, after, positions)
+    _write(cache, cache.held, positions, positions, new)
+    return _read(after), after
+
+
+def _read(cache: Cache) -> Seen:
+    held = cache.held
+    return Seen(cache.positions[:, :held], {n: t[:, :held] for n, t in cache.rows.items()})
+
+
+def _extend_ring(cache: Cache, after: Cache, positions: Tensor, new: dict[str, Tensor]) -> tuple[Seen, Cache]:
+    """One new token overwrites the row that it can no longer see, so write, then read. A longer chunk may overwrite
+    rows that its first queries still need, so it reads old and new side by side before anything is forgotten."""
+    if positions.shape[1] == 1:
+        _write(cache, cache.tokens % cache.capacity, positions, positions % cache.capacity, new)
+        return _read(after), after
+    old = _read(cache)
+    both = {n: torch.cat([old.rows[n], new[n].to(old.rows[n].dtype)], 1) for n in new}
+    seen = Seen(torch.cat([old.positions, positions], 1), both)
+    newest = positions.max(1, keepdim=True).values
+    lives = torch.where(positions > newest - cache.capacity, positions, -1)
+    _scatter(cache, lives, lives % cache.capacity, new)
+    return seen, after
+
+
+def _check_room(cache: Cache, after: Cache, positions: Tensor) -> None:
+    needed = cache.spec.slots(after.tokens)
+    if needed > cache.capacity and cache.ragged:  # padding takes no room, but only the device knows how much there is
+        needed = int(positions.max()) + 1
+    if needed > cache.capacity:
+        raise UserError(
+            f"the cache has room for {cache.capacity * cache.spec.every} tokens and {needed * cache.spec.every} "
+            "are needed: make it with a larger max_len"
+        )
+
+
+def _write(cache: Cache, column: int, positions: Tensor, slots: Tensor, new: dict[str, Tensor]) -> None:
+    """Into consecutive columns from `column` where all sequences advance together, else each row into its own slot."""
+    if cache.ragged:
+        return _scatter(cache, positions, slots, new)
+    columns = slice(column, column + positions.shape[1])
+    cache.positions[:, columns] = positions
+    for name, values in new.items():
+        cache.rows[name][:, columns] = values
+
+
+def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tensor]) -> None:
+    if cache.ragged:
+        slots = torch.where(positions >= 0, slots, cache.capacity)
+    else:  # a ring, all sequences alike: what would be overwritten in this very call is at the front
+        slots, positions = slots[:, -cache.capacity :], positions[:, -cache.capacity :]
+        new = {n: t[:, -cache.capacity :] for n, t in new.items()}
+    batch = torch.arange(len(slots), device=slots.device)[:, None]
+    for name, values in new.items():
+        cache.rows[name][batch, slots] = values.to(cache.rows[name].dtype)
+    cache.positions[batch, slots] = positions
+    if cache.ragged:
+        cache.positions[:, cache.capacity] = -1
+
+
+def save(caches: Sequence[Cache], path: str | Path) -> Path:
+    """Write the caches of all layers to one safetensors file, whole or not at all."""
+    from safetensors.torch import save as pack
+
+    tensors, layers = {}, []
+    for i, cache in enumerate(caches):
+        tensors |= {f"{i}/{name}": t.contiguous() for name, t in cache._tensors().items()}
+        layers.append(_describe(cache))
+    return write_bytes(path, pack(tensors, {"attnlab.cache": json.dumps(layers)}))
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
+    """The caches that `save` wrote; a `UserError` where the file is damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            layers = json.loads((file.metadata() or {})["attnlab.cache"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"there is no cache file {path}: save one with attnlab.cache.save") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError):
+        raise UserError(f"{path} is not a whole cache file: write it again with attnlab.cache.save") from None
+    return [_restore(layer, tensors, f"{i}/") for i, layer in enumerate(layers)]
+
+
+def _describe(cache: Cache) -> dict[str, Any]:
+    beside = {n: _describe(c) for n, c in cache.beside.items()}
+    spec = {k: v for k, v in asdict(cache.spec).items() if k != "beside"}
+    return {"spec": spec, "capacity": cache.capacity, "tokens": cache.tokens, "ragged": cache.ragged, "beside": beside}
+
+
+def _restore(layer: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Cache:
+    beside = {n: _restore(c, tensors, f"{prefix}{n}/") for n, c in layer["beside"].items()}
+    shapes = {part: {n: tuple(s) for n, s in layer["spec"][part].items()} for part in ("rows", "state")}
+    spec = CacheSpec(**{**layer["spec"], **shapes, "beside": {n: c.spec for n, c in beside.items()}})
+    return Cache(
+        spec=spec,
+        positions=tensors[f"{prefix}positions"],
+        rows={n: tensors[f"{prefix}row.{n}"] for n in spec.rows},
+        state={n: tensors[f"{prefix}state.{n}"] for n in spec.state},
+        beside=beside,
+        capacity=layer["capacity"],
+        tokens=layer["tokens"],
+        ragged=layer["ragged"],
+    )

@@ -1,0 +1,160 @@
+"""A run is a value: the model, the data, how it is trained, the seed. Frozen dataclasses that are JSON and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from .spec import UserError, choose
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder. GPT-2 and Llama are values of this, not classes."""
+
+    vocab_size: int = 65
+    context: int = 256  # longest training sequence; a hard limit for learned positions only
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 4
+    head_dim: int | None = None  # None: d_model / n_heads
+    mechanisms: tuple[str, ...] = ("mha",)  # one per layer, repeated: ("sliding", "sliding", "sliding", "mla")
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # mechanism -> fields of its Config
+    positions: Literal["learned", "rope"] = "rope"
+    rope_theta: float = 10_000.0
+    norm: Literal["layer", "rms"] = "layer"
+    ff: Literal["gelu", "relu2", "swiglu", "moe"] = "gelu"
+    ff_dim: int | None = None  # None: 4 d_model; swiglu: 8/3 d_model up to a multiple of 8
+    n_experts: int = 8
+    experts_per_token: int = 2
+    balance: Literal["loss", "bias"] = "loss"  # how the experts' load is evened out
+    bias: bool = False
+    tied: bool = True  # the output head is the token embedding
+    dropout: float = 0.0
+    impl: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "n_layers", "d_model", "n_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("positions", "norm", "ff", "balance"):
+            allowed = typing.get_args(typing.get_type_hints(type(self))[name])
+            choose(f"model.{name}", getattr(self, name), allowed)
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise UserError(
+                f"model.d_model {self.d_model} does not divide into model.n_heads {self.n_heads}: "
+                "change one of them, or give model.head_dim"
+            )
+        if not self.mechanisms:
+            raise UserError("model.mechanisms is empty: name at least one; 'attnlab list' shows them")
+        if self.ff == "moe" and not 1 <= self.experts_per_token <= self.n_experts:
+            raise UserError(
+                f"model.experts_per_token is {self.experts_per_token}: it must be from 1 to n_experts, {self.n_experts}"
+            )
+        if unused := set(self.options) - set(self.mechanisms):
+            raise UserError(f"model.options names {', '.join(sorted(unused))}, which no layer uses; remove it")
+
+    @property
+    def resolved_ff_dim(self) -> int:
+        if self.ff_dim is not None:
+            return self.ff_dim
+        return -(-8 * self.d_model // 24) * 8 if self.ff == "swiglu" else 4 * self.d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = "shakespeare"  # or text:PATH, a UTF-8 file or a folder of them
+    val_fraction: float = 0.1  # the last part of the text, never trained on
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"data.val_fraction is {self.val_fraction}: it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 2000
+    batch_size: int = 12  # sequences per step and accumulation part
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup: int = 100  # steps
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: float = 0.2  # wsd: the share of steps, at the end, in which the rate falls
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    clip: float = 1.0  # gradient norm; 0: none
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    eval_every: int = 250
+    eval_batches: int = 20
+    save_every: int = 250
+    log_every: int = 10
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.lr <= 0:
+            raise UserError(f"train.lr is {self.lr}: it must be above 0")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"train.decay is {self.decay}: it is a share of the steps, above 0 and at most 1")
+        for name in ("optimizer", "schedule", "precision"):
+            allowed = typing.get_args(typing.get_type_hints(type(self))[name])
+            choose(f"train.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+
+    @property
+    def mechanism(self) -> str:
+        """A label: "mla", or "sliding+mla" for a hybrid."""
+        return "+".join(dict.fromkeys(self.model.mechanisms))
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits that change when anything but the name does."""
+        data = to_dict(self)
+        del data["name"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values: tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """The inverse of `to_dict`. An unknown field is a `UserError` that suggests the nearest known one."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in data.items():
+        choose(f"field in {where or cls.__name__}", name, sorted(known))
+        values[name] = _restore(hints[name], value, f"{where}{name}.")
+    return cls(**values)
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is types.UnionType:
+        hint = next((h for h in typing.get_args(hint) if typing.get_origin(h) is tuple), hint)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value

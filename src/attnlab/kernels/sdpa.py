@@ -1,0 +1,28 @@
+"""PyTorch's scaled_dot_product_attention: flash kernels where they exist, `is_causal` wherever it is true."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import Pairs, per_head
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout: float) -> Tensor:
+    if pairs.full and not dropout:
+        return _one_query(q, k, v, scale)
+    k, v = per_head(k, q.shape[2]), per_head(v, q.shape[2])
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if pairs.causal:
+        return scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale).transpose(1, 2)
+    seen = pairs.dense()
+    y = scaled_dot_product_attention(q, k, v, seen, dropout, scale=scale)
+    return y.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2)  # a query that sees nothing gives 0
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The query heads that share a key head become the queries of one call: nothing stored is copied."""
+    B, _, N, H = q.shape
+    grouped = q.view(B, k.shape[2], -1, H)
+    y = scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return y.reshape(B, 1, N, -1)

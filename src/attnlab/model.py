@@ -1,0 +1,220 @@
+"""The one decoder. GPT-2 and Llama are values of `ModelConfig`, not classes; each layer may have its own mechanism."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import attention
+from .cache import Cache
+from .config import ModelConfig
+from .ops import with_loss
+from .spec import CAUSAL, AttentionConfig, Mask, UserError
+
+PLAIN = Mask(plain=True)
+
+
+def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
+    """One `Config` per layer. Raises `UserError` for an unknown mechanism or option, or one that does not fit."""
+    shared = {
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "head_dim": config.head_dim or config.d_model // config.n_heads,
+        "rope_theta": config.rope_theta if config.positions == "rope" else None,
+        "bias": config.bias,
+        "dropout": config.dropout,
+        "impl": config.impl,
+    }
+    known = {name: attention.config(name, **{**shared, **config.options.get(name, {})}) for name in config.mechanisms}
+    for each in known.values():
+        each.check_context(config.context)
+    return [known[config.mechanisms[i % len(config.mechanisms)]] for i in range(config.n_layers)]
+
+
+def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
+    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that."""
+    context = context or config.context
+    experts = config.experts_per_token if config.ff == "moe" else 1
+    router = 2 * config.d_model * config.n_experts if config.ff == "moe" else 0
+    matrices = 3 if config.ff == "swiglu" else 2
+    ff = 2 * matrices * config.d_model * config.resolved_ff_dim * experts + router
+    layers = sum(c.flops(context, context) / context + ff for c in attention_configs(config))
+    return layers + 2 * config.d_model * config.vocab_size
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=1e-6)
+    return nn.LayerNorm(config.d_model, bias=config.bias)
+
+
+class FeedForward(nn.Module):
+    """gelu: W_out gelu(W_in x). relu2: W_out relu(W_in x)^2 (So et al. 2021). swiglu: W_out (silu(W_gate x) * W_in x)
+    (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind, width = config.ff, config.resolved_ff_dim
+        self.into = nn.Linear(config.d_model, width * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.out = nn.Linear(width, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, -1)
+            return self.out(F.silu(gate) * x)
+        return self.out(F.relu(x).square() if self.kind == "relu2" else F.gelu(x))
+
+
+class Experts(nn.Module):
+    """Mixture of experts: each token goes to its k best of E experts, weighted by softmax over the k logits. Dropless:
+    no expert has a capacity, so every token gets all k. Load is evened out by the loss E sum_i f_i p_i (Switch
+    Transformer, arXiv 2101.03961), or without a loss by a bias on the choice alone (arXiv 2408.15664)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.k, self.balance = config.experts_per_token, config.balance
+        E, D, F_ = config.n_experts, config.d_model, config.resolved_ff_dim
+        self.router = nn.Linear(D, E, bias=False)
+        self.into = nn.Parameter(torch.empty(E, F_, D))
+        self.out = nn.Parameter(torch.empty(E, D, F_))
+        for weight in (self.into, self.out):
+            nn.init.normal_(weight, std=0.02)
+        self.register_buffer("bias", torch.zeros(E))  # moves an expert's chance to be chosen, not its weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        logits = self.router(tokens)
+        chosen = (logits + self.bias.to(logits.dtype)).topk(self.k).indices
+        weight = logits.gather(1, chosen).softmax(-1)
+        E = len(self.into)
+        expert, order = chosen.flatten().sort(stable=True)  # every (token, expert) pair, expert by expert
+        counts = torch.bincount(expert, minlength=E)
+        token = order // self.k
+        parts = tokens[token].split(counts.tolist())
+        done = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])
+        done = done * weight.flatten()[order, None].to(done.dtype)
+        y = torch.zeros_like(tokens, dtype=done.dtype).index_add(0, token, done).view_as(x)
+        return self.even_out(y, logits, counts)
+
+    def expert(self, i: int, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, self.into[i])), self.out[i])
+
+    def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        share = counts / counts.sum()
+        if self.balance == "bias":
+            if self.training:
+                self.bias += 1e-3 * (1 / len(counts) - share).sign()
+            return y
+        return with_loss(y, "balance", len(counts) * (share * logits.softmax(-1).mean(0)).sum(), 0.01)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, mixer: AttentionConfig, mechanism: str) -> None:
+        super().__init__()
+        self.attention_norm, self.ff_norm = make_norm(config), make_norm(config)
+        self.attention = attention.module(mechanism).Attention(mixer)
+        self.ff = Experts(config) if config.ff == "moe" else FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask) -> tuple[Tensor, Cache | None]:
+        y, cache = self.attention(self.attention_norm(x), positions, cache, mask)
+        x = x + self.drop(y)
+        return x + self.drop(self.ff(self.ff_norm(x))), cache
+
+
+class Decoder(nn.Module):
+    """Token ids B L -> logits B L V, and the caches of all layers where they were given."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.place = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
+        self.drop = nn.Dropout(c.dropout)
+        mixers = attention_configs(c)
+        names = [c.mechanisms[i % len(c.mechanisms)] for i in range(c.n_layers)]
+        self.layers = nn.ModuleList(Block(c, mixer, name) for mixer, name in zip(mixers, names, strict=True))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.init_weights()
+        if c.tied:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self) -> None:
+        """GPT-2's: normal with 0.02, and smaller by sqrt(2 layers) where a branch is added to the residual stream.
+        Norms, biases and whatever a mechanism sets up itself (gates, decays) stay as they are."""
+        small = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and ".gate." not in name):
+                nn.init.normal_(module.weight, std=small if name.endswith((".o", ".out")) else 0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.out, std=small)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Cache] | None = None
+    ) -> tuple[Tensor, list[Cache] | None]:
+        """`positions` (B L, -1: padding) None: the tokens follow on from those in the cache, and none is padding."""
+        x, caches = self.hidden(tokens, positions, cache)
+        return self.head(x), caches
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Cache] | None = None
+    ) -> tuple[Tensor, list[Cache] | None]:
+        """What the head reads: B L D."""
+        mask = CAUSAL
+        if positions is None:
+            start = cache[0].tokens if cache else 0
+            if cache and cache[0].ragged and start:
+                raise UserError("this cache holds sequences of different lengths: give the positions of the new tokens")
+            self._check_length(start + tokens.shape[1])
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
+            mask = PLAIN if not (cache and cache[0].ragged) else CAUSAL
+        x = self.embed(tokens)
+        if self.place is not None:
+            x = x + self.place(positions[:1] if mask.plain else positions.clamp(min=0))
+        x = self.drop(x)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            x, after = layer(x, positions, cache[i] if cache else None, mask)
+            kept.append(after)
+        return self.norm(x), kept if cache else None
+
+    def _check_length(self, length: int) -> None:
+        if self.place is not None and length > self.config.context:
+            raise UserError(
+                f"{length} tokens are longer than the {self.config.context} learned positions of this model: "
+                "shorten the prompt or ask for fewer tokens, or train with rotary positions"
+            )
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats per token, targets B L; a target of -1 does not count."""
+        logits, _ = self(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def empty_cache(
+        self,
+        batch: int,
+        max_len: int,
+        *,
+        ragged: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Cache]:
+        """One cache per layer for `batch` sequences of up to `max_len` tokens; `ragged` where lengths differ."""
+        self._check_length(max_len)
+        weight = self.embed.weight
+        like: dict[str, Any] = {"dtype": dtype or weight.dtype, "device": device or weight.device}
+        return [Cache.empty(b.attention.config.cache_spec, batch, max_len, ragged=ragged, **like) for b in self.layers]
+
+    def parameter_count(self) -> int:
+        """Parameters, each counted once, positions and embeddings included."""
+        return sum(p.numel() for p in self.parameters())

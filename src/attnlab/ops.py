@@ -1,0 +1,148 @@
+"""Torch mathematics that mechanisms share. `attend` is the one door to `kernels/`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import kernels
+from .kernels import Pairs, one_row, reference
+from .spec import CAUSAL, Mask
+
+_maps: list[Tensor] | None = None  # what `record_attention` and `record_losses` are collecting, if anything
+_losses: dict[str, list[Tensor]] | None = None
+
+
+def rope(x: Float[Tensor, "B L N H"], positions: Int[Tensor, "B L"], theta: float | None) -> Float[Tensor, "B L N H"]:
+    """Turn each pair (x[i], x[i + H/2]) by the angle position / theta^(2i/H). `theta` None: x as it is.
+
+    Su et al. 2021 (arXiv 2104.09864), with the half-split pairs of GPT-NeoX and Llama.
+    """
+    if theta is None:
+        return x
+    half = x.shape[-1] // 2
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # bfloat16 angles are wrong after 256 tokens
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angle = one_row(positions)[..., None, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(
+    q: Float[Tensor, "B L N H"],
+    k: Float[Tensor, "B S K H"],
+    v: Float[Tensor, "B S K V"],
+    q_pos: Int[Tensor, "B L"],
+    k_pos: Int[Tensor, "B S"],
+    mask: Mask = CAUSAL,
+    scale: float | None = None,
+    *,
+    impl: str = "sdpa",
+    dropout: float = 0.0,
+    keep: Tensor | None = None,
+) -> Float[Tensor, "B L N V"]:
+    """Softmax attention. Query head n reads key/value head n // (N/K); a key at position -1 does not exist; a query that
+    sees nothing gives 0. `scale` None: H^-0.5. `keep` (B|1 N|1 L S, bool) narrows what the mask allows."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    pairs = Pairs(mask, q_pos, k_pos, keep)
+    if _maps is not None:
+        _maps.append(reference.weights(q, k, pairs, scale).detach())
+    return kernels.get(impl)(q, k, v, pairs, scale, dropout)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
+) -> Float[Tensor, "B N L S"]:
+    """The weights that `attend` would use."""
+    return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
+
+
+def ema(
+    x: Float[Tensor, "B L D"], decay: Float[Tensor, " D"], positions: Int[Tensor, "B L"], start: Tensor | None = None
+) -> Float[Tensor, "B L D"]:
+    """m[t] = decay m[t-1] + (1 - decay) x[t] from m = `start` (B D; None: 0); a token at position -1 passes m on.
+
+    A scan in two levels, never a loop over tokens: within groups of 16 a cumulative sum of x[t] / decay^t, whose range
+    stays small because decay is held above 0.05; between groups, log2(L / 16) doublings.
+    """
+    L, group = x.shape[1], 16
+    exact = torch.promote_types(x.dtype, torch.float32)
+    real = one_row(positions) >= 0
+    decay = 0.05 + 0.95 * decay.to(exact)
+    rest = -L % group
+    x = pad(x.to(exact) * (1 - decay) * real[..., None], (0, 0, 0, rest)).unflatten(1, (-1, group))
+    age = pad(real, (0, rest)).unflatten(1, (-1, group)).cumsum(2)[..., None] * decay.log()
+    fall = age.exp()
+    within = (x * (-age).exp()).cumsum(2) * fall
+    # each group as a map m -> factor m + shift; compose neighbours until every group knows all before it
+    factor, shift = fall[:, :, -1], within[:, :, -1]
+    step = 1
+    while step < shift.shape[1]:
+        shift = torch.cat([shift[:, :step], shift[:, step:] + factor[:, step:] * shift[:, :-step]], 1)
+        factor = torch.cat([factor[:, :step], factor[:, step:] * factor[:, :-step]], 1)
+        step *= 2
+    carry = torch.cat([torch.zeros_like(shift[:, :1]), shift[:, :-1]], 1)
+    if start is not None:
+        reach = torch.cat([torch.ones_like(factor[:, :1]), factor[:, :-1]], 1)
+        carry = carry + reach * start.to(exact)[:, None]
+    return (within + fall * carry[:, :, None]).flatten(1, 2)[:, :L]
+
+
+def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
+    """True for the `count` highest of the last dimension; equal ones go to the later index, so that decoding in chunks
+    agrees with decoding at once. Entries of -inf are never chosen."""
+    if count >= scores.shape[-1]:
+        return scores > -torch.inf
+    least = scores.topk(count).values[..., -1:]
+    above, level = scores > least, scores == least
+    room = count - above.sum(-1, keepdim=True)
+    from_the_end = level.flip(-1).cumsum(-1).flip(-1)
+    return (above | (level & (from_the_end <= room))) & (scores > -torch.inf)
+
+
+@contextmanager
+def record_attention() -> Iterator[list[Tensor]]:
+    """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing when not in use."""
+    global _maps
+    outer, _maps = _maps, []
+    try:
+        yield _maps
+    finally:
+        _maps = outer
+
+
+@contextmanager
+def record_losses() -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the values of auxiliary losses by name, in order."""
+    global _losses
+    outer, _losses = _losses, defaultdict(list)
+    try:
+        yield _losses
+    finally:
+        _losses = outer
+
+
+def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
+    """`y` unchanged; in the backward pass, the gradient of `weight * loss` joins that of whatever is made from `y`."""
+    if _losses is not None:
+        _losses[name].append(loss.detach())
+    return _Attach.apply(y, loss, weight)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight, ctx.dtype = weight, loss.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], torch.full((), ctx.weight, dtype=ctx.dtype, device=grads[0].device), None

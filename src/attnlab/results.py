@@ -1,0 +1,183 @@
+"""Results are files. What a run, a law or a benchmark found, and how it is written: pure Python, no framework."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from .spec import UserError
+
+FORMAT = 1
+
+
+class Record:
+    """A dataclass that is one JSON object."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(Record):
+    """One training run. Losses in nats per token, times in seconds, sizes in bytes, FLOPs of matrix products."""
+
+    name: str
+    mechanism: str
+    seed: int
+    key: str
+    status: str = "done"  # done, interrupted, failed
+    error: str = ""
+    parameters: int = 0
+    floats_per_token: float = 0.0  # cache floats that each further token costs, all layers
+    cache_bytes: int = 0  # one sequence at `context` tokens, all layers, in the dtype of the cache
+    flops_per_token: float = 0.0  # forward pass at full context
+    steps: int = 0
+    tokens: int = 0
+    context: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    tokens_per_s: float | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    precision: str = ""
+    impl: str = ""
+    threads: int = 0
+    device: str = ""
+    command: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)  # [step, validation loss]
+    train_curve: list[list[float]] = field(default_factory=list)  # [step, training loss]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawResult(Record):
+    law: str
+    mechanism: str
+    status: str  # holds, broken, n/a
+    detail: str = ""
+    statement: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRecord(Record):
+    """One measurement: the median of interleaved repeats after a warm-up, outputs checked first."""
+
+    kind: str  # train, prefill, decode
+    mechanism: str
+    impl: str = ""
+    mode: str = ""  # a mechanism's way to compute, where it has several
+    dtype: str = ""
+    device: str = ""
+    threads: int = 0
+    context: int = 0
+    batch: int = 1
+    tokens_per_s: float | None = None
+    ms: float | None = None
+    ms_spread: list[float] = field(default_factory=list)  # fastest, slowest
+    peak_bytes: int | None = None
+    cache_bytes: int | None = None  # live, counted from the tensors
+    flops: int | None = None  # counted
+    parameters: int = 0
+    repeats: int = 0
+    relative: float | None = None  # its time over the baseline's
+    error: str = ""
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed."""
+    return write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except FileNotFoundError:
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"cannot write {path}: the disk is full; free space and run the same command again"
+            ) from None
+        raise
+    return path
+
+
+def read_json(path: str | Path) -> Any:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: check the folder's name") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not readable JSON: it was cut short or changed; delete it and run again") from None
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on: versions, processor, cores, revision. No host name, no path."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("attnlab", "torch", "accelerate", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in packages},
+        "revision": _revision(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _revision() -> str | None:
+    """The commit this package runs from, when it runs from a checkout of its own."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,154 @@
+"""What every attention mechanism shares. Pure Python: no framework is imported here.
+
+One legend of shape letters for the package: B batch, L new tokens, S stored tokens, N query heads, K key/value heads,
+H head size, V value size, D model size, R rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used. One sentence: what was given, what is allowed, what to do."""
+
+
+def choose(what: str, given: str, allowed: Iterable[str]) -> str:
+    """`given` if it is one of `allowed`; else a `UserError` that lists them and names the nearest."""
+    allowed = list(allowed)
+    if given in allowed:
+        return given
+    near = difflib.get_close_matches(given, allowed, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"unknown {what} {given!r}: expected one of {', '.join(allowed)}{hint}")
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != module.split(".")[0]:
+            raise
+        raise UserError(f"this needs {module}, which is not installed: run pip install 'attnlab[{extra}]'") from None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who may see whom, decided by position alone; data, so that a kernel can read it instead of calling it."""
+
+    window: int | None = None  # a query sees itself and the window - 1 positions before it
+    plain: bool = False  # a promise: every row holds positions 0, 1, 2, ... with no padding, so position = index
+
+    def __call__(self, q: Any, k: Any) -> Any:
+        """Whether the query at position `q` sees the key at `k`; any broadcasting arrays: NumPy, Torch, JAX."""
+        seen = (k >= 0) & (k <= q)
+        return seen if self.window is None else seen & (q - k < self.window)
+
+
+CAUSAL = Mask()
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What one layer remembers about one sequence, and for how long."""
+
+    rows: Mapping[str, tuple[int, ...]]  # name -> shape of what one remembered token costs
+    keep: int | None = None  # remember only the last `keep` rows; None remembers all
+    state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # size independent of the number of tokens
+    every: int = 1  # one row per completed group of `every` tokens
+    beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # further memories with a pace of their own
+
+    def floats(self, tokens: int) -> int:
+        """Floats that one sequence of `tokens` tokens costs. Benchmarks, report, docs and the size law read this."""
+        own = self.slots(tokens) * self._row + sum(math.prod(shape) for shape in self.state.values())
+        return own + sum(spec.floats(tokens) for spec in self.beside.values())
+
+    def slots(self, tokens: int) -> int:
+        """Rows held once `tokens` tokens have passed."""
+        rows = tokens // self.every
+        return rows if self.keep is None else min(rows, self.keep)
+
+    @property
+    def per_token(self) -> float:
+        """Floats that each further token costs in the long run; 0 for a ring or a fixed state."""
+        own = 0.0 if self.keep is not None else self._row / self.every
+        return own + sum(spec.per_token for spec in self.beside.values())
+
+    @property
+    def _row(self) -> int:
+        return sum(math.prod(shape) for shape in self.rows.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The fields that fix a mechanism's input and output shapes; subclasses add their own.
+
+    The class variables are how a mechanism speaks about itself, so that nobody has to ask it by name.
+    """
+
+    d_model: int = 64
+    n_heads: int = 4
+    head_dim: int = 16
+    rope_theta: float | None = 10_000.0  # None: no rotary embedding; the model adds learned positions
+    bias: bool = False
+    dropout: float = 0.0  # on attention weights, while training
+    impl: str = "sdpa"  # which kernel; never changed silently
+
+    summary: ClassVar[str] = ""  # one line
+    formula: ClassVar[str] = ""  # one line of mathematics
+    source: ClassVar[str] = ""  # where it was published
+    caches: ClassVar[str] = ""  # what it remembers, in words
+    impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa")  # kernels it can run on
+    modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # ways to compute the same thing: name -> field overrides
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
+    cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
+    breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so give an even number")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}: it is a probability from 0 up to, but not including, 1")
+        choose("impl", self.impl, self.impls)
+
+    def set(self, name: str, value: object) -> None:
+        """Fill in a default that follows from other fields (only from `__post_init__`)."""
+        object.__setattr__(self, name, value)
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        raise NotImplementedError
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a cache can be taken back to an earlier token: rows can, rings and running states cannot."""
+
+        def can(spec: CacheSpec) -> bool:
+            return spec.keep is None and not spec.state and all(map(can, spec.beside.values()))
+
+        return can(self.cache_spec)
+
+    @property
+    def relative(self) -> bool:
+        """Whether moving all positions by the same amount changes nothing."""
+        return True
+
+    def check_context(self, context: int) -> None:
+        """Raise a `UserError` where the mechanism makes no sense in a model of this context."""
+
+    def flops(self, queries: int, keys: int) -> int:
+        """Matrix-product FLOPs of one forward pass of one sequence: `queries` new tokens, `keys` stored with them.
+
+        Dense count, two per multiply-add, as a counter sees the reference kernel: a mask saves nothing.
+        """
+        raise NotImplementedError
