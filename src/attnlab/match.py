@@ -1,0 +1,157 @@
+"""Configs that differ in their mechanism and in nothing else, or in one width more, which makes the comparison fair.
+
+Matched parameters: the feed-forward width gives way. Matched cache: the mechanism's own width does, which its Config
+names in `cache_width`. Parameters are counted on the meta device, cache floats by `cache_spec`; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from .attention import module
+from .config import ModelConfig, RunConfig
+from .model import Decoder, attention_configs
+from .results import Record
+from .spec import AttentionConfig, CacheSpec, UserError, choose
+
+What = Literal["params", "cache", "none"]
+TOLERANCE = 0.01  # what counts as equal
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched(Record):
+    """The width that gave way, and how near it came."""
+
+    field: str | None  # None: nothing did
+    before: int | None  # as it was, and
+    after: int | None  # as it is now
+    count: int  # parameters, or cache floats of one sequence at full context
+    target: int  # the baseline's
+
+    @property
+    def off(self) -> float:
+        """Relative distance from the baseline, with its sign."""
+        return self.count / self.target - 1
+
+    @property
+    def equal(self) -> bool:
+        return abs(self.off) <= TOLERANCE
+
+    def __str__(self) -> str:
+        change = "unchanged" if self.before == self.after else f"{self.field} {self.before} -> {self.after}"
+        why = f"no {self.field} comes nearer" if self.field else "it has no width to change"
+        return change if self.equal else f"{change}, and still {self.off:+.1%}: {why}"
+
+
+def variant(preset: RunConfig, label: str, options: Options | None = None) -> RunConfig:
+    """`preset` with the mechanism `label`, "mla" or a hybrid "sliding+sliding+mla", one name per layer, repeated.
+
+    `options` holds Config fields by mechanism; those that no layer uses are left out.
+    """
+    names = tuple(label.split("+"))
+    for name in names:
+        module(name)
+    given = {**preset.model.options, **(options or {})}
+    chosen = {name: fields for name, fields in given.items() if name in names}
+    return replace(preset, name=label, model=replace(preset.model, mechanisms=names, options=chosen))
+
+
+def with_options(config: RunConfig, options: Options) -> RunConfig:
+    """`config` with these Config fields set as well, by mechanism."""
+    merged = {name: {**config.model.options.get(name, {}), **fields} for name, fields in options.items()}
+    return replace(config, model=replace(config.model, options={**config.model.options, **merged}))
+
+
+def parameters(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        return Decoder(model).parameter_count()
+
+
+def cache_floats(model: ModelConfig) -> int:
+    """What one sequence of `context` tokens leaves in the caches of all layers."""
+    return sum(config.cache_spec.floats(model.context) for config in attention_configs(model))
+
+
+def match(config: RunConfig, baseline: RunConfig, what: What) -> tuple[RunConfig, Matched | None]:
+    """`config` with the free width set so that it equals `baseline`, as nearly as whole numbers allow."""
+    choose("match", what, ("params", "cache", "none"))
+    if what == "none":
+        return config, None
+    return (match_parameters if what == "params" else match_cache)(config, baseline)
+
+
+def match_parameters(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matched]:
+    """Solves `model.ff_dim`: a multiple of 8, for speed, where that is near enough, else any."""
+    target = parameters(baseline.model)
+    before = config.model.resolved_ff_dim
+
+    def count(width: int) -> int:
+        return parameters(replace(config.model, ff_dim=width))
+
+    own = count(before)
+    if own == target:
+        return config, Matched(field="ff_dim", before=before, after=before, count=own, target=target)
+    exact = before + (target - own) / (count(before + 1) - own)  # parameters are linear in the width
+    for grain in (8, 1):
+        width = max(grain, round(exact / grain) * grain)
+        found = Matched(field="ff_dim", before=before, after=width, count=count(width), target=target)
+        if found.equal:
+            break
+    return replace(config, model=replace(config.model, ff_dim=width)), found
+
+
+def match_cache(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matched]:
+    """Solves the width that the mechanism itself names; of a hybrid's several, the one that comes nearest."""
+    target = cache_floats(baseline.model)
+    if not target:
+        raise UserError(
+            f"{baseline.mechanism} keeps no cache, so nothing can be matched to it: name another mechanism first, "
+            "or use match params"
+        )
+    own = cache_floats(config.model)
+    best = config, Matched(field=None, before=None, after=None, count=own, target=target)
+    if own == target:
+        return best
+    names = [config.model.mechanisms[i % len(config.model.mechanisms)] for i in range(config.model.n_layers)]
+    layers = Counter(names)
+    for name, attention in dict(zip(names, attention_configs(config.model), strict=True)).items():
+        field = attention.cache_width
+        if field is None:
+            continue
+        others = own - layers[name] * attention.cache_spec.floats(config.model.context)
+        width = _nearest(attention, field, config.model.context, (target - others) / layers[name])
+        count = others + layers[name] * _with(attention, field, width).cache_spec.floats(config.model.context)
+        result = Matched(field=field, before=getattr(attention, field), after=width, count=count, target=target)
+        if best[1].field is None or abs(result.off) < abs(best[1].off):
+            best = with_options(config, {name: {field: width}}), result
+    return best
+
+
+def _nearest(attention: AttentionConfig, field: str, tokens: int, target: float) -> int:
+    """The value of `field` whose cache comes nearest to `target` floats, among those that the Config accepts."""
+    # a unit of width costs a row, of which there are `tokens`, or a float per token or per few tokens
+    limit = max(tokens, 4 * round(target / tokens), getattr(attention, field)) + 1
+
+    def distance(width: int) -> float:
+        spec = _spec(attention, field, width)
+        return abs(spec.floats(tokens) - target) if spec is not None else float("inf")
+
+    return min(range(1, limit), key=distance)
+
+
+def _with(attention: AttentionConfig, field: str, width: int) -> AttentionConfig:
+    change: dict[str, Any] = {field: width}
+    return replace(attention, **change)
+
+
+def _spec(attention: AttentionConfig, field: str, width: int) -> CacheSpec | None:
+    try:
+        return _with(attention, field, width).cache_spec
+    except UserError:
+        return None  # such as a number of heads that does not divide

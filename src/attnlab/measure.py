@@ -1,0 +1,118 @@
+"""Time, memory and FLOPs of a call, measured."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+K = TypeVar("K", bound=Hashable)
+
+
+def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: int = 1) -> dict[K, list[float]]:
+    """Seconds of `repeats` calls of each, in turns (A B C A B C ...), so that a slow moment hits all alike.
+
+    Each callable measures itself, so that what it prepares is not counted.
+    """
+    for call in timed.values():
+        for _ in range(warm_up):
+            call()
+    seconds: dict[K, list[float]] = {key: [] for key in timed}
+    for _ in range(repeats):
+        for key, call in timed.items():
+            seconds[key].append(call())
+    return seconds
+
+
+def counted_flops(call: Callable[[], object]) -> int:
+    """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+_CPU_ATTENTION = {  # PyTorch's counter knows the GPU kernels only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+}
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory behind them, each piece counted once."""
+    return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_growth(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors alive at the worst moment of `call`, beyond those alive before it.
+
+    On a GPU the allocator knows. On a CPU every operation's results are followed until they are freed: exact for
+    tensors, blind to scratch memory inside a kernel, and free of what the process holds besides.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Follow() as follow:
+        call()
+    return follow.peak
+
+
+class _Follow(TorchDispatchMode):
+    """Counts the bytes of storages that come and go inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._note((args, kwargs), new=False)
+        out = function(*args, **kwargs)
+        self._note(out, new=True)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _note(self, values: Any, *, new: bool) -> None:
+        for value in tree_iter(values):
+            if isinstance(value, Tensor) and (key := _key(value)) not in self.known:
+                storage = value.untyped_storage()
+                size = storage.nbytes() if new else 0  # what comes in from outside was there before
+                self.now += size
+                self.known.add(key)
+                weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything asked of it is done: no clock may be read before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
