@@ -1,0 +1,95 @@
+"""`attnlab report DIR`: a folder of results as one HTML file that needs nothing else.
+
+The page asks the network for nothing: style, script and the plotting library are inside it, and its own policy forbids
+the rest. Imports neither torch nor jax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from ..results import write_bytes
+from ..spec import need
+from . import figures, sections
+from .folder import Findings, read
+from .headline import headline
+from .html import Html, script_json, tag
+from .look import GLYPHS, STROKES, dark, looks, variables
+
+__all__ = ["render", "write_report"]
+
+EARLY = 'try{document.documentElement.dataset.theme=localStorage.getItem("attnlab-theme")||""}catch{}'
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `folder`/report.html, whole or not at all, and return its path. `UserError` where there is nothing to report."""
+    return write_bytes(Path(folder) / "report.html", render(folder).encode("utf-8", "replace"))
+
+
+def render(folder: str | Path) -> str:
+    """The report as one HTML document."""
+    found = read(Path(folder))
+    plotly = need("plotly.offline", "report").get_plotlyjs().replace("\r", "")
+    return page(found, plotly).encode("utf-8", "replace").decode()
+
+
+def page(found: Findings, plotly: str) -> str:
+    look = looks(found.mechanisms)
+    drawn: sections.Figures = {}
+    body = [
+        sections.scoreboard(found, look),
+        sections.curves(found, look, drawn),
+        sections.trade(found, look, drawn),
+        sections.decoding(found, look, drawn),
+        sections.laws(found, look),
+        sections.attention(found),
+        sections.samples(found, look),
+        sections.costs(found, look),
+        sections.benchmarks(found, look),
+        sections.fairness(found, look),
+        sections.reproduce(found),
+        sections.glossary(),
+    ]
+    data = {
+        "dark": dark(),
+        "glyphs": GLYPHS,
+        "strokes": STROKES,
+        "figures": {name: [vars(view) for view in views] for name, views in drawn.items()},
+        "attention": [vars(maps) for maps in found.attention],
+        "map": figures.attention() if found.attention else None,
+    }
+    light, dim = variables()
+    script = _file("page.js")
+    return Template(_file("page.html")).substitute(
+        title=tag("title", f"{headline(found)[0]} attnlab: {found.folder}"),
+        policy=_policy(EARLY, plotly, script),
+        early=EARLY,
+        style=Template(_file("page.css")).substitute(light=light, dark=dim),
+        header=sections.header(found),
+        contents=_contents(body),
+        body=Html("\n".join(body)),
+        data=script_json(data),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def _contents(body: list[Html]) -> Html:
+    """Links to the sections, read off their markup."""
+    found = [str(part).split('<h2 id="')[1].split("</h2>")[0].split('-title">') for part in body]
+    return tag("ol", [tag("li", tag("a", Html(title), href=f"#{anchor}")) for anchor, title in found])
+
+
+def _policy(*scripts: str) -> str:
+    """A content security policy: these scripts and no others run, and nothing is fetched."""
+    digests = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")

@@ -1,0 +1,189 @@
+"""Read a results folder. Every file in it is optional; every file that is there must be whole."""
+
+from __future__ import annotations
+
+import math
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from struct import pack
+from typing import Any
+
+from ..results import FORMAT, BenchRecord, LawResult, RunResult, read_json
+from ..spec import UserError
+
+MAKES = {  # what writes each file
+    "compare.json": "attnlab compare quick --out {folder}",
+    "laws.json": "attnlab demo --out {folder}",
+    "bench.json": "attnlab demo --out {folder}",
+    "samples.json": "attnlab demo --out {folder}",
+    "attention.json": "attnlab demo --out {folder}",
+}
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The attention of one model on one text: layers, then heads, then a matrix of queries by keys."""
+
+    mechanism: str
+    seed: int
+    tokens: list[str]
+    shape: tuple[int, int]
+    layers: list[list[str]]  # each matrix as base64 of little-endian uint16, 65535 for a weight of 1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One mechanism in a comparison: its mean over seeds, and how it differs from the baseline."""
+
+    mechanism: str
+    n: int = 0
+    val_loss: float | None = None
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    verdict: str = "too few seeds"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a folder holds. Empty lists where a file is missing."""
+
+    folder: str
+    cells: list[RunResult] = field(default_factory=list)
+    standings: list[Standing] = field(default_factory=list)
+    compare: dict[str, Any] = field(default_factory=dict)  # compare.json without its cells
+    laws: list[LawResult] = field(default_factory=list)
+    bench: list[BenchRecord] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    attention: list[Maps] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> str:
+        return str(self.compare.get("baseline") or "mha")
+
+    @property
+    def mechanisms(self) -> list[str]:
+        """Every mechanism that any file names, in the order of the comparison."""
+        named = list(map(str, self.compare.get("mechanisms") or []))
+        named += [x.mechanism for x in (*self.cells, *self.laws, *self.bench, *self.attention)]
+        named += [str(x.get("mechanism")) for x in self.samples]
+        return list(dict.fromkeys(named))
+
+    def done(self, mechanism: str) -> list[RunResult]:
+        """Finished runs with a loss, by seed."""
+        own = [c for c in self.cells if c.mechanism == mechanism and c.status == "done" and number(c.val_loss) is not None]
+        return sorted(own, key=lambda cell: cell.seed)
+
+    def mean(self, mechanism: str, name: str) -> float | None:
+        """Mean of a field over the finished runs that have it."""
+        values = [x for cell in self.done(mechanism) if (x := number(getattr(cell, name))) is not None]
+        return fmean(values) if values else None
+
+    def standing(self, mechanism: str) -> Standing | None:
+        return next((s for s in self.standings if s.mechanism == mechanism), None)
+
+    def how_to_make(self, file: str) -> str:
+        return MAKES[file].format(folder=self.folder)
+
+
+def number(value: Any) -> float | None:
+    """The value as a float, or None where it is missing, NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read(path: Path) -> Findings:
+    """Read the folder `path`. `UserError` where it is missing, holds no results, or a file in it is damaged."""
+    if not path.exists():
+        raise UserError(f"there is no folder {path}: give the folder that attnlab compare or attnlab demo wrote")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: give the folder that attnlab compare or attnlab demo wrote")
+
+    def load(name: str, parse: Callable[[Any], Any]) -> Any:
+        return guarded(path / name, parse) if (path / name).exists() else None
+
+    compare = load("compare.json", _compare)
+    cells = compare.pop("cells") if compare else list(_runs(path))
+    standings = compare.pop("summary") if compare else _means(cells)
+    found = Findings(
+        folder=path.resolve().name,
+        cells=cells,
+        standings=standings,
+        compare=compare or {},
+        laws=load("laws.json", lambda data: [LawResult.from_dict(x) for x in data]) or [],
+        bench=load("bench.json", lambda data: [BenchRecord.from_dict(x) for x in data]) or [],
+        samples=load("samples.json", lambda data: [dict(x) | {"text": str(x["text"])} for x in data]) or [],
+        attention=load("attention.json", lambda data: [_maps(x) for x in data]) or [],
+    )
+    if not found.mechanisms:
+        files = ", ".join(MAKES)
+        raise UserError(f"{path} holds no results (none of {files}, no runs): give a folder that attnlab compare wrote")
+    return found
+
+
+def guarded(file: Path, parse: Callable[[Any], Any]) -> Any:
+    """Parse one file, and name it where its content is not what it should be."""
+    data = read_json(file)
+    try:
+        return parse(data)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{file} does not hold what this version reads ({error}): delete it and run its command again"
+        ) from None
+
+
+def _compare(data: dict[str, Any]) -> dict[str, Any]:
+    if (version := data.get("format")) != FORMAT:
+        raise UserError(f"its format is {version!r}, this version reads {FORMAT}: run the comparison again")
+    for name in ("mechanisms", "seeds"):
+        if not isinstance(data.get(name, []), list):
+            raise ValueError(f"{name} is not a list")
+    for name in ("matched", "environment"):
+        if not isinstance(data.get(name) or {}, dict):
+            raise ValueError(f"{name} is not an object")
+    cells = [_cell(cell) for cell in data.get("cells", [])]
+    rows = [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in data.get("summary", [])]
+    return data | {"cells": cells, "summary": rows or _means(cells)}
+
+
+def _cell(data: dict[str, Any]) -> RunResult:
+    cell = RunResult.from_dict(data)
+    if any(len(point) != 2 for point in (*cell.curve, *cell.train_curve)):
+        raise ValueError("a point of a curve is not [step, loss]")
+    return cell
+
+
+def _runs(path: Path) -> Iterator[RunResult]:
+    """A comparison that was stopped, or one run: what has finished."""
+    for file in (path / "result.json", *sorted(path.glob("runs/*/result.json"))):
+        if file.exists():
+            yield guarded(file, _cell)
+
+
+def _means(cells: list[RunResult]) -> list[Standing]:
+    found = Findings(folder="", cells=cells)
+    return [Standing(m, len(found.done(m)), found.mean(m, "val_loss")) for m in found.mechanisms]
+
+
+def _maps(data: dict[str, Any]) -> Maps:
+    matrices = [head for layer in data["layers"] for head in layer]
+    if not matrices or not matrices[0]:
+        raise ValueError("an entry has no attention matrix")
+    shape = len(matrices[0]), len(matrices[0][0])
+
+    def packed(matrix: list[list[float]]) -> str:
+        flat = [round(65535 * min(max(number(x) or 0.0, 0.0), 1.0)) for row in matrix for x in row]
+        if len(matrix) != shape[0] or any(len(row) != shape[1] for row in matrix):
+            raise ValueError("its attention matrices differ in shape")
+        return b64encode(pack(f"<{len(flat)}H", *flat)).decode()
+
+    tokens = [str(token) for token in data["tokens"]]
+    if len(tokens) != shape[0]:
+        raise ValueError(f"{len(tokens)} tokens for {shape[0]} rows of attention")
+    layers = [[packed(head) for head in layer] for layer in data["layers"]]
+    return Maps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers)

@@ -1,0 +1,154 @@
+"""One look for one mechanism in every figure and table, and numbers as people read them.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; every mechanism also has a marker and a dash of
+its own. Each colour is a pair: on white, on black.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .html import Html, tag
+
+INK, MUTED, RULE, GROUND = ("#1d1d1b", "#efece6"), ("#62605b", "#a5a29b"), ("#e4e1da", "#35353a"), ("#ffffff", "#17171a")
+
+PALETTE = (
+    ("#1d1d1b", "#efece6"),  # black, white
+    ("#0072b2", "#3c9be0"),  # blue
+    ("#d55e00", "#f0803c"),  # vermillion
+    ("#009e73", "#1fbf90"),  # green
+    ("#c06a99", "#e39ac4"),  # purple
+    ("#dc9400", "#f2b134"),  # orange
+    ("#41a0db", "#8ecdf5"),  # sky
+    ("#968700", "#f0e442"),  # yellow
+    ("#8a8781", "#8d8a84"),  # grey
+)
+MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
+DASHES = ("solid", "dash", "dot", "dashdot")
+KNOWN = {  # mechanism: (colour, marker, dash); a family shares no colour, the dash tells its members apart
+    "mha": (0, 0, 0), "gqa": (3, 3, 1), "mqa": (6, 4, 2), "sliding": (7, 7, 3),
+    "mla": (1, 1, 0), "msla": (2, 2, 1), "mka": (4, 5, 0), "fast_mka": (5, 6, 1),
+    "mlp_latent": (8, 8, 2), "latent_lookup": (8, 9, 3),
+}  # fmt: skip
+GLYPHS = {  # the markers again, for legends drawn in HTML: SVG paths around (0, 0)
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
+    "square": "M-3.6 -3.6h7.2v7.2h-7.2z",
+    "diamond": "M0 -5L5 0L0 5L-5 0z",
+    "triangle-up": "M0 -4.6L4.6 3.6H-4.6z",
+    "triangle-down": "M0 4.6L4.6 -3.6H-4.6z",
+    "cross": "M-1.6 -4.6h3.2v3h3v3.2h-3v3h-3.2v-3h-3v-3.2h3z",
+    "x": "M-4.4 -2.4L-2.4 -4.4L0 -2L2.4 -4.4L4.4 -2.4L2 0L4.4 2.4L2.4 4.4L0 2L-2.4 4.4L-4.4 2.4L-2 0z",
+    "star": "M0 -5.4L1.4 -1.8L5.2 -1.7L2.2 .7L3.2 4.4L0 2.3L-3.2 4.4L-2.2 .7L-5.2 -1.7L-1.4 -1.8z",
+    "pentagon": "M0 -4.8L4.6 -1.5L2.8 3.9H-2.8L-4.6 -1.5z",
+    "hexagon": "M4.6 0L2.3 4H-2.3L-4.6 0L-2.3 -4H2.3z",
+}
+STROKES = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "5 2.5 1.5 2.5"}
+
+
+@dataclass(frozen=True)
+class Look:
+    slot: int  # in PALETTE
+    marker: str
+    dash: str
+
+    @property
+    def color(self) -> str:
+        return PALETTE[self.slot][0]
+
+    @property
+    def band(self) -> str:
+        return veil(self.color)
+
+
+def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
+    """The known mechanisms always look the same; others take what is free, and in the end share colours, not shapes."""
+    mechanisms = list(mechanisms)
+    taken = {KNOWN[m][0] for m in mechanisms if m in KNOWN}
+    free = [slot for slot in (4, 3, 6, 2, 5, 1, 7, 8) if slot not in taken] or [8]
+    found = {}
+    for mechanism in mechanisms:
+        if mechanism in KNOWN:
+            slot, marker, dash = KNOWN[mechanism]
+        else:
+            count = len([m for m in found if m not in KNOWN])
+            slot, marker, dash = free[count % len(free)], (9 - count) % len(MARKERS), (2 + count // len(free)) % len(DASHES)
+        found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
+    return found
+
+
+def veil(color: str) -> str:
+    """A colour thin enough to lay over others."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, 0.14)"
+
+
+def dark() -> dict[str, str]:
+    """From every colour that figures use to the one that stands for it on a dark ground."""
+    pairs = {light: dim for light, dim in (*PALETTE, INK, MUTED, RULE, GROUND)}
+    return pairs | {veil(light): veil(dim) for light, dim in PALETTE}
+
+
+def variables() -> tuple[str, str]:
+    """The same colours as CSS variables: for light and for dark."""
+    named = {f"c{slot}": pair for slot, pair in enumerate(PALETTE)}
+    named |= {"ink": INK, "muted": MUTED, "rule": RULE, "ground": GROUND}
+    light, dim = (";".join(f"--{name}:{pair[side]}" for name, pair in named.items()) for side in (0, 1))
+    return light, dim
+
+
+def swatch(look: Look) -> Html:
+    line = tag("path", d="M1 7H25", stroke_width=2, stroke_dasharray=STROKES[look.dash] or None, fill="none")
+    mark = tag("path", d=GLYPHS[look.marker], transform="translate(13 7)", fill=f"var(--c{look.slot})", stroke="none")
+    return tag(
+        "svg", line, mark, class_="swatch", viewBox="0 0 26 14", stroke=f"var(--c{look.slot})", aria_hidden="true"
+    )
+
+
+# Numbers. Missing is an en dash; minus is a minus.
+
+NONE = "–"
+
+
+def loss(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    return NONE if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return NONE
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def count(value: float | None) -> str:
+    """Three digits and a decimal prefix: 24.1 k."""
+    if value is None:
+        return NONE
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5 or unit == "P":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}".strip() if abs(value) < 999.5 else f"{value:.0f} {unit}"
+
+
+def times(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def milliseconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def words(items: Iterable[str], last: str = "and") -> str:
+    """a, b and c."""
+    items = list(items)
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}" if items else ""
