@@ -5,6 +5,8 @@
     metrics.jsonl          one record per line, as training goes
     step-00000500/         model.safetensors, optimizer.safetensors, state.json: written whole, or not there
     result.json            what came of it
+
+A checkpoint that is there is whole; what else goes wrong is a `UserError` that names the file.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class RunFolder:
             if held.config.key == config.key:
                 raise UserError(f"{path} already holds this run; add --resume to go on with it, or name another folder")
             raise UserError(
-                f"{path} holds another run ({_difference(held.config, config)}); name another folder, or delete this one"
+                f"{path} holds another run ({_difference(held.config, config)}); delete this one or name another"
             )
         if path.is_file() or (path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; name a new or an empty folder")
@@ -134,10 +136,10 @@ class RunFolder:
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError:
-            raise UserError(f"{path} has a line that is not JSON; delete that line and run the same command again") from None
+            raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps after `step`, which a resumed run will do again, and what a crash left half-made."""
+        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made."""
         for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*")):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
@@ -145,9 +147,7 @@ class RunFolder:
         else:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, whole or not at all, then drop all but the newest KEEP."""
         place = self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
@@ -199,7 +199,7 @@ class RunFolder:
     def _known(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
-            raise UserError(f"{self.path} has no checkpoint yet; train it first: the first is written at save_every steps")
+            raise UserError(f"{self.path} has no checkpoint yet; train it for train.save_every steps first")
         if step is not None and step not in steps:
             raise UserError(f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
@@ -238,7 +238,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wrong = sorted(set(expected) ^ set(tensors)) or [n for n, t in tensors.items() if t.shape != expected[n].shape]
     if wrong:
         raise UserError(
-            f"the checkpoint does not fit the model: {', '.join(wrong[:3])} {'differs' if len(wrong) == 1 else 'differ'}; "
+            f"the checkpoint does not fit the model: names or shapes differ at {', '.join(wrong[:3])}; "
             "load it with the version and the mechanisms it was trained with"
         )
     model.load_state_dict(dict(tensors), strict=False)

@@ -25,19 +25,18 @@ def prefill(
 ) -> tuple[Tensor, list[Cache]]:
     """Read prompts, tokens [B L]. Returns (the logits after the last token [B V], the cache).
 
-    `positions` [B L] for prompts of different lengths: padded on the left with any token at position -1. None: no padding.
+    `positions` [B L] for prompts of different lengths: padding on the left, at position -1. None: no padding.
     """
-    logits, cache = model(tokens, positions=positions, cache=cache)
-    return logits[:, -1], cache
+    x, kept = model.hidden(tokens, positions, cache)
+    assert kept is not None
+    return model.head(x[:, -1]), kept  # the head on one token: the logits of a long prompt would outweigh its cache
 
 
 def step(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
     """Add one token to each sequence, tokens [B] at `positions` [B]. Returns (the logits after it [B V], the cache)."""
-    at = None if positions is None else positions[:, None]
-    logits, cache = model(tokens[:, None], positions=at, cache=cache)
-    return logits[:, -1], cache
+    return prefill(model, tokens[:, None], cache, None if positions is None else positions[:, None])
 
 
 @torch.inference_mode()
@@ -121,10 +120,10 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
 def choose_token(
     logits: Tensor, draw: Tensor | None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The token [B] where the cumulative probability of logits [B V], likeliest first, passes `draw` [B]; None: the first."""
+    """[B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B]. None: the likeliest."""
     if draw is None or temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = logits.double().sort(-1, descending=True, stable=True)
+    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     p = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     if top_k is not None:
         p[:, top_k:] = 0
@@ -229,6 +228,6 @@ def _check(
             raise UserError(f"prompt {number} has a token outside 0 to {config.vocab_size - 1}, which the model lacks")
         if config.positions == "learned" and len(prompt) + n > config.context:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and {n} are to follow, but this model has learned positions for "
-                f"{config.context}; ask for at most {max(config.context - len(prompt), 0)} tokens, or shorten the prompt"
+                f"prompt {number} has {len(prompt)} tokens and {n} are to follow, but this model has learned positions "
+                f"for {config.context}; ask for fewer tokens, or shorten the prompt"
             )

@@ -1,4 +1,4 @@
-"""Training. Step `n` is a pure function of (weights, optimizer state, config, n): no iterator, no random state to carry.
+"""Training. Step `n` is a pure function of (weights, optimizer state, config, n): no iterator, no random state.
 
 So a run that was interrupted goes on bit for bit as if it had not been, and runs with one seed see the same batches
 whatever their mechanism is.
@@ -160,15 +160,13 @@ class Trainer:
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The parts of step `step` that are accumulated, each (x, y)."""
         train = self.config.train
-        x, y = self.corpus.batch(
-            self.config.seed, step, train.batch_size * train.accumulate, self.config.model.context
-        )
+        x, y = self.corpus.batch(self.config.seed, step, train.batch_size * train.accumulate, self.config.model.context)
         x, y = x.to(self.device), y.to(self.device)
         return list(zip(x.chunk(train.accumulate), y.chunk(train.accumulate), strict=True))
 
 
 def train_step(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
-    """One optimizer step, number `step` from 0. Returns (mean loss, gradient norm before clipping), not yet waited for."""
+    """One optimizer step, number `step` from 0. Returns (mean loss, gradient norm before clipping)."""
     config, model = trainer.config.train, trainer.model
     seed_random_state(trainer.config.seed, step)
     total = torch.zeros((), device=trainer.device)
@@ -221,7 +219,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(there[min(1, len(there) - 1)])
     if name not in there:
-        raise UserError(f"the device {name!r} is not there: this machine has {', '.join(there)}; name one of them or 'auto'")
+        raise UserError(f"the device {name!r} is not there: allowed here are auto, {', '.join(there)}")
     return torch.device(name)
 
 
@@ -268,7 +266,6 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
     config = trainer.config.train
     began = time.perf_counter() - log.seconds
     fresh: list[tuple[Tensor, Tensor]] = []  # (loss, norm) of steps whose numbers have not been looked at
-    auxiliary: Mapping[str, list[Any]] = {}
     trainer.model.train()
     while log.step < config.steps and not stop.is_set():
         started = time.perf_counter()
@@ -394,7 +391,7 @@ def _accelerator(device: torch.device) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is global, and an earlier run may have had another device
+    AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run's device
     if device.index is not None:
         torch.cuda.set_device(device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", device_placement=False)

@@ -140,6 +140,5 @@ def _shakespeare() -> str:
 
 
 def _gather(tokens: Tensor, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
-    rows = torch.from_numpy(starts)[:, None] + torch.arange(context + 1)
-    both = tokens[rows].long()
+    both = tokens.unfold(0, context + 1, 1)[torch.from_numpy(starts)].long()
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()

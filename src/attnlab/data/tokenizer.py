@@ -36,8 +36,8 @@ class CharTokenizer:
         if not known.all():
             at = int(np.argmin(known))
             raise UserError(
-                f"the character {text[at]!r} (number {at + 1} of the text) is not among the {self.vocab_size} characters "
-                f"this model knows ({_sample(self.chars)}); leave it out or train on text that has it"
+                f"the character {text[at]!r} (number {at + 1} of the text) is not among the {self.vocab_size} "
+                f"characters this model knows ({_sample(self.chars)}); leave it out or train on text that has it"
             )
         return ids
 

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attnlab import attention, checkpoint, data
+from attnlab.checkpoint import RunFolder
+from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.model import Decoder
+from attnlab.results import RunResult
+from attnlab.spec import UserError
+
+CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
+MODEL = ModelConfig(vocab_size=CORPUS.vocab_size, context=16, n_layers=1, d_model=16, n_heads=2)
+CONFIG = RunConfig(name="tiny", model=MODEL, data=DataConfig(source="text:mine"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", CONFIG, CORPUS)
+
+
+def fill(folder: RunFolder, *steps: int) -> nn.Module:
+    model = nn.Linear(3, 2)
+    for step in steps:
+        folder.save(step, model, {"adamw/weight/exp_avg": torch.full((2, 3), float(step))}, {"seconds": 1.5})
+    return model
+
+
+def names(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir()}
+
+
+def test_create_and_open(folder):
+    assert names(folder.path) == {"run.json", "tokenizer.json"}
+    again = RunFolder.open(folder.path)
+    assert again.config == CONFIG and again.about["data"]["fingerprint"] == CORPUS.fingerprint
+    assert again.about["format"] == 1 and "python" in again.about["environment"]
+    assert again.tokenizer().chars == CORPUS.tokenizer.chars
+    assert again.result() is None and again.metrics() == [] and again.newest() is None
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        again.load()
+
+
+def test_save_and_load(folder):
+    model = fill(folder, 5, 10, 15)
+    assert folder.steps() == [10, 15] and folder.newest() == 15  # the newest two
+    assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000010", "step-00000015"}
+    assert names(folder.path / "step-00000015") == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    step, weights, optimizer, state = folder.load()
+    assert step == 15 and state == {"step": 15, "seconds": 1.5}
+    assert torch.equal(weights["weight"], model.weight) and torch.equal(weights["bias"], model.bias)
+    assert optimizer["adamw/weight/exp_avg"].unique().tolist() == [15.0]
+    assert folder.load(10).optimizer["adamw/weight/exp_avg"].unique().tolist() == [10.0]
+    with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 15"):
+        folder.load(5)
+
+
+def test_metrics(folder):
+    for step in range(1, 5):
+        folder.log({"step": step, "loss": float("nan") if step == 4 else step / 3})
+    assert folder.metrics()[2] == {"step": 3, "loss": 1.0} and folder.metrics()[3]["loss"] is None
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a crash
+    assert [record["step"] for record in folder.metrics()] == [1, 2, 3, 4]
+    (folder.path / ".step-00000004").mkdir()
+    (folder.path / ".gitignore").touch()
+    folder.forget_after(2)
+    folder.log({"step": 3})
+    assert [record["step"] for record in folder.metrics()] == [1, 2, 3]
+    assert names(folder.path) == {"run.json", "tokenizer.json", "metrics.jsonl", ".gitignore"}
+    (folder.path / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not JSON"):
+        folder.metrics()
+
+
+def test_result(folder):
+    result = RunResult(name="tiny", mechanism="mha", seed=0, key=CONFIG.key, curve=[[1, 2.5]])
+    folder.write_result(result)
+    assert folder.result() == result
+
+
+@pytest.mark.parametrize("name", attention.names())
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_comes_back(tmp_path, name, tied):
+    config = replace(CONFIG, model=replace(MODEL, mechanisms=(name,), tied=tied, context=32, ff="moe"))
+    folder = RunFolder.create(tmp_path, config, CORPUS)
+    model = Decoder(config.model).eval()
+    folder.save(1, model, {}, {})
+    again, found = checkpoint.load_model(tmp_path)
+    assert found == config and not again.training
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens)[0], model(tokens)[0])
+    # a tied matrix is stored, and stays, one
+    stored = sum(tensor.numel() for key, tensor in folder.load_weights().items() if key in dict(model.named_parameters()))
+    assert stored == model.parameter_count() == again.parameter_count()
+
+
+def test_tied_weights_under_two_names():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    one, other = Tied(), Tied()
+    assert list(checkpoint.weights(one)) == ["embed.weight"]
+    checkpoint.load_weights(other, checkpoint.weights(one))
+    assert torch.equal(other.head.weight, one.embed.weight) and other.head.weight is other.embed.weight
+
+
+def test_weights_of_another_model_are_refused():
+    model = nn.Linear(3, 2)
+    for tensors, said in (
+        ({"weight": torch.zeros(2, 3)}, "bias"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "weight"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "gate": torch.zeros(1)}, "gate"),
+    ):
+        with pytest.raises(UserError, match=f"does not fit the model: names or shapes differ at {said}"):
+            checkpoint.load_weights(model, tensors)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_optimizer_state_comes_back(kind):
+    def make() -> tuple[nn.Module, dict[str, torch.optim.Optimizer]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+        return model, {"it": kind(model.parameters(), lr=0.1)}
+
+    def advance(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        model(torch.ones(5, 3)).square().sum().backward()
+        optimizers["it"].step()
+        optimizers["it"].zero_grad()
+
+    model, optimizers = make()
+    advance(model, optimizers)
+    fresh, blank = make()
+    checkpoint.load_weights(fresh, checkpoint.weights(model))
+    tensors = {key: value.clone() for key, value in checkpoint.optimizer_tensors(model, optimizers).items()}
+    assert tensors and all(key.startswith(("it/0.weight/", "it/1.weight/")) for key in tensors)
+    checkpoint.load_optimizer_tensors(fresh, blank, tensors)
+    advance(model, optimizers)
+    advance(fresh, blank)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+    with pytest.raises(UserError, match="'2.weight' of 'it'"):
+        checkpoint.load_optimizer_tensors(fresh, blank, {"it/2.weight/exp_avg": torch.zeros(1)})
+
+
+def test_folders_that_are_taken(folder, tmp_path):
+    with pytest.raises(UserError, match="already holds this run; add --resume"):
+        RunFolder.create(folder.path, replace(CONFIG, name="renamed"), CORPUS)
+    other = replace(CONFIG, seed=7, train=TrainConfig(lr=0.5))
+    for make in (RunFolder.create, RunFolder.resume):
+        with pytest.raises(UserError, match=r"another run \(train\.lr 0\.001 there, 0\.5 given; seed 0 there, 7 given\)"):
+            make(folder.path, other, CORPUS)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    for taken in (tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
+        with pytest.raises(UserError, match="not a run folder"):
+            RunFolder.create(taken, CONFIG, CORPUS)
+    with pytest.raises(UserError, match="cannot be made"):
+        RunFolder.create(tmp_path / "notes" / "mine.txt" / "deeper", CONFIG, CORPUS)
+    assert names(tmp_path / "notes") == {"mine.txt"}
+
+
+def test_a_difference_in_options_is_told(tmp_path):
+    made = replace(CONFIG, model=replace(MODEL, mechanisms=("mla",)))
+    RunFolder.create(tmp_path, made, CORPUS)
+    with pytest.raises(UserError, match=r"model\.options \{\} there, \{'mla': \{'kv_rank': 8\}\} given"):
+        RunFolder.resume(tmp_path, replace(made, model=replace(made.model, options={"mla": {"kv_rank": 8}})), CORPUS)
+
+
+def test_resume_needs_the_same_text(folder):
+    assert RunFolder.resume(folder.path, CONFIG, CORPUS).config == CONFIG
+    changed = data.from_text("to be or not to be, that is the question\n" * 21, "mine")
+    with pytest.raises(UserError, match="text of 'mine' is not what"):
+        RunFolder.resume(folder.path, CONFIG, changed)
+
+
+def test_folders_that_are_no_runs(folder, tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no run\.json"):
+        RunFolder.open(tmp_path)
+    about = folder.path / "run.json"
+    held = json.loads(about.read_text())
+    for content, said in (
+        ({**held, "format": 2}, "format 2, but this version reads format 1"),
+        ([], "format None"),
+        ({"format": 1}, "lacks parts of the config"),
+        ({**held, "config": {**held["config"], "sead": 1}}, "'sead'.*'seed'"),
+    ):
+        about.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            RunFolder.open(folder.path)
+    about.write_text('{"format": 1, "conf')
+    with pytest.raises(UserError, match=r"run\.json is not readable JSON"):
+        RunFolder.open(folder.path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["half", "empty", "missing", "noise"])
+def test_a_damaged_checkpoint_is_named_and_so_is_the_way_out(folder, file, damage):
+    fill(folder, 5, 10)
+    path = folder.path / "step-00000010" / file
+    content = path.read_bytes()
+    path.write_bytes({"half": content[: len(content) // 2], "noise": b"\xff" * len(content)}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match=rf"step-00000010/{file} is damaged .*delete the folder step-00000010 .*step 5"):
+        folder.load()
+    shutil.rmtree(path.parent)
+    assert folder.load().step == 5
+    (folder.path / "step-00000005" / file).write_bytes(b"")
+    with pytest.raises(UserError, match="there is no earlier one"):
+        folder.load()
+
+
+def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
+    fill(folder, 5)
+    write = checkpoint._write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "state.json":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(UserError, match=r"cannot write .*step-00000010: the disk is full; free space"):
+        fill(folder, 10)
+    assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
+    monkeypatch.setattr(checkpoint, "_write", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fill(folder, 10)
+    assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
+
+
+LIMITED = """
+import resource, signal, sys, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails as on a full disk
+from attnlab.checkpoint import RunFolder
+folder = RunFolder.open(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    folder.save(10, torch.nn.Linear(100, 100), {}, {})
+except ValueError as error:
+    print(error)
+try:
+    for step in range(10_000):
+        folder.log({"step": step})
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_disk_that_is_really_full(folder):
+    fill(folder, 5)
+    command = [sys.executable, "-c", LIMITED, str(folder.path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2 and all("disk is full; free space" in line for line in said)
+    assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005", "metrics.jsonl"}
+    folder.forget_after(5)  # the line that was cut short
+    assert [record["step"] for record in folder.metrics()] == [0, 1, 2, 3, 4, 5]
