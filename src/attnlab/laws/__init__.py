@@ -109,10 +109,13 @@ def check_module(
     d_model: width D of its input, unless its attributes tell. call: `(module, x) -> y`, unless it is `module(x)`.
     build: makes a fresh module of the same shape. Raises `UserError` where the module cannot be called at all.
     """
-    name = name or type(module).__name__
-    chosen = _chosen(laws)
-    s = subject(module, name=name, d_model=d_model, call=call, build=build)
-    return [_judge(law, name, [("", s)]) for law in chosen]
+    s = subject(module, name=name or type(module).__name__, d_model=d_model, call=call, build=build)
+    return check_subject(s, laws)
+
+
+def check_subject(s: Subject, laws: Sequence[str] | None = None) -> list[LawResult]:
+    """The same for a module that is already prepared."""
+    return [_judge(law, s.name, [("", s)]) for law in _chosen(laws)]
 
 
 def check_attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import load, save
-from .subject import Broken, NotApplicable, Subject, accepts, by, finite, movement, same, scale, shaken, span
+from .subject import Broken, NotApplicable, Subject, accepts, by, finite, movement, same, scale, seeded, shaken, span
 
 
 def causality(s: Subject) -> str:
@@ -23,13 +23,14 @@ def causality(s: Subject) -> str:
         for length in s.lengths:
             x = s.x(length)
             y = s(x, module).detach()
-            worst, pair = s.tolerance * scale(y), None
-            for later, changed in _changes(x):
-                moved = movement(s(changed, module), y)[:later]
-                if len(moved) and float(moved.max()) > worst:
-                    worst, pair = float(moved.max()), (int(moved.argmax()), later)
-            if pair:
-                raise Broken(f"{when}output {pair[0]} {by(worst)} when token {pair[1]} changes ({length} tokens)")
+            for size in (1.0, 0.01, 100.0):
+                worst, pair = s.tolerance * scale(y), None
+                for later, changed in _changes(x, size):
+                    moved = movement(s(changed, module), y)[:later]
+                    if float(moved.max()) > worst:
+                        worst, pair = float(moved.max()), (int(moved.argmax()), later)
+                if pair:
+                    raise Broken(f"{when}output {pair[0]} {by(worst)} when token {pair[1]} changes ({length} tokens)")
         length = max(n for n in s.lengths if n <= 13 or n == s.lengths[0])
         for token, gradient in _gradients(s, module, s.x(length)):
             worst = float(gradient[token + 1 :].max()) if token + 1 < length else 0.0
@@ -39,22 +40,19 @@ def causality(s: Subject) -> str:
     return f"no output moves when a later token changes, up to {s.lengths[-1]} tokens, in value or in gradient"
 
 
-def _changes(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(the first changed token, changed x): single tokens by several sizes, and for long sequences everything after.
+def _changes(x: Tensor, size: float) -> Iterator[tuple[int, Tensor]]:
+    """(the first changed token, changed x): single tokens, and for long sequences, now and then, everything after.
 
-    Changes as well as gradients, because choosing the best k has no gradient.
+    Changes as well as gradients, because choosing the best k has no gradient; of several sizes, because a choice may
+    only tip for large ones.
     """
     length = x.shape[1]
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    for later in range(1, length):
-        single = length <= 13
-        if not single and later % max(1, length // 40):
-            continue
-        for size in (0.01, 1.0, 100.0) if single else ((0.1, 1.0, 30.0)[later % 3],):
-            changed = x.clone()
-            until = later + 1 if single else length
-            changed[:, later:until] += size * noise[:, later:until]
-            yield later, changed
+    noise = size * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    for first in range(1, length) if length <= 13 else range(1, length, max(3, length // 13)):
+        changed = x.clone()
+        until = first + 1 if length <= 13 else length
+        changed[:, first:until] += noise[:, first:until]
+        yield first, changed
 
 
 def _gradients(s: Subject, module: nn.Module, x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -73,7 +71,7 @@ def _gradients(s: Subject, module: nn.Module, x: Tensor) -> Iterator[tuple[int, 
 
 def training(s: Subject) -> tuple[tuple[nn.Module, str], ...]:
     """The module in training mode, where it can be called so on its own: statistics may leak there and nowhere else."""
-    module = copy.deepcopy(s.module).train()
+    module = s.fresh().module.train()
     try:
         s(s.x(s.lengths[-1]), module)
     except Exception:
@@ -112,7 +110,7 @@ def mixing(s: Subject) -> str:
 
 def no_dead_parameters(s: Subject) -> str:
     """Every trainable parameter gets a gradient, and no large part of a projection goes without."""
-    module = copy.deepcopy(s.module).train()
+    module = s.fresh().module.train()
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise NotApplicable("it has no trainable parameter")
@@ -162,7 +160,7 @@ def batch_independence(s: Subject) -> str:
 
 def determinism(s: Subject) -> str:
     """The same input gives the same output, whatever was asked in between, and is itself left alone."""
-    module = copy.deepcopy(s.module)
+    module = s.fresh().module
     x = s.x()
     kept = x.clone()
     y = s.answer(module, x)
@@ -196,7 +194,8 @@ def save_and_load(s: Subject) -> str:
     """A fresh module that loads the saved parameters gives the same output; so does a saved and loaded cache."""
     x = s.x()
     y = s(x)
-    fresh = shaken(s.build() if s.build else copy.deepcopy(s.module), seed=11).to(s.dtype).eval()
+    with seeded(11):
+        fresh = shaken(s.build() if s.build else copy.deepcopy(s.module), seed=11).to(s.dtype).eval()
     file = io.BytesIO()
     torch.save(s.module.state_dict(), file)
     file.seek(0)
@@ -210,7 +209,6 @@ def save_and_load(s: Subject) -> str:
         path = Path(folder) / "cache.safetensors"
         save([cache], path)
         (loaded,) = load(path)
-    want, _ = s.feed(x[:, cut:], [1, 2], cache, start=cut)
     got, _ = s.feed(x[:, cut:], [1, 2], loaded, start=cut)
-    same(got, want, 0, "decoding on from a saved and loaded cache")
-    return "module and cache are equal to the last bit after a round trip"
+    same(got, y[:, cut:], s.tolerance, "decoding on from a saved and loaded cache")
+    return "equal after a round trip, and decoding goes on from a loaded cache"

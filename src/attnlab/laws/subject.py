@@ -63,17 +63,18 @@ class Subject:
 
     def fresh(self) -> Subject:
         """The same question put to a copy, so that what one law does to a module is unknown to the next."""
-        return dataclasses.replace(self, module=copy.deepcopy(self.module))
+        module = duplicate(self.module, self.build).to(self.dtype).eval()
+        return dataclasses.replace(self, module=module)
 
     # What follows needs the interface.
 
     @property
     def config(self) -> AttentionConfig:
-        return self.module.config
+        return self.module.config  # type: ignore[return-value]
 
     def variant(self, **changes: Any) -> nn.Module:
         """The same parameters under a changed config."""
-        module = type(self.module)(dataclasses.replace(self.config, **changes)).to(self.dtype).eval()  # type: ignore[call-arg]
+        module = type(self.module)(dataclasses.replace(self.config, **changes)).to(self.dtype).eval()
         module.load_state_dict(self.module.state_dict())
         return module
 
@@ -138,10 +139,10 @@ def subject(
     seed: int = 0,
 ) -> Subject:
     """Prepare a copy of `module` for the laws: evaluation mode, parameters shaken, the best precision it runs in."""
-    module = shaken(copy.deepcopy(module), seed).eval()
+    module = shaken(duplicate(module, build), seed).eval()
     if call is None and speaks(module):
         config: AttentionConfig = module.config  # type: ignore[assignment]
-        longest = max(max(spec.every, spec.keep or 0) * spec.every for spec in specs(config.cache_spec))
+        longest = max(spec.every * (spec.keep or 1) for spec in specs(config.cache_spec))
         lengths = LENGTHS if 3 * longest < LENGTHS[-1] else (*LENGTHS, 3 * longest + 2)
         build = build or (lambda: type(module)(config))
         return Subject(name, module.double(), config.d_model, build=build, lengths=lengths)
@@ -158,6 +159,17 @@ def subject(
         if found:
             return dataclasses.replace(s, lengths=found)
     raise UserError(f"{name} cannot be called on x of shape [2, T, {width}]: {why}")
+
+
+def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Module:
+    """A module of its own with the same state: built anew where that can be, because a deep copy of a module that keeps
+    a closure over its parts still runs the original's."""
+    if build is None:
+        return copy.deepcopy(module)
+    with seeded(0):
+        made = build()
+    made.load_state_dict(module.state_dict())
+    return made
 
 
 def speaks(module: nn.Module) -> bool:
@@ -229,8 +241,9 @@ def accepts(s: Subject, length: int) -> bool:
 
 
 def movement(new: Tensor, old: Tensor) -> Tensor:
-    """How far each token's output moved, [T]; what stops being a number moved infinitely far."""
-    return (new - old).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax((0, 2)).detach()
+    """How far each token's output moved, [T]; what stops being a number, or starts to be one, moved infinitely far."""
+    moved = (new - old).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return moved.masked_fill(new.isnan() & old.isnan(), 0).amax((0, 2)).detach()
 
 
 def same(new: Tensor, old: Tensor, tolerance: float, what: str) -> None:
@@ -245,7 +258,8 @@ def same(new: Tensor, old: Tensor, tolerance: float, what: str) -> None:
 
 
 def scale(y: Tensor) -> float:
-    return float(y.detach().abs().max())
+    """The largest finite size."""
+    return float(y.detach().abs().nan_to_num(nan=0, posinf=0).max())
 
 
 def by(moved: Tensor | float) -> str:
