@@ -101,7 +101,9 @@ def test_a_model_comes_back(tmp_path, name, tied):
     with torch.no_grad():
         assert torch.equal(again(tokens)[0], model(tokens)[0])
     # a tied matrix is stored, and stays, one
-    stored = sum(tensor.numel() for key, tensor in folder.load_weights().items() if key in dict(model.named_parameters()))
+    stored = sum(
+        tensor.numel() for key, tensor in folder.load_weights().items() if key in dict(model.named_parameters())
+    )
     assert stored == model.parameter_count() == again.parameter_count()
 
 
@@ -151,7 +153,7 @@ def test_optimizer_state_comes_back(kind):
     advance(model, optimizers)
     advance(fresh, blank)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
-    with pytest.raises(UserError, match="'2.weight' of 'it'"):
+    with pytest.raises(UserError, match=r"'2\.weight' of 'it'"):
         checkpoint.load_optimizer_tensors(fresh, blank, {"it/2.weight/exp_avg": torch.zeros(1)})
 
 
@@ -160,7 +162,9 @@ def test_folders_that_are_taken(folder, tmp_path):
         RunFolder.create(folder.path, replace(CONFIG, name="renamed"), CORPUS)
     other = replace(CONFIG, seed=7, train=TrainConfig(lr=0.5))
     for make in (RunFolder.create, RunFolder.resume):
-        with pytest.raises(UserError, match=r"another run \(train\.lr 0\.001 there, 0\.5 given; seed 0 there, 7 given\)"):
+        with pytest.raises(
+            UserError, match=r"another run \(train\.lr 0\.001 there, 0\.5 given; seed 0 there, 7 given\)"
+        ):
             make(folder.path, other, CORPUS)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").touch()

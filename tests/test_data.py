@@ -51,7 +51,7 @@ def test_tokenizer_round_trip_beyond_ascii():
 def test_unknown_character_is_named(prompt, named):
     with pytest.raises(UserError, match=named):
         data.CharTokenizer.of("abc").encode(prompt)
-    with pytest.raises(UserError, match="'a'.* 0 characters"):
+    with pytest.raises(UserError, match=r"'a'.* 0 characters"):
         data.CharTokenizer("").encode("a")
 
 
@@ -118,7 +118,7 @@ def test_fingerprint_follows_ids_split_and_characters():
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("wikipedia", "'wikipedia'"), ("text:", "'text:'"), ("text:nowhere/at all.txt", "nowhere/at all.txt does not exist")],
+    [("wikipedia", "'wikipedia'"), ("text:", "'text:'"), ("text:not/there.txt", r"not/there\.txt does not exist")],
 )
 def test_unknown_source(source, said):
     with pytest.raises(UserError, match=said):

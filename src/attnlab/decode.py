@@ -120,7 +120,7 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
 def choose_token(
     logits: Tensor, draw: Tensor | None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """[B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B]. None: the likeliest."""
+    """[B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B]; None: the first."""
     if draw is None or temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)

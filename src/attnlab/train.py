@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import data, ops
 from .checkpoint import RunFolder, load_optimizer_tensors, load_weights, optimizer_tensors
 from .config import RunConfig, TrainConfig
-from .model import Decoder, flops_per_token
+from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError, need
 
@@ -146,7 +146,7 @@ class Trainer:
             config=config,
             corpus=corpus,
             model=model,
-            loss=torch.compile(model.loss) if config.train.compile else model.loss,
+            loss=_compiled(model.loss, device) if config.train.compile else model.loss,
             optimizers=dict(zip(optimizers, prepared, strict=True)),
             accelerator=accelerator,
             precision=find_precision(config.train.precision, device),
@@ -270,7 +270,7 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
     while log.step < config.steps and not stop.is_set():
         started = time.perf_counter()
         reports = _due(log.step + 1, config.log_every, config.steps)
-        with ops.record_losses() if reports else nullcontext({}) as auxiliary:
+        with _auxiliary_losses(reports) as auxiliary:
             fresh.append(train_step(trainer, log.step))
         log.step += 1
         log.steps += 1
@@ -292,6 +292,10 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
             _save(trainer, folder, log)
     _look(trainer, folder, log, fresh)
     _save(trainer, folder, log)
+
+
+def _auxiliary_losses(wanted: bool) -> AbstractContextManager[dict[str, list[Tensor]]]:
+    return ops.record_losses() if wanted else nullcontext({})
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -323,7 +327,7 @@ def _diverged(trainer: Trainer, folder: RunFolder, what: str, value: float, step
     )
 
 
-def _report(trainer: Trainer, folder: RunFolder, log: Log, auxiliary: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _report(trainer: Trainer, folder: RunFolder, log: Log, auxiliary: Mapping[str, list[Tensor]]) -> dict[str, Any]:
     config = trainer.config
     tokens = log.steps * config.train.batch_size * config.train.accumulate * config.model.context
     record = {
@@ -353,7 +357,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
     train_curve = [[r["step"], r["loss"]] for r in records if "loss" in r]
     timed = [r for r in records if "tokens_per_s" in r]
     rates = [r["tokens_per_s"] for r in timed if "warm_up" not in r] or [r["tokens_per_s"] for r in timed]
-    specs = [layer.attention.config.cache_spec for layer in model.layers]
+    specs = [layer.cache_spec for layer in attention_configs(config.model)]
     context, train = config.model.context, config.train
     return RunResult(
         name=config.name,
@@ -401,6 +405,20 @@ def _accelerator(device: torch.device) -> Any:
             "start it without a launcher"
         )
     return accelerator
+
+
+def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "train.compile needs a C++ compiler, and none was found; install g++ or clang++, or leave it off"
+            ) from None
+    return torch.compile(loss)
 
 
 def _bare(optimizers: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:

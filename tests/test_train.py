@@ -1,0 +1,438 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from attnlab import attention, checkpoint, data, ops
+from attnlab.checkpoint import RunFolder
+from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.decode import sample_run
+from attnlab.spec import UserError
+from attnlab.train import (
+    Diverged,
+    Trainer,
+    find_device,
+    find_precision,
+    learning_rate,
+    make_optimizers,
+    resolve,
+    train,
+    train_step,
+    validate,
+)
+
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
+MODEL = ModelConfig(context=32, n_layers=2, d_model=16, n_heads=2)
+TRAIN = TrainConfig(
+    steps=12,
+    batch_size=2,
+    warmup=2,
+    log_every=3,
+    eval_every=4,
+    eval_batches=2,
+    save_every=5,
+    precision="fp32",
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "pangrams.txt"
+    path.write_text(TEXT)
+    return f"text:{path}"
+
+
+@pytest.fixture
+def config(text) -> RunConfig:
+    return RunConfig(name="tiny", model=MODEL, data=DataConfig(source=text), train=TRAIN, seed=3)
+
+
+def with_model(config: RunConfig, **fields) -> RunConfig:
+    return replace(config, model=replace(config.model, **fields))
+
+
+def with_train(config: RunConfig, **fields) -> RunConfig:
+    return replace(config, train=replace(config.train, **fields))
+
+
+def interrupt_at(step: int):
+    """A listener through which the process gets a real signal once `step` is reported."""
+
+    def listen(event: dict) -> None:
+        if event["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return listen
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+CASES = [
+    *[pytest.param({"mechanisms": (name,)}, {}, id=name) for name in attention.names()],
+    pytest.param({"dropout": 0.3}, {}, id="dropout"),
+    pytest.param({"dropout": 0.3, "ff": "moe", "balance": "bias"}, {"optimizer": "muon"}, id="muon"),
+    pytest.param({"dropout": 0.3, "tied": False}, {"precision": "bf16", "accumulate": 2}, id="bf16"),
+]
+
+
+@pytest.mark.parametrize(("model", "training"), CASES)
+def test_resumed_equals_uninterrupted(config, tmp_path, model, training):
+    config = with_train(with_model(config, **{"dropout": 0.1, **model}), **{"log_every": 7, **training})
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt, match="after step 7"):
+        train(config, tmp_path / "parts", progress=interrupt_at(7))
+    parts = RunFolder.open(tmp_path / "parts")
+    assert parts.newest() == 7 and parts.result().status == "interrupted"
+    result = train(config, tmp_path / "parts", resume=True)
+
+    one, other = RunFolder.open(tmp_path / "whole").load(), parts.load()
+    assert one.step == other.step == 12
+    assert same(one.model, other.model) and one.optimizer and same(one.optimizer, other.optimizer)
+    assert result.status == "done" and result.curve == whole.curve and result.train_curve == whole.train_curve
+
+
+def test_killed_without_warning(config, tmp_path):
+    """SIGKILL after the checkpoint of step 5: what came after it is done again, to the same end."""
+    script = (
+        "import json, os, signal, sys\n"
+        "from attnlab.config import RunConfig, from_dict\n"
+        "from attnlab.train import train\n"
+        "stop = lambda event: event['step'] == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train(from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2], progress=stop)\n"
+    )
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(to_dict(config)), str(out)], timeout=120)
+    folder = RunFolder.open(out)
+    assert done.returncode == -signal.SIGKILL and folder.newest() == 5 and folder.metrics()[-1]["step"] == 8
+    whole, again = train(config, tmp_path / "whole"), train(config, out, resume=True)
+    assert (again.curve, again.train_curve) == (whole.curve, whole.train_curve)
+    assert same(folder.load().model, RunFolder.open(tmp_path / "whole").load().model)
+    steps = [record["step"] for record in folder.metrics()]
+    assert steps == sorted(steps)
+
+
+def test_a_run_tells_everything(config, tmp_path):
+    events: list[dict] = []
+    config = with_model(config, mechanisms=("sliding", "mla"), options={"mla": {"kv_rank": 12}})
+    result = train(config, tmp_path, progress=events.append)
+    folder = RunFolder.open(tmp_path)
+    assert folder.result() == result and folder.steps() == [10, 12]
+    assert result.key == folder.config.key == resolve(config)[0].key
+    assert (result.status, result.mechanism, result.seed) == ("done", "sliding+mla", 3)
+    assert result.options == {"mla": {"kv_rank": 12}}
+    assert (result.steps, result.tokens, result.context) == (12, 12 * 2 * 32, 32)
+    assert [step for step, _ in result.train_curve] == [3, 6, 9, 12] == [e["step"] for e in events if "loss" in e]
+    assert [step for step, _ in result.curve] == [4, 8, 12] == [e["step"] for e in events if "val_loss" in e]
+    assert result.val_loss == result.curve[-1][1] and result.best_val_loss == min(loss for _, loss in result.curve)
+    assert result.train_loss == result.train_curve[-1][1] < result.train_curve[0][1]
+
+    model, _ = checkpoint.load_model(tmp_path)
+    specs = [layer.attention.config.cache_spec for layer in model.layers]
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    assert result.floats_per_token == specs[1].per_token == 12 + 4  # the ring costs nothing more
+    assert result.cache_bytes == 4 * (specs[0].floats(32) + specs[1].floats(32))
+    assert result.flops_per_token > 0 and result.peak_bytes > 2**20 and result.threads == torch.get_num_threads()
+    assert result.precision == "fp32" and result.device == "cpu" and result.impl == "sdpa"
+    logged = [record for record in folder.metrics() if "loss" in record]
+    assert [record.get("warm_up") for record in logged] == [True, None, None, None]
+    assert result.tokens_per_s == sorted(record["tokens_per_s"] for record in logged[1:])[1]
+    assert [record["lr"] for record in logged] == [learning_rate(config.train, step) for step in (2, 5, 8, 11)]
+    assert all(record["grad_norm"] > 0 for record in logged)
+
+
+def test_auxiliary_losses_are_logged_and_learnt(config, tmp_path):
+    config = with_model(config, mechanisms=("msla",), ff="moe")
+    train(config, tmp_path)
+    logged = [record for record in RunFolder.open(tmp_path).metrics() if "loss" in record]
+    assert all(record["indexer"] > 0 and record["balance"] > 0.9 for record in logged)
+
+
+def test_the_same_seed_means_the_same_batches_for_every_mechanism(config):
+    seen = []
+    for name in attention.names():
+        resolved, corpus = resolve(with_model(config, mechanisms=(name,)))
+        seen.append([x for step in (0, 11) for x, _ in Trainer.of(resolved, corpus).batch(step)])
+    assert all(torch.equal(a, b) for parts in seen[1:] for a, b in zip(parts, seen[0], strict=True))
+
+
+@pytest.mark.parametrize("name", ["msla", "mka"])  # one with a loss of its own beside the model's, one without
+def test_two_half_batches_equal_one_batch(config, name):
+    whole = with_train(with_model(config, mechanisms=(name,)), batch_size=4)
+    halves = with_train(whole, batch_size=2, accumulate=2)
+    trained = []
+    for each in (whole, halves):
+        trainer = Trainer.of(*resolve(each))
+        trainer.model.double()
+        results = [train_step(trainer, step) for step in range(4)]
+        trained.append([*trainer.model.parameters(), *(value.double() for pair in results for value in pair)])
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_training_leaves_the_callers_random_numbers_and_signals_alone(config, tmp_path):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(with_model(config, dropout=0.2), tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_results_do_not_depend_on_the_callers_random_state(config, tmp_path):
+    one = train(config, tmp_path / "one")
+    torch.rand(7)
+    assert train(config, tmp_path / "two").curve == one.curve
+    assert train(replace(config, seed=4), tmp_path / "three").curve != one.curve
+
+
+def test_a_second_interrupt_does_not_wait(config, tmp_path):
+    def twice(event: dict) -> None:
+        if event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=twice)
+    assert RunFolder.open(tmp_path).newest() is None
+    assert train(config, tmp_path, resume=True).status == "done"  # from the start: nothing had been saved
+
+
+def test_it_trains_in_a_thread(config, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(config, tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].status == "done"
+
+
+def test_a_finished_run_is_not_done_again(config, tmp_path):
+    result = train(config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train(config, tmp_path, resume=True) == result
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match="--resume"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize("at", [7, 2])
+def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
+    """At step 7 there is a checkpoint of step 5; at step 2 there is none."""
+    from attnlab import train as module
+
+    honest = module.train_step
+
+    def poisoned(trainer: Trainer, step: int):
+        loss, norm = honest(trainer, step)
+        return (loss * math.nan if step + 1 >= at else loss), norm
+
+    monkeypatch.setattr(module, "train_step", poisoned)
+    kept = "the checkpoint of step 5 is kept" if at == 7 else "no checkpoint was written yet"
+    with pytest.raises(
+        Diverged, match=rf"loss became nan at step {at} of 12, and {kept}; .*train\.lr \(it is 0\.001\)"
+    ):
+        train(with_train(config, log_every=4), tmp_path)
+    folder = RunFolder.open(tmp_path)
+    result = folder.result()
+    assert result.status == "failed" and f"step {at}" in result.error
+    assert folder.steps() == ([5] if at == 7 else [])
+    monkeypatch.undo()
+    if at == 7:
+        assert all(tensor.isfinite().all() for tensor in folder.load().model.values())
+
+
+def test_a_rate_that_is_too_high_is_found_out(config, tmp_path):
+    with pytest.raises(Diverged, match=r"became (nan|inf) at step \d+ of 12"):
+        train(with_train(config, lr=1e30, warmup=0, clip=0.0), tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedules(schedule):
+    config = TrainConfig(steps=100, warmup=10, lr=1.0, min_lr=0.1, decay=0.2, schedule=schedule)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    if schedule == "cosine":
+        assert rates[55] == pytest.approx(0.55)
+    else:
+        assert rates[80] == 1.0 and rates[79] == 1.0 and rates[90] == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_one_optimizer_and_the_right_decay(config, optimizer, tied):
+    resolved, corpus = resolve(
+        with_train(with_model(config, tied=tied, ff="moe", mechanisms=("mka",)), optimizer=optimizer)
+    )
+    model = Trainer.of(resolved, corpus).model
+    optimizers = make_optimizers(resolved.train, model)
+    decays = {
+        id(p): (label, group["weight_decay"])
+        for label, each in optimizers.items()
+        for group in each.param_groups
+        for p in group["params"]
+    }
+    assert len(decays) == len(list(model.parameters()))
+    assert sum(len(g["params"]) for each in optimizers.values() for g in each.param_groups) == len(decays)
+    for name, parameter in model.named_parameters():
+        outer = name in ("embed.weight", "head.weight") or parameter.ndim != 2
+        label = "muon" if optimizer == "muon" and not outer else "adamw"
+        assert decays[id(parameter)] == (label, 0.1 if parameter.ndim >= 2 else 0.0), name
+
+
+def test_weights_stay_float32_in_bf16(config):
+    trainer = Trainer.of(*resolve(with_train(config, precision="bf16")))
+    before = validate(trainer)
+    losses = [train_step(trainer, step)[0].item() for step in range(12)]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses[-1] < losses[0] and validate(trainer) < before
+    full = Trainer.of(*resolve(config))
+    assert losses[0] == pytest.approx(train_step(full, 0)[0].item(), rel=2e-3)
+
+
+def test_validation_is_the_mean_over_fixed_windows(config):
+    trainer = Trainer.of(*resolve(config))
+    x, y = trainer.corpus.windows(4, 32)
+    with torch.no_grad():
+        logits, _ = trainer.model(x)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert validate(trainer) == pytest.approx(expected, rel=1e-6) and validate(trainer) == validate(trainer)
+
+
+INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # what importing it says about itself
+
+
+COMPILE = """
+import json, sys
+from dataclasses import replace
+from attnlab.checkpoint import RunFolder
+from attnlab.config import RunConfig, from_dict
+from attnlab.train import train
+config = from_dict(RunConfig, json.loads(sys.argv[1]))
+losses = []
+for compiled in (False, True):
+    out = f"{sys.argv[2]}/{compiled}"
+    losses.append(train(replace(config, train=replace(config.train, steps=3, compile=compiled)), out).train_loss)
+    losses.append(sorted(RunFolder.open(out).load().model))
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_learns_the_same(config, tmp_path):
+    """In a process of its own: the checks of shapes that the tests switch on cannot be compiled."""
+    command = [sys.executable, "-c", COMPILE, json.dumps(to_dict(config)), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    plain, names, compiled, compiled_names = json.loads(done.stdout)
+    assert compiled == pytest.approx(plain, rel=1e-4) and compiled_names == names
+
+
+@pytest.mark.filterwarnings(INDUCTOR)
+def test_compiling_without_a_compiler(config, tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        train(with_train(config, compile=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_vocabulary_grows_to_fit_the_text(config):
+    resolved, corpus = resolve(with_model(config, vocab_size=3))
+    assert resolved.model.vocab_size == corpus.vocab_size == 29
+    assert resolve(with_model(config, vocab_size=64))[0].model.vocab_size == 64
+
+
+def test_bad_input_writes_nothing(config, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    cases = [
+        (with_model(config, mechanisms=("mhaa",)), "unknown mechanism 'mhaa'"),
+        (with_train(config, device="tpu"), "the device 'tpu' is not there: allowed here are auto, cpu"),
+        (with_train(config, device="cuda:99"), "the device 'cuda:99' is not there"),
+        (with_model(config, context=200), "the validation part of .* has 102 tokens, but one window of context 200"),
+        (replace(config, data=DataConfig(source="text:nowhere.txt")), "nowhere.txt does not exist"),
+        (replace(config, seed=-1), "the seed is -1"),
+    ]
+    for bad, said in cases:
+        with pytest.raises(UserError, match=said):
+            train(bad, out)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UserError, match=r"pip install 'attnlab\[train\]'"):
+        train(config, out)
+    assert not out.exists()
+
+
+def test_launched_as_several_processes_is_refused(config, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(UserError, match="started as 2 processes"):
+        train(config, tmp_path)
+
+
+def test_a_damaged_checkpoint_stops_a_resume(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=interrupt_at(6))
+    model = tmp_path / "step-00000006" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*go on from step 5"):
+        train(config, tmp_path, resume=True)
+
+
+def test_precision_and_device_that_are_there():
+    assert find_device("cpu") == torch.device("cpu") and find_device("auto").type in ("cpu", "cuda", "mps")
+    able = torch.cpu.get_capabilities()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    assert find_precision("auto", torch.device("cpu")) == ("bf16" if fast else "fp32")
+    assert find_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize("name", attention.names())
+def test_a_trained_run_is_sampled(config, tmp_path, name):
+    train(with_train(with_model(config, mechanisms=(name,)), steps=1), tmp_path)
+    pieces: dict[int, str] = {0: "", 1: ""}
+
+    def hear(number: int, piece: str) -> None:
+        pieces[number] += piece
+
+    out = sample_run(tmp_path, ["the quick ", "pack"], 9, seed=2, device="cpu", on_text=hear)
+    assert out.texts == [pieces[0], pieces[1]] and [len(text) for text in out.texts] == [9, 9]
+    assert out.texts[1:] == sample_run(tmp_path, ["pack"], 9, seed=2, device="cpu").texts
+    assert out.tokens == 18 and out.tokens_per_s > 0 and out.step == 1 and out.mechanism == name
+    model, _ = checkpoint.load_model(tmp_path)
+    specs = [layer.attention.config.cache_spec for layer in model.layers]
+    assert out.cache_bytes == 4 * sum(spec.floats(length + 8) for spec in specs for length in (10, 4))
+    with pytest.raises(UserError, match="'Z'"):
+        sample_run(tmp_path, ["Z"], 9)
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        sample_run(tmp_path, [""], 9)
+
+
+def test_attention_maps_of_a_trained_run(config, tmp_path):
+    train(with_train(config, steps=1), tmp_path)
+    model, _ = checkpoint.load_model(tmp_path)
+    tokens = torch.tensor([data.from_text(TEXT).tokenizer.encode("the quick")])
+    with torch.no_grad(), ops.record_attention() as maps:
+        model(tokens)
+    assert [tuple(m.shape) for m in maps] == [(1, 2, 9, 9)] * 2
