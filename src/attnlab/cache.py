@@ -100,7 +100,7 @@ class Cache:
     def floats(self) -> int:
         """Floats that the tokens held occupy, over the batch: counted, to be compared with `spec.floats`."""
         live = int((self.positions[:, : self.capacity] >= 0).sum())
-        own = live * sum(t[0, 0].numel() for t in self.rows.values()) + sum(t.numel() for t in self.state.values())
+        own = live * sum(t.shape[2:].numel() for t in self.rows.values()) + sum(t.numel() for t in self.state.values())
         return own + sum(c.floats() for c in self.beside.values())
 
     def nbytes(self) -> int:

@@ -92,7 +92,7 @@ class Attention(mla.Attention):
         seen, cache = extend(cache, positions, **rows, index=index_k)
         scores, keep = self.select(still, seen, positions, mask)
         if self.training:
-            keep = keep | (self.calls < c.warmup)
+            keep = keep | ((self.calls < c.warmup) & (scores > -torch.inf))
             self.calls += torch.is_grad_enabled()
         if c.gathers(x.shape[1], seen.positions.shape[1]):
             y = self.mix(q, gather(seen, keep[:, 0], c.top_k), positions, replace(mask, plain=False))
