@@ -91,6 +91,52 @@ class Progress:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class Meter:
+    """For work that may be short: silent for two seconds, then one bar, or a line every ten seconds.
+
+    Call it with what is being done, how much of it is, and how much there is.
+    """
+
+    def __init__(self, title: str, *, console: Console | None = None, patience: float = 2.0) -> None:
+        from rich.console import Console
+
+        self.title, self.console, self.patience = title, console or Console(stderr=True), patience
+        self.spoken = time.monotonic()
+        self._bars: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - self.spoken < self.patience:
+            return
+        if not self.console.is_terminal:
+            self.spoken, self.patience = now, PATIENCE
+            self.console.print(f"{self.title}: {what}, {done}/{of}", highlight=False, markup=False, soft_wrap=True)
+            return
+        if self._bars is None:
+            self._bars = self._bar()
+        self._bars.update(self._task, description=f"{self.title}: {what}", completed=done, total=of)
+
+    def _bar(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self.patience = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        bars = Bars(*columns, console=self.console, transient=True)
+        self._task = bars.add_task(self.title, total=1)
+        bars.start()
+        return bars
+
+
 class _Run:
     def __init__(self, bar: Any, steps: int) -> None:
         self.bar, self.steps, self.counted = bar, steps, 0
