@@ -1,0 +1,98 @@
+"""What every mechanism says about itself: for `attnlab list`, and for the table in docs/mechanisms.md.
+
+Nothing is kept by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words are
+the class variables of each Config. Laws are declared here and proven elsewhere: `attnlab audit NAME` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+
+from . import attention
+from .spec import AttentionConfig, UserError
+
+SHAPE = {"d_model": 768, "n_heads": 12, "head_dim": 64}  # GPT-2's layer, with rotary positions
+TOKENS = 1024  # GPT-2's context
+
+
+def listing(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """One record per mechanism, in alphabetical order. A package that cannot be imported is listed with its error."""
+    return [_record(name) for name in (attention.names() if names is None else names)]
+
+
+def _record(name: str) -> dict[str, Any]:
+    try:
+        module = attention.module(name)
+        config: AttentionConfig = attention.config(name, **SHAPE)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in module.Attention(config).parameters())
+    except UserError as error:
+        return {"name": name, "error": str(error)}
+    spec = config.cache_spec
+    return {
+        "name": name,
+        "summary": config.summary,
+        "formula": config.formula,
+        "source": config.source,
+        "package": module.__name__.partition(".")[0],
+        "caches": config.caches,
+        "floats_per_token": spec.per_token,
+        "floats_at_context": spec.floats(TOKENS),
+        "parameters": parameters,
+        "impls": [*config.impls],
+        "modes": [*config.modes],
+        "rewinds": config.rewinds,
+        "breaks": [*config.breaks],
+        "options": _options(config),
+        "shape": {**SHAPE, "context": TOKENS},
+    }
+
+
+def _options(config: AttentionConfig) -> dict[str, Any]:
+    """The fields that this mechanism adds, with the values they take at `SHAPE`."""
+    common = {field.name for field in fields(AttentionConfig)}
+    added = [field for field in fields(config) if field.name not in common and field.default is not MISSING]
+    return {field.name: getattr(config, field.name) for field in added}
+
+
+def laws_in_words(record: dict[str, Any]) -> str:
+    return "all that apply" if not record["breaks"] else f"breaks {', '.join(record['breaks'])}"
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/mechanisms.md: one row per mechanism, then one line of mathematics each."""
+    head = [
+        "mechanism",
+        "what it does",
+        "floats/token",
+        f"cache at {TOKENS}",
+        "parameters",
+        "kernels",
+        "rewinds",
+        "laws",
+    ]
+    rows = [
+        [
+            f"**{r['name']}**",
+            r["summary"],
+            number(r["floats_per_token"]),
+            number(r["floats_at_context"]),
+            number(r["parameters"]),
+            ", ".join(r["impls"]),
+            "yes" if r["rewinds"] else "no",
+            laws_in_words(r),
+        ]
+        for r in records
+    ]
+    table = [head, ["---", "---", "---:", "---:", "---:", "---", "---", "---"], *rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    formulas = [f"- **{r['name']}**: `{r['formula']}`. Caches {r['caches']}. Source: {r['source']}." for r in records]
+    return "\n".join([*lines, "", *formulas]) + "\n"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
