@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any, Self
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 
 
 def find() -> str | None:
@@ -39,9 +47,12 @@ class Browser:
         words = [program, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         script = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'  # the protocol's pipes are descriptors 3 and 4
         self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", *words], pass_fds=(read_commands, write_answers),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["bash", "-c", script, "bash", *words],
+            pass_fds=(read_commands, write_answers),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read_commands)
         os.close(write_answers)
         self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -90,7 +101,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "the script failed"))
         return answer["result"].get("value")
@@ -118,7 +131,13 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def resize(self, width: int, height: int, *, phone: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
 
     def prefer(self, scheme: str) -> None:
@@ -126,7 +145,11 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"] if not whole else self._whole()
+        image = (
+            self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+            if not whole
+            else self._whole()
+        )
         path.write_bytes(base64.b64decode(image))
 
     def _whole(self) -> str:

@@ -64,20 +64,40 @@ def run(mechanism: str, seed: int, rng: random.Random, *, luck: float) -> RunRes
 
     def at(step: int, gap: float) -> float:
         decay = (4.17 - final) * (0.72 * math.exp(-step / pace) + 0.28 * math.exp(-step / (2.4 * pace)))
-        return final - gap + decay + rng.gauss(0, 0.003)
+        return final - gap + decay + 0.003 * math.sin(step / 90 + seed)
 
-    curve = [[step, round(at(step, 0.0), 4)] for step in range(0, STEPS, 100)] + [[STEPS, round(final, 4)]]
+    curve = [[step, round(at(step, at(STEPS, 0.0) - final), 4)] for step in range(0, STEPS, 100)] + [
+        [STEPS, round(final, 4)]
+    ]
     train = [[step, round(at(step, 0.05) + rng.gauss(0, 0.02), 4)] for step in range(10, STEPS + 1, 30)]
     cache = 4 * LAYERS * floats * slots
     rate = speed * (1 + 0.02 * rng.gauss(0, 1))
     return RunResult(
-        name="quick", mechanism=mechanism, seed=seed, key=f"{rng.getrandbits(48):012x}", parameters=parameters,
-        floats_per_token=float(LAYERS * floats if slots == CONTEXT else 0), cache_bytes=cache, flops_per_token=float(flops),
-        steps=STEPS, tokens=STEPS * 12 * CONTEXT, context=CONTEXT, train_loss=train[-1][1], val_loss=curve[-1][1],
-        best_val_loss=min(loss for _, loss in curve), tokens_per_s=rate, seconds=STEPS * 12 * CONTEXT / rate,
-        peak_bytes=410_000_000, precision="fp32", impl="sdpa", threads=2, device="cpu",
-        command=f"attnlab train quick --model.mechanisms {mechanism} --seed {seed}", curve=curve, train_curve=train,
-    )  # fmt: skip
+        name="quick",
+        mechanism=mechanism,
+        seed=seed,
+        key=f"{rng.getrandbits(48):012x}",
+        parameters=parameters,
+        floats_per_token=float(LAYERS * floats if slots == CONTEXT else 0),
+        cache_bytes=cache,
+        flops_per_token=float(flops),
+        steps=STEPS,
+        tokens=STEPS * 12 * CONTEXT,
+        context=CONTEXT,
+        train_loss=train[-1][1],
+        val_loss=curve[-1][1],
+        best_val_loss=min(loss for _, loss in curve),
+        tokens_per_s=rate,
+        seconds=STEPS * 12 * CONTEXT / rate,
+        peak_bytes=410_000_000,
+        precision="fp32",
+        impl="sdpa",
+        threads=2,
+        device="cpu",
+        command=f"attnlab train quick --model.mechanisms {mechanism} --seed {seed}",
+        curve=curve,
+        train_curve=train,
+    )
 
 
 def summary(cells: list[RunResult], mechanisms: list[str], baseline: str) -> list[dict[str, Any]]:
@@ -103,7 +123,9 @@ def laws(mechanisms: list[str]) -> list[LawResult]:
         for law, statement in LAWS.items():
             status, detail = "holds", ""
             if mechanism in ("sliding", "mka", "fast_mka") and law == "decode":
-                detail = "rewinding is not applicable: a ring or a running state cannot go back; the rest agrees to 3e-16"
+                detail = (
+                    "rewinding is not applicable: a ring or a running state cannot go back; the rest agrees to 3e-16"
+                )
             if mechanism == "latent_lookup" and law == "mixing":
                 status, detail = "broken", "no output moves by more than 0 when any earlier token changes"
             if mechanism == "latent_lookup" and law == "dead parameters":
@@ -119,51 +141,77 @@ def bench(mechanisms: list[str], rng: random.Random) -> list[BenchRecord]:
     for mechanism in mechanisms:
         _, parameters, floats, slots, speed, flops, floor, slope = MECHANISMS[mechanism]
         common: dict[str, Any] = {
-            "mechanism": mechanism, "impl": "sdpa", "dtype": "float32", "device": "cpu", "threads": 2, "repeats": 7,
+            "mechanism": mechanism,
+            "impl": "sdpa",
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 2,
+            "repeats": 7,
             "parameters": parameters,
-        }  # fmt: skip
+        }
         tokens = 12 * CONTEXT
         for kind, ms in (("train", 1000 * tokens / speed), ("prefill", 300 * tokens / speed)):
             base = 1000 * tokens / MECHANISMS["mha"][4] * (1 if kind == "train" else 0.3)
             found.append(
                 BenchRecord(
-                    kind=kind, context=CONTEXT, batch=12, ms=ms, ms_spread=[ms * 0.97, ms * 1.06],
-                    tokens_per_s=1000 * tokens / ms, peak_bytes=410_000_000 if kind == "train" else 96_000_000,
+                    kind=kind,
+                    context=CONTEXT,
+                    batch=12,
+                    ms=ms,
+                    ms_spread=[ms * 0.97, ms * 1.06],
+                    tokens_per_s=1000 * tokens / ms,
+                    peak_bytes=410_000_000 if kind == "train" else 96_000_000,
                     cache_bytes=None if kind == "train" else 4 * LAYERS * floats * slots * 12,
-                    flops=int(flops * tokens * (3 if kind == "train" else 1)), relative=ms / base, **common,
+                    flops=int(flops * tokens * (3 if kind == "train" else 1)),
+                    relative=ms / base,
+                    **common,
                 )
-            )  # fmt: skip
+            )
         for context in (64, 256, 1024, 4096):
             ways = {"expanded": (floor - 0.15, slope * 4.2), "absorbed": (floor, slope)} if mechanism == "mla" else {}
             for mode, (start, per_thousand) in (ways or {"": (floor, slope)}).items():
-                ms = (start + per_thousand * min(context, slots if slots < CONTEXT else context) / 1000) * rng.uniform(0.98, 1.02)
+                ms = (start + per_thousand * min(context, slots if slots < CONTEXT else context) / 1000) * rng.uniform(
+                    0.98, 1.02
+                )
                 base = MECHANISMS["mha"][6] + MECHANISMS["mha"][7] * context / 1000
                 found.append(
                     BenchRecord(
-                        kind="decode", mode=mode, context=context, batch=1, ms=ms,
-                        ms_spread=[ms * rng.uniform(0.93, 0.98), ms * rng.uniform(1.02, 1.1)], tokens_per_s=1000 / ms,
-                        peak_bytes=70_000_000, cache_bytes=4 * LAYERS * floats * min(context, slots if slots < CONTEXT else context),
-                        flops=int(flops), relative=ms / base, **common,
+                        kind="decode",
+                        mode=mode,
+                        context=context,
+                        batch=1,
+                        ms=ms,
+                        ms_spread=[ms * rng.uniform(0.93, 0.98), ms * rng.uniform(1.02, 1.1)],
+                        tokens_per_s=1000 / ms,
+                        peak_bytes=70_000_000,
+                        cache_bytes=4 * LAYERS * floats * min(context, slots if slots < CONTEXT else context),
+                        flops=int(flops),
+                        relative=ms / base,
+                        **common,
                     )
-                )  # fmt: skip
+                )
     return found
 
 
-def attention(mechanisms: list[str], tokens: list[str], rng: random.Random, layers: int = LAYERS) -> list[dict[str, Any]]:
+def attention(
+    mechanisms: list[str], tokens: list[str], rng: random.Random, layers: int = LAYERS
+) -> list[dict[str, Any]]:
     """Heads of the kinds that trained models grow: previous token, nearby, same character, word starts."""
     length = len(tokens)
+
+    def score(kind: int, q: int, k: int) -> float:
+        return (
+            5.0 * (q - k == 1),
+            (k - q) / 4,
+            4.0 if k and tokens[k - 1] == tokens[q] else 0.5 * (k == 0),
+            3.0 if tokens[k] in " \n" else (k - q) / 10,
+        )[kind]
 
     def head(kind: int, mechanism: str) -> list[list[float]]:
         rows = []
         for q in range(length):
             seen = range(max(0, q - 15) if mechanism == "sliding" else 0, q + 1)
-            score = {
-                0: lambda k: 5.0 if q - k == 1 else 0.0,
-                1: lambda k: -(q - k) / 4,
-                2: lambda k: 4.0 if k and tokens[k - 1] == tokens[q] else 0.5 * (k == 0),
-                3: lambda k: 3.0 if tokens[k] in " \n" else -0.1 * (q - k),
-            }[kind]
-            weights = {k: math.exp(score(k) + rng.gauss(0, 0.4)) for k in seen}
+            weights = {k: math.exp(score(kind, q, k) + rng.gauss(0, 0.4)) for k in seen}
             if mechanism == "msla":
                 best = sorted(weights, key=weights.__getitem__)[-12:]
                 weights = {k: weights[k] for k in best}
@@ -203,8 +251,14 @@ def make(
             if (name, seed) == failed:
                 cell = RunResult.from_dict(
                     cell.to_dict()
-                    | {"status": "failed", "val_loss": None, "best_val_loss": None, "tokens_per_s": None, "curve": cell.curve[:5]}
-                    | {"error": "the loss is NaN at step 431: the last good checkpoint is step 400; lower lr or raise clip"}
+                    | {
+                        "status": "failed",
+                        "val_loss": None,
+                        "best_val_loss": None,
+                        "tokens_per_s": None,
+                        "curve": cell.curve[:5],
+                    }
+                    | {"error": "the loss is NaN at step 431: the last good checkpoint is step 400; lower lr"}
                 )
             cells.append(cell)
     matched = {
@@ -216,28 +270,33 @@ def make(
         {
             "format": FORMAT,
             "preset": "quick",
-            "command": f"attnlab compare quick --mechanisms {','.join(names)} --seeds {len(seeds)} --match {match} --out {folder.name}",
+            "command": f"attnlab compare quick --mechanisms {','.join(names)} --seeds {len(seeds)} --match {match} --out r",
             "mechanisms": names,
             "seeds": list(seeds),
             "baseline": "mha",
             "match": match,
             "matched": {k: v for k, v in matched.items() if k in names} if match != "none" else {},
             "environment": {
-                "python": "3.11.2", "platform": "Linux x86_64", "cpu": "Intel(R) Xeon(R) Processor @ 2.60GHz", "cores": 2,
+                "python": "3.11.2",
+                "platform": "Linux x86_64",
+                "cpu": "Intel(R) Xeon(R) Processor @ 2.60GHz",
+                "cores": 2,
                 "packages": {"attnlab": "0.1.0", "torch": "2.13.0", "accelerate": "1.15.0", "safetensors": "0.8.0"},
                 "revision": "0123456789ab",
             },
             "cells": [asdict(cell) for cell in cells],
             "summary": summary(cells, names, "mha"),
         },
-    )  # fmt: skip
+    )
     write_json(folder / "laws.json", [asdict(law) for law in laws([*names, "latent_lookup"])])
     write_json(folder / "bench.json", [asdict(record) for record in bench(names, rng)])
     write_json(
         folder / "samples.json",
         [{"mechanism": name, "seed": seeds[0], "prompt": PROMPT, "text": PROMPT + TEXT} for name in names],
     )
-    write_json(folder / "attention.json", attention(names, list("First Citizen:\nWe are accounted poor citizens"), rng, layers))
+    write_json(
+        folder / "attention.json", attention(names, list("First Citizen:\nWe are accounted poor citizens"), rng, layers)
+    )
     return folder
 
 

@@ -26,7 +26,7 @@ EARLY = 'try{document.documentElement.dataset.theme=localStorage.getItem("attnla
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html, whole or not at all, and return its path. `UserError` where there is nothing to report."""
+    """Write `folder`/report.html, whole or not at all, and return its path. `UserError`: there is nothing to report."""
     return write_bytes(Path(folder) / "report.html", render(folder).encode("utf-8", "replace"))
 
 

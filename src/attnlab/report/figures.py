@@ -7,13 +7,14 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 from ..results import BenchRecord, RunResult
 from ..spec import need
 from .folder import Findings, Standing, number
-from .look import GROUND, INK, MUTED, RULE, Look, size, words
+from .look import GROUND, INK, MUTED, RULE, Look, size, veil, words
 
 FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
@@ -27,22 +28,44 @@ class View:
     figure: dict[str, Any]
 
 
-def figure(traces: list[Any], x: dict[str, Any], y: dict[str, Any], hovermode: str = "closest", **layout: Any) -> dict[str, Any]:
+def figure(
+    traces: list[Any], x: dict[str, Any], y: dict[str, Any], hovermode: str = "closest", **layout: Any
+) -> dict[str, Any]:
     """Traces on two titled axes, with what all figures share."""
     go = need("plotly.graph_objects", "report")
     axis = {
-        "gridcolor": RULE[0], "linecolor": RULE[0], "zeroline": False, "ticks": "outside", "tickcolor": RULE[0], "ticklen": 4,
-        "automargin": True, "title_standoff": 8, "title_font_size": 12, "tickfont_size": 11,
-    }  # fmt: skip
+        "gridcolor": RULE[0],
+        "linecolor": RULE[0],
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": RULE[0],
+        "ticklen": 4,
+        "automargin": True,
+        "title_standoff": 8,
+        "title_font_size": 12,
+        "tickfont_size": 11,
+    }
     made = go.Figure(
         traces,
         go.Layout(
-            template="none", showlegend=False, margin={"l": 56, "r": 14, "t": 10, "b": 44},
-            paper_bgcolor=GROUND[0], plot_bgcolor="rgba(0,0,0,0)", font={"family": FONT, "size": 12, "color": MUTED[0]},
-            hoverlabel={"bgcolor": GROUND[0], "bordercolor": RULE[0], "font": {"color": INK[0], "size": 12}, "align": "left"},
-            xaxis=axis | x, yaxis=axis | y, hovermode=hovermode, **layout,
+            template="none",
+            showlegend=False,
+            margin={"l": 56, "r": 14, "t": 10, "b": 44},
+            paper_bgcolor=GROUND[0],
+            plot_bgcolor="rgba(0,0,0,0)",
+            font={"family": FONT, "size": 12, "color": MUTED[0]},
+            hoverlabel={
+                "bgcolor": GROUND[0],
+                "bordercolor": RULE[0],
+                "font": {"color": INK[0], "size": 12},
+                "align": "left",
+            },
+            xaxis=axis | x,
+            yaxis=axis | y,
+            hovermode=hovermode,
+            **layout,
         ),
-    )  # fmt: skip
+    )
     found: dict[str, Any] = json.loads(made.to_json())
     return found
 
@@ -73,11 +96,11 @@ def curves(found: Findings, look: dict[str, Look]) -> list[View]:
         noun = "mean loss over the held-out windows" if which == "curve" else "loss on the batches it learns from"
         caption = (
             f"{noun[0].upper()}{noun[1:]}, lower is better: {band}. "
-            "The axis leaves out the first tenth of training; double-click to see all of it."
+            "The axis leaves out the first quarter of training; double-click to see all of it."
         )
-        y = {"title": {"text": f"{name.lower()} loss (nats per token)"}, "range": _range(series)}
+        y: dict[str, Any] = {"title": {"text": f"{name.lower()} loss (nats per token)"}, "range": _range(series)}
         traces = _bands(series, look, ":.4f")
-        views.append(View(name, caption, figure(traces, _steps(), y, hovermode="x unified")))
+        views.append(View(name, caption, figure(traces, _steps(series, late=True), y, hovermode="x unified")))
     base = found.done(found.baseline)
     pairs = {
         m: _over_seeds([_minus(c, b) for c in found.done(m) for b in base if b.seed == c.seed])
@@ -93,15 +116,19 @@ def curves(found: Findings, look: dict[str, Look]) -> list[View]:
         )
         y = {"title": {"text": f"difference to {plain(found.baseline)} (nats per token)"}, "tickformat": "+.2f"}
         y |= {"range": _range(pairs), "zeroline": True, "zerolinecolor": MUTED[0], "zerolinewidth": 1}
-        views.insert(1, View(f"Difference to {found.baseline}", caption, figure(_bands(pairs, look, ":+.4f"), _steps(), y, hovermode="x unified")))
+        drawn = figure(_bands(pairs, look, ":+.4f"), _steps(pairs), y, hovermode="x unified")
+        views.insert(1, View(f"Difference to {found.baseline}", caption, drawn))
     return views
 
 
-def _steps() -> dict[str, Any]:
-    return {"title": {"text": "training step"}, "rangemode": "tozero", "showgrid": False, "hoverformat": ",d"}
-
-
 Series = list[tuple[float, float, float, float]]  # step, mean, lowest, highest
+
+
+def _steps(series: dict[str, Series], *, late: bool = False) -> dict[str, Any]:
+    """The axis of steps; `late` leaves out the first quarter, whose height would flatten the rest."""
+    last = max(s[-1][0] for s in series.values())
+    bounds = [last * (0.235 if late else -0.015), last * 1.015] if last else None
+    return {"title": {"text": "training step"}, "showgrid": False, "hoverformat": ",d", "range": bounds}
 
 
 def _over_seeds(lines: list[list[list[float]]]) -> Series:
@@ -120,9 +147,9 @@ def _minus(cell: RunResult, base: RunResult) -> list[list[float]]:
 
 
 def _range(series: dict[str, Series]) -> list[float]:
-    """What is left to see after the first tenth, with a margin."""
+    """What is left to see after the first quarter, with a margin."""
     last = max(s[-1][0] for s in series.values())
-    late = [point for s in series.values() for point in s if point[0] >= last / 10]
+    late = [point for s in series.values() for point in s if point[0] >= last / 4]
     low, high = min(p[2] for p in late), max(p[3] for p in late)
     margin = 0.04 * (high - low) or 0.01
     return [low - margin, high + margin]
@@ -138,19 +165,30 @@ def _bands(series: dict[str, Series], look: dict[str, Look], digits: str) -> lis
         if lows != highs:
             traces.append(
                 go.Scatter(
-                    x=steps + steps[::-1], y=highs + lows[::-1], fill="toself", fillcolor=style.band, mode="lines",
-                    line={"width": 0, "color": style.color}, hoverinfo="skip", **shared,
+                    x=steps + steps[::-1],
+                    y=highs + lows[::-1],
+                    fill="toself",
+                    fillcolor=style.band,
+                    mode="lines",
+                    line={"width": 0, "color": style.color},
+                    hoverinfo="skip",
+                    **shared,
                 )
-            )  # fmt: skip
+            )
         spread = f" (%{{customdata[0]{digits}}} to %{{customdata[1]{digits}}})" if lows != highs else ""
         traces.append(
             go.Scatter(
-                x=steps, y=means, name=plain(mechanism), mode="lines+markers", customdata=list(zip(lows, highs, strict=True)),
+                x=steps,
+                y=means,
+                name=plain(mechanism),
+                mode="lines+markers",
+                customdata=list(zip(lows, highs, strict=True)),
                 line={"color": style.color, "dash": style.dash, "width": 2},
-                marker={"symbol": style.marker, "size": 7, "maxdisplayed": 6},
-                hovertemplate=f"%{{y{digits}}}{spread}", **shared,
+                marker={"symbol": style.marker, "size": 6, "maxdisplayed": 6},
+                hovertemplate=f"%{{y{digits}}}{spread}",
+                **shared,
             )
-        )  # fmt: skip
+        )
     return sorted(traces, key=lambda trace: trace.fill is None)
 
 
@@ -178,7 +216,8 @@ def points(found: Findings, cost: dict[str, float | None]) -> list[Point]:
 
 def front(placed: list[Point], *, smaller: bool) -> list[Point]:
     """The points that no other beats on both axes, by rising x. `smaller`: less x is better; else more is."""
-    best, kept = math.inf, []
+    best = math.inf
+    kept: list[Point] = []
     for point in sorted(placed, key=lambda p: (p.x if smaller else -p.x, p.loss)):
         if point.loss < best:
             best, kept = point.loss, [*kept, point]
@@ -193,14 +232,28 @@ def trade(found: Findings, look: dict[str, Look]) -> list[View]:
     none = [m for m, x in caches.items() if x == 0 and found.done(m)]
     held = points(found, {m: x for m, x in caches.items() if x})
     if held:
-        note = f" {words(none)} {'keeps' if len(none) == 1 else 'keep'} no cache, which this axis cannot show." if none else ""
-        views.append(_against(
-            held, look, "Cache size", f"cache of one sequence of {context:,} tokens, all layers (log scale)", True, note,
-            {"type": "log", **_bytes_ticks([p.x for p in held])}, ",.0f",
-        ))  # fmt: skip
+        note = (
+            f" {words(none)} {'keeps' if len(none) == 1 else 'keep'} no cache, which this axis cannot show."
+            if none
+            else ""
+        )
+        views.append(
+            _against(
+                held,
+                look,
+                "Cache size",
+                f"cache per sequence of {context:,} tokens (log scale)",
+                True,
+                note,
+                {"type": "log", **_bytes_ticks([p.x for p in held])},
+                ",.0f",
+            )
+        )
     speeds = points(found, {m: found.mean(m, "tokens_per_s") for m in found.mechanisms})
     if speeds:
-        views.append(_against(speeds, look, "Training speed", "training speed (tokens per second)", False, "", {}, ",.0f"))
+        views.append(
+            _against(speeds, look, "Training speed", "training speed (tokens per second)", False, "", {}, ",.0f")
+        )
     decode = [r for r in found.bench if r.kind == "decode" and number(r.tokens_per_s) and found.done(r.mechanism)]
     if decode:
         longest = max(r.context for r in decode)
@@ -215,8 +268,15 @@ def trade(found: Findings, look: dict[str, Look]) -> list[View]:
 
 
 def _against(
-    placed: list[Point], look: dict[str, Look], name: str, title: str, smaller: bool, note: str, axis: dict[str, Any], digits: str
-) -> View:  # fmt: skip
+    placed: list[Point],
+    look: dict[str, Look],
+    name: str,
+    title: str,
+    smaller: bool,
+    note: str,
+    axis: dict[str, Any],
+    digits: str,
+) -> View:
     go = need("plotly.graph_objects", "report")
     line = front(placed, smaller=smaller)
     best = f"{'left' if smaller else 'right'}, and lower"
@@ -228,25 +288,43 @@ def _against(
     shape = "hv" if smaller else "vh"
     traces = [
         go.Scatter(
-            x=[p.x for p in line], y=[p.loss for p in line], mode="lines", hoverinfo="skip", name="Pareto front",
+            x=[p.x for p in line],
+            y=[p.loss for p in line],
+            mode="lines",
+            hoverinfo="skip",
+            name="Pareto front",
             line={"color": MUTED[0], "width": 1, "shape": shape, "dash": "dot"},
         )
-    ]  # fmt: skip
+    ]
     for point, place in zip(placed, _places(placed, bool(axis)), strict=True):
         style = look[point.mechanism]
         shown = size(point.x) if smaller else f"{point.x:,.0f} tokens/s"
-        error = {"array": [point.high - point.loss], "arrayminus": [point.loss - point.low], "thickness": 1.2, "width": 3}
+        error = {
+            "array": [point.high - point.loss],
+            "arrayminus": [point.loss - point.low],
+            "thickness": 1.2,
+            "width": 3,
+        }
         traces.append(
             go.Scatter(
-                x=[point.x], y=[point.loss], mode="markers+text", name=plain(point.mechanism), text=[plain(point.mechanism)],
-                textposition=place, textfont={"color": INK[0], "size": 12}, cliponaxis=False,
+                x=[point.x],
+                y=[point.loss],
+                mode="markers+text",
+                name=plain(point.mechanism),
+                text=[plain(point.mechanism)],
+                textposition=place,
+                textfont={"color": INK[0], "size": 12},
+                cliponaxis=False,
                 marker={"symbol": style.marker, "size": 11, "color": style.color},
-                error_y={"type": "data", "symmetric": False, "color": style.color} | error if point.high > point.low else None,
+                error_y={"type": "data", "symmetric": False, "color": style.color} | error
+                if point.high > point.low
+                else None,
                 hovertemplate=f"<b>{plain(point.mechanism)}</b><br>loss {point.loss:.4f} "
                 f"({point.low:.4f} to {point.high:.4f})<br>{shown}<extra></extra>",
-                legendgroup=point.mechanism, meta=point.mechanism,
+                legendgroup=point.mechanism,
+                meta=point.mechanism,
             )
-        )  # fmt: skip
+        )
     x = {"title": {"text": title}} | axis
     if not axis:
         low, high = min(p.x for p in placed), max(p.x for p in placed)
@@ -261,7 +339,12 @@ def _places(placed: list[Point], log: bool) -> list[str]:
     width = (max(across) - min(across)) or 1.0
     height = (max(p.high for p in placed) - min(p.low for p in placed)) or 1.0
     chosen: list[str] = []
-    sides = {"middle right": (0.09, 0.0), "middle left": (-0.09, 0.0), "top right": (0.07, 0.06), "bottom right": (0.07, -0.06)}
+    sides = {
+        "top right": (0.07, 0.06),
+        "bottom right": (0.07, -0.06),
+        "middle left": (-0.09, 0.0),
+        "middle right": (0.09, 0.0),
+    }
     spots: list[tuple[float, float]] = [(x / width, p.loss / height) for x, p in zip(across, placed, strict=True)]
     labels: list[tuple[float, float]] = []
     for index, (x, y) in enumerate(spots):
@@ -269,8 +352,9 @@ def _places(placed: list[Point], log: bool) -> list[str]:
 
         def crowd(side: str, x: float = x, y: float = y, others: list[tuple[float, float]] = others) -> float:
             dx, dy = sides[side]
-            edge = 0.2 if dx < 0 and x - min(across) / width < 0.12 or dx > 0 and max(across) / width - x < 0.06 else 0.0
-            return edge + sum(max(0.0, 1 - abs(x + dx - a) / 0.14) * max(0.0, 1 - abs(y + dy - b) / 0.07) for a, b in others)
+            room = x - min(across) / width if dx < 0 else max(across) / width - x
+            near = sum(max(0.0, 1 - abs(x + dx - a) / 0.14) * max(0.0, 1 - abs(y + dy - b) / 0.07) for a, b in others)
+            return near + (0.2 if room < 0.06 else 0.0)
 
         side = min(sides, key=crowd)
         labels.append((x + sides[side][0], y + sides[side][1]))
@@ -299,7 +383,9 @@ def decoding(found: Findings, look: dict[str, Look]) -> list[View]:
     for (mechanism, label, mode), records in lines.items():
         style = look[mechanism]
         xs, ys = [r.context for r in records], [r.ms or 0.0 for r in records]
-        ends = [(number(r.ms_spread[0]), number(r.ms_spread[1])) if len(r.ms_spread) == 2 else (r.ms, r.ms) for r in records]
+        ends = [
+            (number(r.ms_spread[0]), number(r.ms_spread[1])) if len(r.ms_spread) == 2 else (r.ms, r.ms) for r in records
+        ]
         up = [max(0.0, (high or y) - y) for (_, high), y in zip(ends, ys, strict=True)]
         down = [max(0.0, y - (low or y)) for (low, _), y in zip(ends, ys, strict=True)]
         contexts |= set(xs)
@@ -307,33 +393,62 @@ def decoding(found: Findings, look: dict[str, Look]) -> list[View]:
         second = mode == "expanded"
         traces.append(
             go.Scatter(
-                x=xs, y=ys, name=plain(label), legendgroup=label, meta=mechanism, mode="lines+markers",
+                x=xs,
+                y=ys,
+                name=plain(label),
+                legendgroup=label,
+                meta=mechanism,
+                mode="lines+markers",
                 line={"color": style.color, "width": 2, "dash": "dot" if second else style.dash},
                 marker={"symbol": style.marker + ("-open" if second else ""), "size": 8},
-                error_y={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": up,
+                    "arrayminus": down,
+                    "thickness": 1,
+                    "width": 3,
+                },
                 hovertemplate=f"<b>{plain(label)}</b><br>%{{y:.3g}} ms with %{{x:,d}} tokens held<extra></extra>",
             )
-        )  # fmt: skip
-    notes, bands = crossings(found), []
-    for _, text, low, high in notes:
-        if low is not None and high is not None:
-            bands.append({"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1,
-                          "fillcolor": look_band(), "line": {"width": 0}, "layer": "below"})  # fmt: skip
-            bands[-1]["label"] = {"text": text, "textposition": "top center", "font": {"size": 11, "color": MUTED[0]}}
+        )
+    notes = crossings(found)
+    bands = [
+        {
+            "type": "rect",
+            "xref": "x",
+            "yref": "paper",
+            "x0": note.between[0],
+            "x1": note.between[1],
+            "y0": 0,
+            "y1": 1,
+            "fillcolor": veil(look[note.mechanism].color, 0.07),
+            "line": {"width": 0},
+            "layer": "below",
+            "label": {
+                "text": f"{plain(note.mechanism)} crossover",
+                "textposition": "top center",
+                "font": {"size": 11, "color": MUTED[0]},
+            },
+        }
+        for note in notes
+        if note.between
+    ]
     ticks = sorted(contexts)
-    x = {"title": {"text": "tokens held (log scale)"}, "type": "log", "tickvals": ticks, "ticktext": [f"{t:,}" for t in ticks]}
+    x = {
+        "title": {"text": "tokens held (log scale)"},
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [f"{t:,}" for t in ticks],
+    }
     x |= {"range": [math.log10(min(ticks)) - 0.06, math.log10(max(ticks)) + 0.06]}
     caption = (
-        "Median time to decode one token for the whole batch after a warm-up, lower is better; bars reach from the fastest "
-        "repeat to the slowest."
+        "Median time to decode one token for the whole batch after a warm-up, lower is better; bars reach from the "
+        "fastest repeat to the slowest."
     )
-    caption += "".join(f" {sentence}" for sentence, *_ in notes)
+    caption += "".join(f" {note.sentence}" for note in notes)
     y = {"title": {"text": "time per step (ms)"}, "rangemode": "tozero"}
     return [View("Decode", caption, figure(traces, x, y, shapes=bands))]
-
-
-def look_band() -> str:
-    return "rgba(0, 114, 178, 0.14)"
 
 
 def decode_lines(found: Findings) -> dict[tuple[str, str, str], list[BenchRecord]]:
@@ -341,7 +456,9 @@ def decode_lines(found: Findings) -> dict[tuple[str, str, str], list[BenchRecord
     records = [r for r in found.bench if r.kind == "decode" and number(r.ms) is not None]
     grouped: dict[tuple[str, ...], list[BenchRecord]] = defaultdict(list)
     for record in records:
-        grouped[record.mechanism, record.mode, record.impl, record.dtype, f"batch {record.batch}", record.device].append(record)
+        grouped[
+            record.mechanism, record.mode, record.impl, record.dtype, f"batch {record.batch}", record.device
+        ].append(record)
     varied = [i for i in range(2, 6) if len({key[i] for key in grouped}) > 1]
     return {
         (key[0], " ".join([key[0], *filter(None, [key[1]]), *(key[i] for i in varied)]), key[1]): sorted(
@@ -351,27 +468,34 @@ def decode_lines(found: Findings) -> dict[tuple[str, str, str], list[BenchRecord
     }
 
 
-def crossings(found: Findings) -> list[tuple[str, str, int | None, int | None]]:
-    """Where two modes of a mechanism cross: (sentence, short label, measured context before, after)."""
-    lines = decode_lines(found)
-    notes: list[tuple[str, str, int | None, int | None]] = []
-    for (mechanism, label, mode), slow in lines.items():
+@dataclass(frozen=True)
+class Crossing:
+    """Where two forms of a mechanism cross: between two measured contexts, or nowhere (None)."""
+
+    mechanism: str
+    sentence: str
+    between: tuple[int, int] | None
+
+
+def crossings(found: Findings) -> list[Crossing]:
+    """Every change of the faster form of a mechanism that was measured both expanded and absorbed."""
+    lines, notes = decode_lines(found), []
+    for (mechanism, label, mode), records in lines.items():
         if mode != "expanded":
             continue
         other = (mechanism, label.replace(" expanded", " absorbed", 1), "absorbed")
-        fast = {r.context: r.ms or 0.0 for r in lines.get(other, [])}
-        gaps = [(r.context, (r.ms or 0.0) - fast[r.context]) for r in slow if r.context in fast]
-        if not gaps:
-            continue
-        pairs = zip(gaps, gaps[1:], strict=False)
-        changes = [(a, b, later > 0) for (a, gap), (b, later) in pairs if (gap > 0) != (later > 0)]
-        for a, b, wins in changes:
-            winner = "absorbed" if wins else "expanded"
-            sentence = f"{mechanism}: {winner} becomes the faster form between {a:,} and {b:,} tokens (shaded)."
-            notes.append((sentence, f"{plain(mechanism)} crossover", a, b))
-        if not changes:
-            winner = "absorbed" if gaps[0][1] > 0 else "expanded"
-            notes.append((f"{mechanism}: the {winner} form is faster at every context measured.", "", None, None))
+        absorbed = {r.context: r.ms or 0.0 for r in lines.get(other, [])}
+        gaps = [(r.context, (r.ms or 0.0) - absorbed[r.context]) for r in records if r.context in absorbed]
+        changes = [(a, b, gap > 0) for (a, before), (b, gap) in pairwise(gaps) if (before > 0) != (gap > 0)]
+        for low, high, wins in changes:
+            faster = "absorbed" if wins else "expanded"
+            sentence = f"{mechanism}: {faster} becomes the faster form between {low:,} and {high:,} tokens (shaded)."
+            notes.append(Crossing(mechanism, sentence, (low, high)))
+        if gaps and not changes:
+            faster = "absorbed" if gaps[0][1] > 0 else "expanded"
+            notes.append(
+                Crossing(mechanism, f"{mechanism}: the {faster} form is faster at every context measured.", None)
+            )
     return notes
 
 
@@ -383,12 +507,23 @@ def attention() -> dict[str, Any]:
     go = need("plotly.graph_objects", "report")
     ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
     trace = go.Heatmap(
-        z=[[0]], zmin=0, zmax=1, xgap=0, ygap=0, hoverongaps=False, hovertemplate="%{customdata}<extra></extra>",
+        z=[[0]],
+        zmin=0,
+        zmax=1,
+        xgap=0,
+        ygap=0,
+        hoverongaps=False,
+        hovertemplate="%{customdata}<extra></extra>",
         colorbar={
-            "title": {"text": "weight", "font": {"size": 11}}, "tickvals": [math.sqrt(t) for t in ticks],
-            "ticktext": [f"{t:g}" for t in ticks], "thickness": 10, "outlinewidth": 0, "len": 0.8, "tickfont": {"size": 10},
+            "title": {"text": "weight", "font": {"size": 11}},
+            "tickvals": [math.sqrt(t) for t in ticks],
+            "ticktext": [f"{t:g}" for t in ticks],
+            "thickness": 10,
+            "outlinewidth": 0,
+            "len": 0.8,
+            "tickfont": {"size": 10},
         },
-    )  # fmt: skip
+    )
     plain_axis = {"showgrid": False, "ticks": "", "tickfont_size": 10, "linecolor": "rgba(0,0,0,0)"}
     x = plain_axis | {"title": {"text": "token looked at (key)"}, "side": "bottom", "constrain": "domain"}
     y = plain_axis | {"title": {"text": "token that looks (query)"}, "autorange": "reversed", "scaleanchor": "x"}

@@ -67,14 +67,15 @@ class Findings:
     def mechanisms(self) -> list[str]:
         """Every mechanism that any file names, in the order of the comparison."""
         named = list(map(str, self.compare.get("mechanisms") or []))
-        named += [x.mechanism for x in (*self.cells, *self.laws, *self.bench, *self.attention)]
+        for records in (self.cells, self.laws, self.bench, self.attention):
+            named += [record.mechanism for record in records]
         named += [str(x.get("mechanism")) for x in self.samples]
         return list(dict.fromkeys(named))
 
     def done(self, mechanism: str) -> list[RunResult]:
         """Finished runs with a loss, by seed."""
-        own = [c for c in self.cells if c.mechanism == mechanism and c.status == "done" and number(c.val_loss) is not None]
-        return sorted(own, key=lambda cell: cell.seed)
+        own = [c for c in self.cells if c.mechanism == mechanism and c.status == "done"]
+        return sorted((c for c in own if number(c.val_loss) is not None), key=lambda cell: cell.seed)
 
     def mean(self, mechanism: str, name: str) -> float | None:
         """Mean of a field over the finished runs that have it."""

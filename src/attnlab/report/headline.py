@@ -9,20 +9,19 @@ from .look import words
 
 
 def headline(found: Findings) -> tuple[str, list[str]]:
-    """One sentence for the title, and the sentences that qualify it."""
+    """One sentence for the title, and two short paragraphs: what else was found, and how far it can be trusted."""
     base = found.baseline
     others = [s for s in found.standings if s.mechanism != base and s.val_loss is not None]
     by_verdict = {v: [s for s in others if s.verdict == v] for v in ("better", "worse", "not distinguishable")}
     better, worse, same = by_verdict.values()
     unknown = [s for s in others if s not in better and s not in worse and s not in same]
-    if not others:
+    if not others or not found.compare or not found.done(base):
         title = _without_comparison(found)
     elif not better and not worse and not same:
         lowest = min(others, key=_loss)
-        title = f"One seed each: too few to tell any mechanism from {base}" if _seeds(found) < 2 else (
-            f"Too few paired seeds to tell any mechanism from {base}")  # fmt: skip
-        if _seeds(found) >= 1:
-            title += f"; {lowest.mechanism} happened to end lowest" if _loss(lowest) < _base_loss(found) else ""
+        few = "One seed each: too few" if _seeds(found) < 2 else "Too few paired seeds"
+        title = f"{few} to tell any mechanism from {base}"
+        title += f"; {lowest.mechanism} happened to end lowest" if _loss(lowest) < _base_loss(found) else ""
     elif better:
         first = min(better, key=_loss)
         title = f"{words(s.mechanism for s in sorted(better, key=_loss))} {_learn(better)} better than {base}"
@@ -30,46 +29,55 @@ def headline(found: Findings) -> tuple[str, list[str]]:
     elif same and (lean := _smallest(found, same)) is not None:
         title = f"Nothing beats {base}, but {lean[0]} is not distinguishable from it with {lean[1]} cache"
     else:
-        title = f"Nothing beats {base}" + (f"; {words(s.mechanism for s in worse)} {_learn(worse)} worse" if worse else "")
-    return title + ".", [x for x in _details(found, better, worse, same, unknown) if x]
+        title = f"Nothing beats {base}" + (
+            f"; {words(s.mechanism for s in worse)} {_learn(worse)} worse" if worse else ""
+        )
+    return title + ".", [" ".join(part) for part in _details(found, better, worse, same, unknown) if part]
 
 
 def _details(
     found: Findings, better: list[Standing], worse: list[Standing], same: list[Standing], unknown: list[Standing]
-) -> list[str]:
-    base, said = found.baseline, []
-    if better and same and (lean := _smallest(found, same)) is not None:
-        said.append(f"{lean[0]} is not distinguishable from {base} and keeps {lean[1]} cache.")
-    if worse and (better or same):
-        said.append(f"{_list(worse)} {_learn(worse)} worse than {base}.")
+) -> tuple[list[str], list[str]]:
+    base, said, limits = found.baseline, [], []
     if same:
-        said.append(f"Not distinguishable from {base} at 95 %: {_list(same)}.")
-        halves = [(s.interval[1] - s.interval[0]) / 2 for s in same if s.interval]
-        if halves:
-            said.append(
-                f"That does not mean equal: with {_seeds(found)} seeds each, these intervals reach "
-                f"±{median(halves):.3f} nats (median), and smaller differences stay unseen."
-            )
-    if unknown and (better or worse or same):
-        said.append(f"Too few paired seeds to judge: {words(s.mechanism for s in unknown)}.")
-    failed = [c for c in found.cells if c.status != "done"]
-    if failed:
-        names = words(f"{c.mechanism} with seed {c.seed} ({c.status})" for c in failed)
-        said.append(f"{len(failed)} of {len(found.cells)} runs did not finish, and count nowhere: {names}.")
+        said.append(f"At 95 % confidence {_list(same)} {_are(same)} not distinguishable from {base}.")
+        if better and (lean := _smallest(found, same)) is not None:
+            said[-1] = said[-1][:-1] + f"; {lean[0]} keeps {lean[1]} cache."
+    if worse and (better or same):
+        said.append(f"{_list(worse)} {_learn(worse)} worse.")
     broken = [law for law in found.laws if law.status == "broken"]
     if broken:
         guilty = dict.fromkeys(law.mechanism for law in broken)
-        parts = (f"{m} breaks {words(law.law for law in broken if law.mechanism == m)}" for m in guilty)
-        said.append(f"Laws: {'; '.join(parts)}.")
+        parts = (f"{m} breaks the law{'s' * (n > 1)} of {laws}" for m in guilty for n, laws in [_broken(found, m)])
+        said.append(f"{'; '.join(parts)}.")
     elif found.laws:
         said.append("Every law that applies holds.")
-    return said
+    halves = [(s.interval[1] - s.interval[0]) / 2 for s in same if s.interval]
+    if halves:
+        limits.append(
+            f"Not distinguishable does not mean equal: with {_seeds(found)} seeds these intervals reach "
+            f"±{median(halves):.3f} nats (median), so smaller differences stay unseen."
+        )
+    if unknown and (better or worse or same):
+        limits.append(f"Too few paired seeds to judge {words(s.mechanism for s in unknown)}.")
+    failed = [c for c in found.cells if c.status != "done"]
+    if failed:
+        names = words(f"{c.mechanism} with seed {c.seed} ({c.status})" for c in failed)
+        limits.append(f"{len(failed)} of {len(found.cells)} runs did not finish and count nowhere: {names}.")
+    return said, limits
+
+
+def _broken(found: Findings, mechanism: str) -> tuple[int, str]:
+    laws = [law.law for law in found.laws if law.status == "broken" and law.mechanism == mechanism]
+    return len(laws), words(laws)
 
 
 def _without_comparison(found: Findings) -> str:
     finished = [m for m in found.mechanisms if found.done(m)]
     if finished:
-        return f"{words(finished)} trained; nothing to compare with {found.baseline} yet"
+        alone = found.baseline not in finished or len(finished) == 1
+        rest = f"nothing to compare with {found.baseline} yet" if alone else "the comparison is not finished"
+        return f"{words(finished)} {'has' if len(finished) == 1 else 'have'} trained; {rest}"
     broken = list(dict.fromkeys(law.mechanism for law in found.laws if law.status == "broken"))
     if broken:
         return f"{words(broken)} {'breaks' if len(broken) == 1 else 'break'} laws; no finished training run here"
@@ -90,6 +98,10 @@ def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | N
 
 def _learn(standings: list[Standing]) -> str:
     return "learns" if len(standings) == 1 else "learn"
+
+
+def _are(standings: list[Standing]) -> str:
+    return "is" if len(standings) == 1 else "are"
 
 
 def _list(standings: list[Standing]) -> str:

@@ -12,7 +12,7 @@ class Html(str):
 
 
 def tag(element: str, *children: Any, **attributes: Any) -> Html:
-    """`tag("p", "a < b", class_="note")`. Underscores in attribute names become hyphens; None and False leave them out."""
+    """`tag("p", "a < b", class_="note")`. In attributes `_` is a hyphen; None and False leave them out."""
     written = "".join(
         f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
         for name, value in attributes.items()

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 
 from .html import Html, tag
 
-INK, MUTED, RULE, GROUND = ("#1d1d1b", "#efece6"), ("#62605b", "#a5a29b"), ("#e4e1da", "#35353a"), ("#ffffff", "#17171a")
+INK, MUTED, RULE, GROUND = (
+    ("#1d1d1b", "#efece6"),
+    ("#62605b", "#a5a29b"),
+    ("#e4e1da", "#35353a"),
+    ("#ffffff", "#17171a"),
+)
 
 PALETTE = (
     ("#1d1d1b", "#efece6"),  # black, white
@@ -66,27 +71,31 @@ def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
     mechanisms = list(mechanisms)
     taken = {KNOWN[m][0] for m in mechanisms if m in KNOWN}
     free = [slot for slot in (4, 3, 6, 2, 5, 1, 7, 8) if slot not in taken] or [8]
-    found = {}
+    found: dict[str, Look] = {}
     for mechanism in mechanisms:
         if mechanism in KNOWN:
             slot, marker, dash = KNOWN[mechanism]
         else:
             count = len([m for m in found if m not in KNOWN])
-            slot, marker, dash = free[count % len(free)], (9 - count) % len(MARKERS), (2 + count // len(free)) % len(DASHES)
+            slot, marker, dash = (
+                free[count % len(free)],
+                (9 - count) % len(MARKERS),
+                (2 + count // len(free)) % len(DASHES),
+            )
         found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
     return found
 
 
-def veil(color: str) -> str:
+def veil(color: str, share: float = 0.14) -> str:
     """A colour thin enough to lay over others."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.14)"
+    return f"rgba({red}, {green}, {blue}, {share:g})"
 
 
 def dark() -> dict[str, str]:
     """From every colour that figures use to the one that stands for it on a dark ground."""
-    pairs = {light: dim for light, dim in (*PALETTE, INK, MUTED, RULE, GROUND)}
-    return pairs | {veil(light): veil(dim) for light, dim in PALETTE}
+    pairs = dict((*PALETTE, INK, MUTED, RULE, GROUND))
+    return pairs | {veil(light, share): veil(dim, share) for light, dim in PALETTE for share in (0.07, 0.14)}
 
 
 def variables() -> tuple[str, str]:
@@ -126,7 +135,7 @@ def size(value: float | None) -> str:
         if abs(value) < 1024 or unit == "GiB":
             break
         value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}" if unit == "B" else f"{_three(value)} {unit}"
 
 
 def count(value: float | None) -> str:
@@ -137,7 +146,12 @@ def count(value: float | None) -> str:
         if abs(value) < 999.5 or unit == "P":
             break
         value /= 1000
-    return f"{value:.3g} {unit}".strip() if abs(value) < 999.5 else f"{value:.0f} {unit}"
+    return f"{_three(value)} {unit}" if unit else f"{value:.3g}"
+
+
+def _three(value: float) -> str:
+    """Three significant digits, trailing zeros kept so that columns line up: 1.00, 24.1, 410."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def times(value: float | None) -> str:

@@ -162,7 +162,7 @@
     const square = rows === columns, labels = maps.tokens.map(visible);
     const key = (k) => (square ? `“${labels[k]}” (${k})` : `key ${k}`);
     const cells = (make_cell) => Array.from({ length: rows }, (_, q) => Array.from({ length: columns }, (_, k) => make_cell(q, k, weights[q * columns + k])));
-    const figure = painted(data.map), trace = figure.data[0];
+    const figure = structuredClone(painted(data.map)), trace = figure.data[0];
     trace.z = cells((q, k, w) => (w > 0 || k <= q + columns - rows ? Math.sqrt(w) : null));
     trace.customdata = cells((q, k, w) => plain(`“${labels[q]}” (${q}) looks at ${key(k)}: ${w.toFixed(3)}`));
     trace.colorscale = ramp().map((c, i) => [i / 2, `rgb(${c.join(",")})`]);

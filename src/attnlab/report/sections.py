@@ -10,14 +10,25 @@ from .folder import Findings, Standing, number
 from .headline import headline
 from .html import Html, join, table, tag
 from .look import (
-    NONE, Look, count, loss, milliseconds, signed, size, swatch, times, words,
-)  # fmt: skip
+    NONE,
+    Look,
+    count,
+    loss,
+    milliseconds,
+    signed,
+    size,
+    swatch,
+    times,
+    words,
+)
 
 Figures = dict[str, list[figures.View]]
 
 
 def section(anchor: str, title: str, *content: Any) -> Html:
-    return tag("section", tag("h2", title, id=f"{anchor}-title"), *content, id=anchor, aria_labelledby=f"{anchor}-title")
+    return tag(
+        "section", tag("h2", title, id=f"{anchor}-title"), *content, id=anchor, aria_labelledby=f"{anchor}-title"
+    )
 
 
 def missing(found: Findings, file: str, what: str) -> Html:
@@ -43,7 +54,7 @@ def header(found: Findings) -> Html:
     title, details = headline(found)
     facts = [
         str(found.compare.get("preset") or ""),
-        f"{len(found.mechanisms)} mechanism{'s' * (len(found.mechanisms) != 1)}",
+        _plural({c.mechanism for c in found.cells} or set(found.mechanisms), "mechanism"),
         _plural({c.seed for c in found.cells}, "seed"),
         words(f"{steps:,} steps" for steps in sorted({c.steps for c in found.cells if c.status == "done"})),
         words((f"{n} tokens of context" for n in sorted({c.context for c in found.cells})), "or"),
@@ -73,44 +84,80 @@ def scoreboard(found: Findings, look: dict[str, Look]) -> Html:
     base = found.baseline
     ranked = sorted(found.standings, key=lambda s: (s.val_loss is None, s.val_loss or 0.0))
     scale = figures.standing_scale(ranked)
-    rows, marked = [], []
+    rows: list[list[Any]] = []
+    marked: list[int] = []
     for standing in ranked:
         m = standing.mechanism
         own = [c for c in found.cells if c.mechanism == m]
         lost = [c for c in own if c.status != "done"]
-        seeds = join([str(standing.n), tag("span", f" of {len(own)}, {len(lost)} {lost[0].status}", class_="bad")]) if lost else standing.n
+        seeds: Any = standing.n
+        if lost:
+            seeds = join(
+                [f"{standing.n} of {len(own)}", tag("span", f"✗ {len(lost)} {lost[0].status}", class_="interval bad")]
+            )
         if m == base:
             marked.append(len(rows))
         interval = f"{signed(standing.interval[0])} to {signed(standing.interval[1])}" if standing.interval else ""
-        verdict = tag("span", f"{VERDICTS.get(standing.verdict, '')} {standing.verdict}", class_="verdict " + standing.verdict.split()[0])
-        rows.append([
-            named(m, look), loss(standing.val_loss),
-            join([signed(standing.difference) if m != base else NONE, tag("span", interval, class_="interval") if interval else None]),
-            spread(standing, scale) if m != base else "", verdict if standing.n else tag("span", "✗ no finished run", class_="bad"),
-            size(found.mean(m, "cache_bytes")), count(found.mean(m, "floats_per_token")), count(found.mean(m, "parameters")),
-            count(found.mean(m, "flops_per_token")), count(found.mean(m, "tokens_per_s")), seeds,
-        ])  # fmt: skip
+        said = f"{VERDICTS.get(standing.verdict, '')} {standing.verdict}" if standing.n else "✗ no finished run"
+        verdict = tag("span", said, class_="verdict " + (standing.verdict.split()[0] if standing.n else "bad"))
+        rows.append(
+            [
+                named(m, look),
+                loss(standing.val_loss),
+                join([spread(standing, scale) if m != base else None, verdict]),
+                join(
+                    [
+                        signed(standing.difference) if m != base else NONE,
+                        tag("span", interval, class_="interval") if interval else None,
+                    ]
+                ),
+                size(found.mean(m, "cache_bytes")),
+                count(found.mean(m, "floats_per_token")),
+                count(found.mean(m, "parameters")),
+                count(found.mean(m, "flops_per_token")),
+                count(found.mean(m, "tokens_per_s")),
+                seeds,
+            ]
+        )
     head = [
-        "mechanism", "val loss", f"difference to {base}, 95 % interval", f"better ← {base} → worse", "verdict", "cache",
-        "floats / token", "parameters", "FLOPs / token", "tokens / s", "seeds",
-    ]  # fmt: skip
+        "mechanism",
+        "val loss",
+        tag("span", f"better ← {base} → worse", class_="verdict"),
+        f"difference to {base}, 95 % interval",
+        "cache",
+        "floats / token",
+        "parameters",
+        "FLOPs / token",
+        "tokens / s",
+        "seeds",
+    ]
     contexts = words(f"{n:,}" for n in sorted({c.context for c in found.cells if c.context}))
     caption = (
-        f"Mean over seeds, best loss first. Loss in nats per token; difference and interval from runs paired by seed; cache of "
-        f"one sequence of {contexts} tokens; floats per token and FLOPs per token over all layers; tokens per second in training."
+        "Mean over seeds, best loss first. Loss in nats per token; difference and interval from runs paired by seed; "
+        f"cache of one sequence of {contexts} tokens; floats per token and FLOPs per token over all layers; tokens per "
+        "second in training."
     )
     lost_runs = [c for c in found.cells if c.status != "done"]
     notes = [
-        tag("li", tag("b", f"{c.mechanism}, seed {c.seed}"), f" {c.status}", f": {c.error}" if c.error else ".") for c in lost_runs
+        tag("li", tag("b", f"{c.mechanism}, seed {c.seed}"), f" {c.status}", f": {c.error}" if c.error else ".")
+        for c in lost_runs
     ]
     warning = None
     if not found.compare:
-        warning = tag("p", "The comparison is not finished, so there are no paired differences: ",
-                      tag("code", found.how_to_make("compare.json")), " completes it.", class_="missing")  # fmt: skip
+        warning = tag(
+            "p",
+            "The comparison is not finished, so there are no paired differences: ",
+            tag("code", found.how_to_make("compare.json")),
+            " completes it.",
+            class_="missing",
+        )
     return section(
-        "scoreboard", "Scoreboard", warning, table(caption, head, rows, marked=tuple(marked)),
+        "scoreboard",
+        "Scoreboard",
+        warning,
+        table(caption, head, rows, marked=tuple(marked)),
         tag("div", tag("h3", "Runs that did not finish"), tag("ul", notes), class_="failures") if notes else None,
-    )  # fmt: skip
+    )
 
 
 def spread(standing: Standing, scale: float) -> Html | str:
@@ -129,11 +176,26 @@ def spread(standing: Standing, scale: float) -> Html | str:
         for end, sign in ((low, -1), (high, 1)):
             x = at(end)
             cut = abs(end) > scale
-            parts.append(tag("path", d=f"M{x - 4 * sign:.1f} 5L{x:.1f} 9L{x - 4 * sign:.1f} 13" if cut else f"M{x:.1f} 6V12", class_="reach"))
+            parts.append(
+                tag(
+                    "path",
+                    d=f"M{x - 4 * sign:.1f} 5L{x:.1f} 9L{x - 4 * sign:.1f} 13" if cut else f"M{x:.1f} 6V12",
+                    class_="reach",
+                )
+            )
     parts.append(tag("circle", cx=f"{at(standing.difference):.1f}", cy=9, r=3.4))
     words_ = f"difference {signed(standing.difference)}"
-    words_ += f", interval {signed(standing.interval[0])} to {signed(standing.interval[1])}" if standing.interval else ""
-    return tag("svg", parts, class_=f"spread {standing.verdict.split()[0]}", viewBox="0 0 150 18", role="img", aria_label=words_)
+    words_ += (
+        f", interval {signed(standing.interval[0])} to {signed(standing.interval[1])}" if standing.interval else ""
+    )
+    return tag(
+        "svg",
+        parts,
+        class_=f"spread {standing.verdict.split()[0]}",
+        viewBox="0 0 150 18",
+        role="img",
+        aria_label=words_,
+    )
 
 
 # Figures
@@ -163,46 +225,92 @@ def decoding(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     drawn["decoding"] = views
     records = [r for r in found.bench if r.kind == "decode"]
     return section(
-        "decoding", "Decoding",
+        "decoding",
+        "Decoding",
         plot(views, "decoding", "Time per decoding step against tokens held, one line per mechanism and form"),
-        tag("details", tag("summary", "All decoding measurements"), _bench_table(records, look, "Decoding: median of interleaved repeats, fastest to slowest beside it.")),
-    )  # fmt: skip
+        tag(
+            "details",
+            tag("summary", "All decoding measurements"),
+            _bench_table(
+                records,
+                look,
+                "One token for each sequence of the batch: the median of interleaved repeats after a warm-up.",
+            ),
+        ),
+    )
 
 
 def benchmarks(found: Findings, look: dict[str, Look]) -> Html:
     kinds = {kind: [r for r in found.bench if r.kind == kind] for kind in ("train", "prefill")}
-    names = {"train": "Training step: forward, backward and update.", "prefill": "Prefill: reading a prompt into the cache."}
-    content = [_bench_table(records, look, names[kind]) for kind, records in kinds.items() if records]
+    said = (
+        "the median of interleaved repeats after a warm-up; relative time is against the baseline at the same context."
+    )
+    names = {
+        "train": ("Training step", f"One forward pass, backward pass and update: {said}"),
+        "prefill": ("Prefill", f"Reading a whole prompt into the cache: {said}"),
+    }
+    content = [
+        [tag("h3", names[k][0]), _bench_table(records, look, names[k][1])] for k, records in kinds.items() if records
+    ]
     return section(
-        "benchmarks", "Training and prefill speed",
+        "benchmarks",
+        "Training and prefill speed",
         content or missing(found, "bench.json", "No training or prefill benchmark here"),
-    )  # fmt: skip
+    )
 
 
 def _bench_table(records: list[Any], look: dict[str, Look], caption: str) -> Html:
-    head = ["mechanism", "form", "context", "batch", "ms", "fastest – slowest", "tokens / s", "time against baseline",
-            "peak memory", "live cache", "FLOPs", "repeats"]  # fmt: skip
+    head = [
+        "mechanism",
+        "form",
+        "context",
+        "batch",
+        "ms",
+        "fastest – slowest",
+        "tokens / s",
+        "relative time",
+        "peak memory",
+        "live cache",
+        "FLOPs",
+        "repeats",
+    ]
     rows = []
     for r in records:
         form = " ".join(filter(None, [r.mode, r.impl, r.dtype]))
         if r.error:
-            rows.append([named(r.mechanism, look), form, f"{r.context:,}", r.batch, tag("span", f"✗ {r.error}", class_="bad")] + [""] * 7)
+            rows.append(
+                [named(r.mechanism, look), form, f"{r.context:,}", r.batch, tag("span", f"✗ {r.error}", class_="bad")]
+                + [""] * 7
+            )
             continue
         ends = [number(x) for x in r.ms_spread]
         between = f"{milliseconds(ends[0])} – {milliseconds(ends[1])}" if len(ends) == 2 else NONE
-        rows.append([
-            named(r.mechanism, look), form, f"{r.context:,}", r.batch, milliseconds(number(r.ms)), between,
-            count(number(r.tokens_per_s)), times(number(r.relative)), size(number(r.peak_bytes)), size(number(r.cache_bytes)),
-            count(number(r.flops)), r.repeats,
-        ])  # fmt: skip
+        rows.append(
+            [
+                named(r.mechanism, look),
+                form,
+                f"{r.context:,}",
+                r.batch,
+                milliseconds(number(r.ms)),
+                between,
+                count(number(r.tokens_per_s)),
+                times(number(r.relative)),
+                size(number(r.peak_bytes)),
+                size(number(r.cache_bytes)),
+                count(number(r.flops)),
+                r.repeats,
+            ]
+        )
     return table(caption, head, rows, left=2)
 
 
 def costs(found: Findings, look: dict[str, Look]) -> Html:
     measures: list[tuple[str, str, Callable[[float | None], str]]] = [
-        ("parameters", "parameters", count), ("cache_bytes", "cache", size), ("floats_per_token", "floats / token", count),
+        ("parameters", "parameters", count),
+        ("cache_bytes", "cache", size),
+        ("floats_per_token", "floats / token", count),
         ("flops_per_token", "FLOPs / token", count),
-    ]  # fmt: skip
+    ]
     mechanisms = [m for m in found.mechanisms if found.done(m)]
     if not mechanisms:
         return section("costs", "What each mechanism costs", missing(found, "compare.json", "No finished run here"))
@@ -213,13 +321,20 @@ def costs(found: Findings, look: dict[str, Look]) -> Html:
         for name, _, shown in measures:
             most = max((x or 0.0 for x in means[name].values()), default=0.0)
             share = 100 * (means[name][m] or 0.0) / most if most else 0.0
-            row.append(tag("span", shown(means[name][m]), class_="bar", style=f"--w:{share:.1f}%;--c:var(--c{look[m].slot})"))
+            row.append(
+                tag("span", shown(means[name][m]), class_="bar", style=f"--w:{share:.1f}%;--c:var(--c{look[m].slot})")
+            )
         rows.append(row)
     caption = (
-        "Parameters of the whole model; cache of one sequence at full context; floats that each further token adds to the cache "
-        "(0 for a ring that is full or a fixed state); FLOPs of one token's forward pass. Bars are shares of the largest."
+        "Parameters of the whole model; cache of one sequence at full context; floats that each further token adds to "
+        "the cache (0 for a ring that is full or a fixed state); FLOPs of one token's forward pass. Bars are shares of "
+        "the largest."
     )
-    return section("costs", "What each mechanism costs", table(caption, ["mechanism", *(title for _, title, _ in measures)], rows, left=5))
+    return section(
+        "costs",
+        "What each mechanism costs",
+        table(caption, ["mechanism", *(title for _, title, _ in measures)], rows, left=5),
+    )
 
 
 # Laws
@@ -243,27 +358,48 @@ def laws(found: Findings, look: dict[str, Look]) -> Html:
                 continue
             said = f"{m}, {name}: {law.status}" + (f". {law.detail}" if law.detail else "")
             state = {"holds": "holds", "broken": "broken"}.get(law.status, "na")
-            row.append(tag("button", SIGNS.get(law.status, "–"), type="button", class_=f"law {state}", data_tip=said, aria_label=said))
+            row.append(
+                tag(
+                    "button",
+                    SIGNS.get(law.status, "–"),
+                    type="button",
+                    class_=f"law {state}",
+                    data_tip=said,
+                    aria_label=said,
+                )
+            )
         rows.append(row)
+    apart = [
+        tag("li", tag("b", f"{law.mechanism}, {law.law}"), f": {law.detail or 'does not apply'}")
+        for law in found.laws
+        if law.status not in ("holds", "broken")
+    ]
     broken = [law for law in found.laws if law.status == "broken"]
     holds = sum(law.status == "holds" for law in found.laws)
     caption = (
-        f"✓ holds, ✗ broken, – does not apply. {holds} hold, {len(broken)} broken, {len(found.laws) - holds - len(broken)} do not "
+        f"✓ holds, ✗ broken, – does not apply. {holds} hold, {len(broken)} broken, {len(apart)} do not "
         "apply. Point at a sign, or tap it, for the reason."
     )
     counter = [
-        tag("li", tag("b", f"{law.mechanism} breaks {law.law}"), ". ", law.statement, " ", tag("span", f"Found: {law.detail}.".replace("..", ".")))
+        tag(
+            "li",
+            tag("b", f"{law.mechanism} breaks {law.law}"),
+            ". ",
+            law.statement,
+            " ",
+            tag("span", f"Found: {law.detail}.".replace("..", ".")),
+        )
         for law in broken
     ]
-    apart = [
-        tag("li", tag("b", f"{law.mechanism}, {law.law}"), f": {law.detail or 'does not apply'}") for law in found.laws
-        if law.status not in ("holds", "broken")
-    ]  # fmt: skip
     return section(
-        "laws", "Laws", tag("div", table(caption, ["law", *mechanisms], rows), class_="matrix"),
+        "laws",
+        "Laws",
+        tag("div", table(caption, ["law", *mechanisms], rows), class_="matrix"),
         tag("div", tag("h3", "Counterexamples"), tag("ul", counter), class_="failures") if counter else None,
-        tag("details", tag("summary", f"Why {len(apart)} do{'es' * (len(apart) == 1)} not apply"), tag("ul", apart)) if apart else None,
-    )  # fmt: skip
+        tag("details", tag("summary", f"Why {len(apart)} do{'es' * (len(apart) == 1)} not apply"), tag("ul", apart))
+        if apart
+        else None,
+    )
 
 
 # Attention, samples
@@ -277,19 +413,39 @@ def attention(found: Findings) -> Html:
         for name in ("mechanism", "layer", "head")
     ]
     return section(
-        "attention", "Attention maps",
+        "attention",
+        "Attention maps",
         tag("div", pickers, class_="pickers"),
-        tag("figure",
-            tag("div",
-                tag("div", class_="plot square", id="plot-attention", role="img", aria_label="Attention weights: queries down, keys across"),
-                tag("div", class_="heads", id="heads", role="group", aria_label="All heads of this mechanism, layers down"),
-                class_="beside"),
+        tag(
+            "figure",
+            tag(
+                "div",
+                tag(
+                    "div",
+                    class_="plot square",
+                    id="plot-attention",
+                    role="img",
+                    aria_label="Attention weights: queries down, keys across",
+                ),
+                tag(
+                    "div",
+                    class_="heads",
+                    id="heads",
+                    role="group",
+                    aria_label="All heads of this mechanism, layers down",
+                ),
+                class_="beside",
+            ),
             tag("p", id="reading", class_="reading", aria_live="off"),
-            tag("figcaption",
-                "Each row is a token that looks, each column a token it looks at; a row sums to 1, and colour follows the square root "
-                "of the weight. Point at a row, or tap it, to see below how that token reads the text. The small maps are all heads, "
-                "one row per layer: choose one.")),
-    )  # fmt: skip
+            tag(
+                "figcaption",
+                "Each row is a token that looks, each column a token it looks at; a row sums to 1, and colour follows "
+                "the square root of the weight. Point at a row, or tap it, to see below how that token reads the text. "
+                "The small maps are all "
+                "heads, one row per layer: choose one.",
+            ),
+        ),
+    )
 
 
 def samples(found: Findings, look: dict[str, Look]) -> Html:
@@ -302,7 +458,10 @@ def samples(found: Findings, look: dict[str, Look]) -> Html:
         text = text[len(prompt) :] if prompt and text.startswith(prompt) else text
         title = tag("h3", named(m, look), tag("small", f"seed {sample['seed']}") if "seed" in sample else None)
         cards.append(tag("article", title, tag("pre", tag("b", prompt) if prompt else None, text, tabindex=0)))
-    note = "The prompt is bold; the rest is what each model writes. A few lines say little about quality: the losses above say more."
+    note = (
+        "The prompt is bold; the rest is what each model writes. A few lines say little about quality: the losses above "
+        "say more."
+    )
     return section("samples", "Samples", tag("p", note, class_="note"), tag("div", cards, class_="cards"))
 
 
@@ -316,18 +475,36 @@ def fairness(found: Findings, look: dict[str, Look]) -> Html:
     equal = {"params": "parameters", "cache": "cache sizes"}.get(match)
     said = "Data, data order, batch sizes, steps and schedule are the same for all; runs with one seed form a pair. "
     if equal is None:
-        said += "Widths are each mechanism's defaults (--match none), so parameters and cache differ: see the scoreboard."
+        said += (
+            "Widths are each mechanism's defaults (--match none), so parameters and cache differ: see the scoreboard."
+        )
         return section("fairness", "What was kept equal", tag("p", said))
     said += f"Widths were solved so that {equal} agree within 1 % (--match {match})."
     matched = found.compare.get("matched") or {}
     rows = []
     for m, change in matched.items():
         change = change if isinstance(change, dict) else {}
-        result = count(number(change.get("parameters"))) if "parameters" in change else size(number(change.get("cache_bytes")))
-        rows.append([named(m, look) if m in look else m, str(change.get("field", NONE)), _plainly(change.get("from")), _plainly(change.get("to")), result])
+        result = (
+            count(number(change.get("parameters")))
+            if "parameters" in change
+            else size(number(change.get("cache_bytes")))
+        )
+        rows.append(
+            [
+                named(m, look) if m in look else m,
+                str(change.get("field", NONE)),
+                _plainly(change.get("from")),
+                _plainly(change.get("to")),
+                result,
+            ]
+        )
     head = ["mechanism", "field changed", "from", "to", "cache, then" if match == "cache" else "parameters, then"]
-    content = table(f"What was changed so that {equal} match; mechanisms not listed kept their defaults.", head, rows, left=2)
-    return section("fairness", "What was kept equal", tag("p", said), content if rows else tag("p", "No width had to change."))
+    content = table(
+        f"What was changed so that {equal} match; mechanisms not listed kept their defaults.", head, rows, left=2
+    )
+    return section(
+        "fairness", "What was kept equal", tag("p", said), content if rows else tag("p", "No width had to change.")
+    )
 
 
 def _plainly(value: Any) -> str:
@@ -335,7 +512,13 @@ def _plainly(value: Any) -> str:
         return ", ".join(f"{k} {_plainly(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_plainly, value))
-    return NONE if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return (
+        NONE
+        if value is None
+        else f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value)
+    )
 
 
 def reproduce(found: Findings) -> Html:
@@ -343,39 +526,53 @@ def reproduce(found: Findings) -> Html:
     commands = list(dict.fromkeys(c.command for c in found.cells if c.command))
     content: list[Any] = []
     if first:
-        content += [tag("p", "The command that made this comparison:"), tag("pre", str(first), class_="command", tabindex=0)]
+        content += [
+            tag("p", "The command that made this comparison:"),
+            tag("pre", str(first), class_="command", tabindex=0),
+        ]
     if commands:
         inside = tag("pre", "\n".join(commands), class_="command", tabindex=0)
-        content.append(tag("details", tag("summary", f"The {len(commands)} run{'s' * (len(commands) != 1)} one by one"), inside))
+        content.append(
+            tag("details", tag("summary", f"The {len(commands)} run{'s' * (len(commands) != 1)} one by one"), inside)
+        )
     environment = dict(found.compare.get("environment") or {})
     packages = environment.pop("packages", None)
     rows: list[list[Any]] = [[k, _plainly(v)] for k, v in environment.items()]
     rows += [[k, _plainly(v)] for k, v in (packages.items() if isinstance(packages, dict) else ())]
-    for name, title in (("precision", "precision"), ("impl", "attention kernel"), ("threads", "threads"), ("device", "device")):
+    for name, title in (
+        ("precision", "precision"),
+        ("impl", "attention kernel"),
+        ("threads", "threads"),
+        ("device", "device"),
+    ):
         values = sorted({str(getattr(c, name)) for c in found.cells if getattr(c, name)})
         rows += [[title, ", ".join(values)]] if values else []
     if rows:
-        content.append(table("The machine and the versions that these numbers come from.", ["what", "value"], rows, left=2))
+        content.append(
+            table("The machine and the versions that these numbers come from.", ["what", "value"], rows, left=2)
+        )
     return section("reproduce", "Reproduce", content or missing(found, "compare.json", "No record of a command here"))
 
 
 GLOSSARY = {
-    "val loss": "Mean cross entropy on held-out text, in nats per token: lower is better, and e to its power is the perplexity.",
-    "difference": "Mean over seeds of a mechanism's loss minus the baseline's loss with the same seed, in nats per token.",
+    "val loss": "Mean cross entropy on held-out text, in nats per token: lower is better; its exponential is perplexity.",
+    "difference": "Mean over seeds of a mechanism's loss minus the baseline's with the same seed, in nats per token.",
     "95 % interval": "Where the true mean difference lies with 95 % confidence, by Student's t over the paired seeds.",
     "not distinguishable": "The interval holds 0. It is not a proof of equality: more seeds narrow it.",
-    "seed": "Fixes the initial weights and the order of the data; the same seed means the same data for every mechanism.",
+    "seed": "Fixes initial weights and the order of the data; one seed means the same data for every mechanism.",
     "cache": "Bytes remembered while decoding one sequence, over all layers (KiB = 1024 bytes).",
     "floats / token": "Numbers that each further token adds to the cache, over all layers, in the long run.",
     "parameters": "Trained numbers in the whole model, embeddings included.",
-    "FLOPs / token": "Floating-point operations of matrix products in one token's forward pass at full context; 2 per multiply-add.",
+    "FLOPs / token": "Matrix-product operations in one token's forward pass at full context, two per multiply-add.",
     "tokens / s": "Tokens processed per second of wall time, on the machine below; compare within this page only.",
     "ms": "Milliseconds of wall time, median over repeats that alternate between mechanisms, after a warm-up.",
-    "expanded, absorbed": "Two equal ways to compute mla: rebuild keys and values from the latent, or attend in latent space.",
+    "expanded, absorbed": "Two ways to compute the same mla: rebuild keys and values, or attend to the latents.",
     "law": "A property that correct attention must have, checked in float64 on random inputs.",
     "Pareto front": "The mechanisms that no other beats in both directions at once.",
-}  # fmt: skip
+}
 
 
 def glossary() -> Html:
-    return section("glossary", "What the numbers mean", tag("dl", [[tag("dt", k), tag("dd", v)] for k, v in GLOSSARY.items()]))
+    return section(
+        "glossary", "What the numbers mean", tag("dl", [[tag("dt", k), tag("dd", v)] for k, v in GLOSSARY.items()])
+    )
