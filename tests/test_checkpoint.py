@@ -95,8 +95,9 @@ def test_a_model_comes_back(tmp_path, name, tied):
     folder = RunFolder.create(tmp_path, config, CORPUS)
     model = Decoder(config.model).eval()
     folder.save(1, model, {}, {})
+    random = torch.get_rng_state()
     again, found = checkpoint.load_model(tmp_path)
-    assert found == config and not again.training
+    assert found == config and not again.training and torch.equal(torch.get_rng_state(), random)
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens)[0], model(tokens)[0])
@@ -246,6 +247,25 @@ def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fill(folder, 10)
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
+
+
+def test_a_folder_that_cannot_be_begun_is_not_there(tmp_path, monkeypatch):
+    write = checkpoint.write_json
+
+    def full(path: Path, content: dict) -> Path:
+        if path.name == "run.json":
+            raise UserError("the disk is full")
+        return write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "new", tmp_path / "mine"):
+        with pytest.raises(UserError, match="full"):
+            RunFolder.create(path, CONFIG, CORPUS)
+    assert names(tmp_path) == {"mine"} and not names(tmp_path / "mine")
+    (tmp_path / "mine" / "tokenizer.json").touch()  # as after a kill between the two files
+    monkeypatch.undo()
+    assert RunFolder.create(tmp_path / "mine", CONFIG, CORPUS).tokenizer().chars == CORPUS.tokenizer.chars
 
 
 LIMITED = """

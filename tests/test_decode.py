@@ -56,11 +56,13 @@ def test_cache_equals_recomputing_in_every_variant(name, options):
 @pytest.mark.parametrize(("name", "options"), SETTINGS)
 def test_neighbours_and_padding_change_nothing(name, options):
     model = make(name, options)
-    for how in ({"temperature": 0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "seed": 5}):
-        together = generate(model, PROMPTS, 11, **how)
-        assert together == [generate(model, [prompt], 11, **how)[0] for prompt in PROMPTS]
-        assert together[::-1] == generate(model, PROMPTS[::-1], 11, **how)
-        assert together[2:] == generate(model, PROMPTS[2:], 11, **how)  # equal lengths: no padding
+    together = generate(model, PROMPTS, 9, temperature=0)
+    assert together == [generate(model, [prompt], 9, temperature=0)[0] for prompt in PROMPTS]
+    how = {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "seed": 5}
+    sampled = generate(model, PROMPTS, 9, **how)
+    assert sampled[::-1] == generate(model, PROMPTS[::-1], 9, **how)
+    assert sampled[2:] == generate(model, PROMPTS[2:], 9, **how)  # equal lengths: no padding
+    assert sampled[:1] == generate(model, PROMPTS[:1], 9, **how)
 
 
 @pytest.mark.parametrize("name", attention.names())

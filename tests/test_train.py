@@ -338,6 +338,7 @@ print(json.dumps(losses))
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_learns_the_same(config, tmp_path):
     """In a process of its own: the checks of shapes that the tests switch on cannot be compiled."""
+    config = with_model(config, n_layers=1)
     command = [sys.executable, "-c", COMPILE, json.dumps(to_dict(config)), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr

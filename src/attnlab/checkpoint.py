@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +62,9 @@ class RunFolder:
             raise UserError(
                 f"{path} holds another run ({_difference(held.config, config)}); delete this one or name another"
             )
-        if path.is_file() or (path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir())):
+        if path.is_file() or (path.is_dir() and any(map(_foreign, path.iterdir()))):
             raise UserError(f"{path} exists and is not a run folder; name a new or an empty folder")
+        made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,8 +76,14 @@ class RunFolder:
             "data": {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
             "environment": environment(),
         }
-        write_json(path / "tokenizer.json", corpus.tokenizer.to_json())
-        write_json(path / "run.json", about)  # last: a folder that has it is complete
+        try:
+            write_json(path / "tokenizer.json", corpus.tokenizer.to_json())
+            write_json(path / "run.json", about)  # last: a folder that has it is complete
+        except BaseException:
+            (path / "tokenizer.json").unlink(missing_ok=True)
+            if made:
+                path.rmdir()
+            raise
         return cls(path, config, about)
 
     @classmethod
@@ -179,7 +186,7 @@ class RunFolder:
         """The checkpoint of `step` (None: the newest). UserError names the file that is damaged."""
         step = self._known(step)
         place = self._place(step)
-        state = self._whole(step, place / "state.json", read_json)
+        state = self._whole(step, place / "state.json", lambda path: json.loads(path.read_bytes()))
         model = self._tensors(step, "model", device)
         return Checkpoint(step, model, self._tensors(step, "optimizer", device), state)
 
@@ -210,17 +217,18 @@ class RunFolder:
 
         return self._whole(step, self._place(step) / f"{name}.safetensors", read)
 
-    def _whole(self, step: int, path: Path, read: Any) -> Any:
+    def _whole(self, step: int, path: Path, read: Callable[[Path], Any]) -> Any:
         try:
             return read(path)
-        except (SafetensorError, OSError, UserError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
+            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
             earlier = [other for other in self.steps() if other < step]
             way = (
                 f"delete the folder {path.parent.name} to go on from step {earlier[-1]}, which is there"
                 if earlier
                 else "there is no earlier one; train again into another folder"
             )
-            raise UserError(f"the checkpoint file {path} is damaged ({_first_line(error)}); {way}") from None
+            raise UserError(f"the checkpoint file {path} is damaged ({why}); {way}") from None
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -277,7 +285,10 @@ def load_model(
 ) -> tuple[Decoder, RunConfig]:
     """The trained model of a run folder, in evaluation mode, with float32 weights, and the config of its run."""
     folder = RunFolder.open(path)
-    model = Decoder(folder.config.model)
+    with torch.random.fork_rng(
+        []
+    ):  # the weights it is born with are overwritten, so the caller's numbers stay as they were
+        model = Decoder(folder.config.model)
     load_weights(model, folder.load_weights(step))
     return model.to(device).eval(), folder.config
 
@@ -320,8 +331,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _foreign(file: Path) -> bool:
+    """Whether a file keeps a folder from becoming a run's: not what a run that was killed at once left there."""
+    return not file.name.startswith(".") and file.name != "tokenizer.json"
 
 
 def _difference(held: RunConfig, given: RunConfig) -> str:

@@ -45,6 +45,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, progress:
     finish the step, save, and raise KeyboardInterrupt; a second one does not wait. Raises `UserError` for what cannot
     be run and `Diverged` for a loss that is not finite; the last good checkpoint stays.
     """
+    _reset_peak()
     config, corpus = resolve(config)
     with _own_random_state(), _stop_requests() as stop:
         trainer = Trainer.of(config, corpus)
@@ -423,14 +424,12 @@ def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[...
 
 def _bare(optimizers: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
     """The optimizers inside Accelerate's wrappers."""
-    return {name: getattr(optimizer, "optimizer", optimizer) for name, optimizer in optimizers.items()}
+    return {name: optimizer.optimizer for name, optimizer in optimizers.items()}
 
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
-    """Leaves the caller's random numbers as they were, and starts counting peak memory anew."""
-    gc.collect()
-    _reset_peak()
+    """Leaves the caller's random numbers as they were."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
@@ -458,6 +457,7 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 
 def _reset_peak() -> None:
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
