@@ -1,8 +1,8 @@
 """The one cache: named rows, the position each row holds (-1: empty), and named fixed-size state.
 
-A mechanism declares what it remembers (`CacheSpec`); a `Cache` obeys. A cache is a value passed in and returned; nothing
-lives inside a module, so prompts can be forked, saved, batched and rewound. Rows are preallocated and written in place,
-so use it without gradients, and `fork` before two continuations of one prompt.
+A mechanism declares what it remembers (`CacheSpec`); a `Cache` obeys. A cache is a value passed in and returned;
+nothing lives inside a module, so prompts can be forked, saved, batched and rewound. Rows are preallocated and written
+in place, so use it without gradients, and `fork` before two continuations of one prompt.
 """
 
 from __future__ import annotations
@@ -121,14 +121,20 @@ class Cache:
         return out
 
 
+Output = tuple[Tensor, Cache | None]  # what a mechanism's forward returns: y (B L D), and the cache where one was given
+
+
 def extend(
-    cache: Cache | None, positions: Tensor, *, tokens: int | None = None, **new: Tensor
+    cache: Cache | None, positions: Tensor, tokens: int | None = None, /, **new: Tensor
 ) -> tuple[Seen, Cache | None]:
     """Add rows `new` (name -> B L ...) of tokens at `positions` (B L). Returns what this call may read, and the cache.
 
     `tokens` is how many tokens passed, where that is not the number of rows (a row per completed chunk). Without a
     cache, as in training, a call sees its own rows and nothing is kept. Raises `UserError` when the cache is full.
     """
+    if (cache is None or cache.ragged) and positions.stride(0):  # one row expanded has no padding
+        pad = positions < 0  # what a pad holds, even not-a-number, must not reach a sum
+        new = {n: t.masked_fill(pad.view(*pad.shape, *[1] * (t.ndim - 2)), 0) for n, t in new.items()}
     if cache is None:
         return Seen(positions, new), None
     passed = positions.shape[1] if tokens is None else tokens
@@ -199,7 +205,8 @@ def save(caches: Sequence[Cache], path: str | Path) -> Path:
     """Write the caches of all layers to one safetensors file, whole or not at all."""
     from safetensors.torch import save as pack
 
-    tensors, layers = {}, []
+    tensors: dict[str, Tensor] = {}
+    layers = []
     for i, cache in enumerate(caches):
         tensors |= {f"{i}/{name}": t.contiguous() for name, t in cache._tensors().items()}
         layers.append(_describe(cache))

@@ -75,6 +75,8 @@ class Experts(nn.Module):
     no expert has a capacity, so every token gets all k. Load is evened out by the loss E sum_i f_i p_i (Switch
     Transformer, arXiv 2101.03961), or without a loss by a bias on the choice alone (arXiv 2408.15664)."""
 
+    bias: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.k, self.balance = config.experts_per_token, config.balance
@@ -136,7 +138,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.place = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
+        self.place: nn.Embedding | None = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
         self.drop = nn.Dropout(c.dropout)
         mixers = attention_configs(c)
         names = [c.mechanisms[i % len(c.mechanisms)] for i in range(c.n_layers)]
@@ -188,6 +190,9 @@ class Decoder(nn.Module):
             kept.append(after)
         return self.norm(x), kept if cache else None
 
+    def blocks(self) -> list[Block]:
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def _check_length(self, length: int) -> None:
         if self.place is not None and length > self.config.context:
             raise UserError(
@@ -213,7 +218,9 @@ class Decoder(nn.Module):
         self._check_length(max_len)
         weight = self.embed.weight
         like: dict[str, Any] = {"dtype": dtype or weight.dtype, "device": device or weight.device}
-        return [Cache.empty(b.attention.config.cache_spec, batch, max_len, ragged=ragged, **like) for b in self.layers]
+        return [
+            Cache.empty(b.attention.config.cache_spec, batch, max_len, ragged=ragged, **like) for b in self.blocks()
+        ]
 
     def parameter_count(self) -> int:
         """Parameters, each counted once, positions and embeddings included."""

@@ -49,8 +49,8 @@ def attend(
     dropout: float = 0.0,
     keep: Tensor | None = None,
 ) -> Float[Tensor, "B L N V"]:
-    """Softmax attention. Query head n reads key/value head n // (N/K); a key at position -1 does not exist; a query that
-    sees nothing gives 0. `scale` None: H^-0.5. `keep` (B|1 N|1 L S, bool) narrows what the mask allows."""
+    """Softmax attention. Query head n reads key/value head n // (N/K); a key at position -1 does not exist; a query
+    that sees nothing gives 0. `scale` None: H^-0.5. `keep` (B|1 N|1 L S, bool) narrows what the mask allows."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = Pairs(mask, q_pos, k_pos, keep)
     if _maps is not None:
@@ -78,7 +78,8 @@ def ema(
     real = one_row(positions) >= 0
     decay = 0.05 + 0.95 * decay.to(exact)
     rest = -L % group
-    x = pad(x.to(exact) * (1 - decay) * real[..., None], (0, 0, 0, rest)).unflatten(1, (-1, group))
+    x = x.to(exact).masked_fill(~real[..., None], 0) * (1 - decay)
+    x = pad(x, (0, 0, 0, rest)).unflatten(1, (-1, group))
     age = pad(real, (0, rest)).unflatten(1, (-1, group)).cumsum(2)[..., None] * decay.log()
     fall = age.exp()
     within = (x * (-age).exp()).cumsum(2) * fall
@@ -94,6 +95,37 @@ def ema(
         reach = torch.cat([torch.ones_like(factor[:, :1]), factor[:, :-1]], 1)
         carry = carry + reach * start.to(exact)[:, None]
     return (within + fall * carry[:, :, None]).flatten(1, 2)[:, :L]
+
+
+def chunk_sums(
+    x: Float[Tensor, "B L D"], positions: Int[Tensor, "B L"], chunk: int, carried: Tensor | None = None
+) -> tuple[Float[Tensor, "B M D"], Int[Tensor, "B M"], Float[Tensor, "B D"]]:
+    """Sums of x over chunks of `chunk` positions: of each chunk touched, its number (-1 where its last token has not
+    come), and the sum of the chunk still open. Without `carried`, the open sum of what came before (B D), nothing came
+    before, and a chunk whose head is missing does not count."""
+    L, row = x.shape[1], one_row(positions)
+    real, far = row >= 0, torch.iinfo(torch.int64).max // 2
+    start = torch.where(real, row, far).amin(1, keepdim=True)
+    first = torch.where(start < far, (start + (chunk - 1 if carried is None else 0)) // chunk, 0)
+    column = torch.arange(L // chunk + 2, device=x.device)
+    belongs = real[..., None] & ((row // chunk - first)[..., None] == column)
+    sums = torch.einsum("blm,bld->bmd", belongs.to(x.dtype).expand(len(x), -1, -1), x)
+    if carried is not None:
+        sums = torch.cat([sums[:, :1] + carried.to(x.dtype)[:, None], sums[:, 1:]], 1)
+    done = (row.amax(1, keepdim=True) + 1) // chunk  # the first chunk that is not complete
+    still_open = sums.gather(1, (done - first).clamp(min=0)[..., None].expand(len(x), 1, x.shape[2]))[:, 0]
+    return sums, torch.where(first + column < done, first + column, -1).expand(len(x), -1), still_open
+
+
+def spread(best: Tensor, chunks: Int[Tensor, "B M"], wanted: Int[Tensor, "B S"]) -> Tensor:
+    """What was chosen among chunks (best: B L M, bool) as a choice among tokens that lie in chunk `wanted`: B L S.
+    Chunk numbers rise by one from column to column where they are not -1."""
+    best, chunks = pad(best, (0, 1)), pad(chunks, (0, 1), value=-1)  # a last column for tokens of no chunk
+    last = chunks.shape[1] - 1
+    first = torch.where(chunks >= 0, chunks - torch.arange(last + 1, device=chunks.device), 0).amax(1, keepdim=True)
+    column = wanted - first
+    column = torch.where((column >= 0) & (column < last), column, last)
+    return best.gather(2, column[:, None].expand(-1, best.shape[1], -1))
 
 
 def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -101,7 +102,7 @@ class AttentionConfig:
     dropout: float = 0.0  # on attention weights, while training
     impl: str = "sdpa"  # which kernel; never changed silently
 
-    summary: ClassVar[str] = ""  # one line
+    summary: ClassVar[str] = ""  # the first line of the mechanism's file
     formula: ClassVar[str] = ""  # one line of mathematics
     source: ClassVar[str] = ""  # where it was published
     caches: ClassVar[str] = ""  # what it remembers, in words
@@ -110,6 +111,10 @@ class AttentionConfig:
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "head_dim"):

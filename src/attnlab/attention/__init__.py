@@ -1,5 +1,6 @@
-"""One mechanism, one file. The folder listing is the registry, and installed packages add to it through the entry point
-group `attnlab.attention` (name -> a module that defines `Config` and `Attention`). Nothing is imported until asked for."""
+"""One mechanism, one file. The folder listing is the registry, and installed packages add to it through the entry
+point group `attnlab.attention` (name -> a module that defines `Config` and `Attention`). Nothing is imported until
+it is asked for."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, extend
+from ..cache import Cache, Output, extend
 from ..ops import attend, ema, rope
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
@@ -25,7 +25,6 @@ from .mka import make_gate
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    summary = "keys and values from a gated mix of the token and a moving average"
     formula = "k, v = W (lambda_1 x + lambda_2 ema(x));  o = softmax(q k^T / sqrt(H)) v"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of K heads, and one moving average"
@@ -51,18 +50,16 @@ class Attention(nn.Module):
         super().__init__()
         self.config = c = config
         self.q = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
-        self.kv = nn.Linear(c.d_model, 2 * c.kv_heads * c.head_dim, bias=c.bias)
+        self.kv = nn.Linear(c.d_model, 2 * c.n_kv_heads * c.head_dim, bias=c.bias)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
         self.gate = make_gate(c, c.gate_width, 2)
         half_lives = torch.logspace(1, 7, c.d_model, base=2)  # 2 to 128 tokens
         self.decay = nn.Parameter(torch.logit(0.5 ** (1 / half_lives)))
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c, before = self.config, cache
         q = self.q(x)
-        summary = ema(x, self.decay.sigmoid(), positions, cache and cache.state["ema"])
+        summary = ema(x, self.decay.sigmoid(), positions, None if before is None else before.state["ema"])
         weight = self.gate(q).softmax(-1).to(x.dtype)
         mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
         k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)

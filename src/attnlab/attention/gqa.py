@@ -10,49 +10,46 @@ Caches the rotated keys and the values of K heads: 2 K H floats per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..cache import Cache, extend
+from ..cache import Cache, Output, extend
 from ..ops import attend, rope
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
-    n_kv_heads: int | None = None  # None: n_heads / 4, at least 1
+    n_kv_heads: int = 0  # 0: n_heads / 4, at least 1
 
-    summary = "groups of query heads share one key/value head"
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
     source = "Ainslie et al. 2023, arXiv 2305.13245"
     caches = "keys and values of K heads"
-    impls = ("reference", "sdpa", "flex")
-    cache_width = "n_kv_heads"
+    impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
+    cache_width: ClassVar[str | None] = "n_kv_heads"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_kv_heads is None:
+        if not self.n_kv_heads:
             self.set("n_kv_heads", self.default_kv_heads)
-        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
+        if self.n_kv_heads < 0 or self.n_heads % self.n_kv_heads:
             allowed = ", ".join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)
-            raise UserError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: give one of {allowed}")
+            raise UserError(
+                f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}: give one of {allowed}"
+            )
 
     @property
     def default_kv_heads(self) -> int:
         return max(k for k in range(1, max(self.n_heads // 4, 1) + 1) if self.n_heads % k == 0)
 
     @property
-    def kv_heads(self) -> int:
-        assert self.n_kv_heads is not None
-        return self.n_kv_heads
-
-    @property
     def cache_spec(self) -> CacheSpec:
-        row = (self.kv_heads, self.head_dim)
+        row = (self.n_kv_heads, self.head_dim)
         return CacheSpec({"k": row, "v": row})
 
     def flops(self, queries: int, keys: int) -> int:
-        projections = 2 * queries * self.d_model * 2 * (self.n_heads + self.kv_heads) * self.head_dim
+        projections = 2 * queries * self.d_model * 2 * (self.n_heads + self.n_kv_heads) * self.head_dim
         return projections + 4 * queries * keys * self.n_heads * self.head_dim
 
 
@@ -60,18 +57,16 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
+        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.bias)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: B L D -> rotated queries B L N H, rotated keys B L K H, values B L K H."""
         c = self.config
-        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.kv_heads, c.kv_heads], 2)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 2)
         return rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta), v
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c = self.config
         q, k, v = self.project(x, positions)
         seen, cache = extend(cache, positions, k=k, v=v)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, extend
+from ..cache import Cache, Output, extend
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
 
 
@@ -24,7 +24,6 @@ class Config(AttentionConfig):
     n_latents: int = 256
     top_k: int = 16
 
-    summary = "a per-token lookup in learned latents; mixes no tokens, kept as a floor"
     formula = "o[n] = topk-softmax(q[n] E[n]^T / sqrt(H)) E[n] + v[n]"
     source = "the published MSLA patch for GPT-2"
     caches = "nothing"
@@ -55,9 +54,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(heads, c.d_model, bias=c.bias)
         self.latents = nn.Parameter(torch.randn(c.n_heads, c.n_latents, c.head_dim) * c.head_dim**-0.5)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c = self.config
         q, v = self.q(x).unflatten(-1, (c.n_heads, -1)), self.v(x).unflatten(-1, (c.n_heads, -1))
         scores = torch.einsum("blnh,nih->blni", q, self.latents.to(q.dtype)) * c.head_dim**-0.5

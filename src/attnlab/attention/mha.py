@@ -16,7 +16,6 @@ __all__ = ["Attention", "Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    summary = "every query head has its own keys and values"
     formula = "o[n] = softmax(q[n] k[n]^T / sqrt(H)) v[n]"
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     caches = "keys and values of all N heads"

@@ -4,22 +4,23 @@
     M_1: the tokens up to t         M_2: the mean of each completed chunk of c tokens, strictly before t's own chunk
     M_3: the tokens of the `recall` chunks of M_2 whose mean keys match q[t] best, attended in full
 
-After arXiv 2603.20586, made causal: the published code averaged M_2 over the whole sequence and left M_3 zero. W_k and W_v
-are shared; the rotary position of a mean key is that of its chunk's last token. The gate starts near lambda_1 = 1, and
-a memory that holds nothing yet has weight 0. Caches 2 K H floats per token, 2 K H per completed chunk, and the running
-sum of the current chunk (D).
+After arXiv 2603.20586, made causal: the published code averaged M_2 over the whole sequence and left M_3 zero. W_k and
+W_v are shared; the rotary position of a mean key is that of its chunk's last token. The gate starts near lambda_1 = 1,
+and a memory that holds nothing yet has weight 0. Caches 2 K H floats per token, 2 K H per completed chunk, and the
+running sum of the current chunk (D).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..cache import Cache, Seen, extend
-from ..ops import attend, newest, one_row, rope
+from ..cache import Cache, Output, Seen, extend
+from ..ops import attend, chunk_sums, newest, rope, spread
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import gqa
 
@@ -30,16 +31,12 @@ class Config(gqa.Config):
     recall: int = 2
     window: int | None = None  # of M_1; None: all
 
-    summary = "a gate weighs recent tokens, chunk summaries and recalled chunks"
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of every token and of every completed chunk, and one running sum"
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"
-    variants = {
-        "chunks of 3": {"chunk": 3, "recall": 2},
-        "window": {"chunk": 4, "recall": 1, "window": 5, "n_kv_heads": 1},
-    }
+    variants = {"chunks of 3": {"chunk": 3}, "window": {"chunk": 4, "recall": 1, "window": 5, "n_kv_heads": 1}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,10 +61,10 @@ class Config(gqa.Config):
     def flops(self, queries: int, keys: int) -> int:
         D, N, H, c = self.d_model, self.n_heads, self.head_dim, self.chunk
         before, chunks, hidden = (keys - queries) // c, keys // c, gate_width(self)
-        touched = chunks if queries == keys else queries // c + 2
-        summaries = 2 * touched * queries * D + 2 * (chunks - before) * D * 2 * self.kv_heads * H
+        summaries = 2 * (queries // c + 2) * queries * D + 2 * (chunks - before) * D * 2 * self.n_kv_heads * H
         gate = 2 * queries * hidden * (N * H + 3)
-        return super().flops(queries, keys) + summaries + gate + 2 * queries * N * H * (3 * chunks + 2 * keys)
+        attend = 4 * queries * N * H * (chunks + keys) + 2 * queries * chunks * self.n_kv_heads * H
+        return super().flops(queries, keys) + summaries + gate + attend
 
 
 def gate_width(config: Config) -> int:
@@ -76,11 +73,11 @@ def gate_width(config: Config) -> int:
 
 def make_gate(config: gqa.Config, width: int, sources: int) -> nn.Sequential:
     """MLP from a token's query to the logits of its sources; source 0 starts with nearly all the weight."""
-    gate = nn.Sequential(nn.Linear(config.n_heads * config.head_dim, width), nn.GELU(), nn.Linear(width, sources))
+    last = nn.Linear(width, sources)
+    nn.init.normal_(last.weight, std=0.01)
     with torch.no_grad():
-        gate[2].bias.zero_()[0] = 5.0
-        gate[2].weight.mul_(0.1)
-    return gate
+        last.bias.copy_(torch.tensor([5.0] + [0.0] * (sources - 1)))
+    return nn.Sequential(nn.Linear(config.n_heads * config.head_dim, width), nn.GELU(), last)
 
 
 class Attention(gqa.Attention):
@@ -90,75 +87,44 @@ class Attention(gqa.Attention):
         super().__init__(config)
         self.gate = make_gate(config, gate_width(config), 3)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
-        c = self.config
-        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.kv_heads, c.kv_heads], 2)
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
+        c, before, own = self.config, cache, positions // self.config.chunk
+        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 2)
         logits = self.gate(q.flatten(2))
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
-        before = cache
         seen, cache = extend(cache, positions, k=k, v=v)
         chunks, cache = self.summarise(x, positions, before, cache)
+        keep = self.recall(q, own, chunks, seen)
+        recent = replace(mask, window=c.window)
 
-        keep = self.recall(q, positions // c.chunk, chunks, seen)
-        dropout = c.dropout if self.training else 0.0
-        answers = [
-            attend(q, m.rows["k"], m.rows["v"], pos, m.positions, rule, impl=c.impl, dropout=dropout, keep=chosen)
-            for m, pos, rule, chosen in (
-                (seen, positions, replace(mask, window=c.window), None),
-                (chunks, positions // c.chunk - 1, CAUSAL, None),
-                (seen, positions, CAUSAL, keep),
-            )
-        ]
-        nothing_yet = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
-        weight = logits.masked_fill(nothing_yet, -torch.inf).softmax(-1).to(answers[0].dtype)
+        def ask(memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
+            k, v, dropout = memory.rows["k"], memory.rows["v"], c.dropout if self.training else 0.0
+            return attend(q, k, v, at, memory.positions, rule, impl=c.impl, dropout=dropout, keep=keep)
+
+        answers = ask(seen, positions, recent), ask(chunks, own - 1, CAUSAL), ask(seen, positions, CAUSAL, keep)
+        empty = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
+        weight = logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype)
         y = sum(weight[:, :, i, None, None] * answer for i, answer in enumerate(answers))
-        return self.o(y.flatten(2)), cache
+        return self.o(torch.as_tensor(y).flatten(2)), cache
 
-    def summarise(
-        self, x: Tensor, positions: Tensor, before: Cache | None, after: Cache | None
-    ) -> tuple[Seen, Cache | None]:
-        """Means of the chunks that these tokens complete, as keys and values, added to the memory of chunks.
-
-        Chunk j completes with token (j + 1) c - 1; a call without a cache knows only chunks that lie wholly in it.
-        """
-        c, L = self.config.chunk, x.shape[1]
-        row = one_row(positions)
-        real, far = row >= 0, torch.iinfo(torch.int64).max // 2
-        start = torch.where(real, row, far).amin(1, keepdim=True)
-        first = torch.where(start < far, (start if before else start + c - 1) // c, 0)
-        column = torch.arange(L // c + 2 if before else L // c, device=x.device)
-        belongs = real[..., None] & ((row // c - first)[..., None] == column)
-        sums = torch.einsum("blm,bld->bmd", belongs.to(x.dtype).expand(len(x), -1, -1), x)
-        done = (row.amax(1, keepdim=True) + 1) // c  # the first chunk that is not complete
-        if before and after:
-            start_sum = before.state["sum"].to(x.dtype)
-            sums = torch.cat([sums[:, :1] + start_sum[:, None], sums[:, 1:]], 1)
-            open_chunk = (done - first)[..., None].expand(len(x), 1, x.shape[2])
-            after = after.with_state(sum=sums.gather(1, open_chunk)[:, 0])
-            count = L // c + 1 if before.ragged else (before.tokens + L) // c - before.tokens // c
-            sums, column = sums[:, :count], column[:count]
-        which = torch.where(first + column < done, first + column, -1).expand(len(x), -1)
-        q_size = self.config.n_heads * self.config.head_dim
+    def summarise(self, x: Tensor, positions: Tensor, before: Cache | None, after: Cache | None) -> tuple[Seen, Any]:
+        """Mean keys and values of the chunks that these tokens complete, joined to those in memory."""
+        c, L, q_size = self.config, x.shape[1], self.config.n_heads * self.config.head_dim
+        sums, which, still_open = chunk_sums(x, positions, c.chunk, None if before is None else before.state["sum"])
+        told = 0 if before is None else before.tokens % c.chunk
+        count = L // c.chunk + 1 if before and before.ragged else (told + L) // c.chunk
+        sums, which = sums[:, :count], which[:, :count]
         bias = None if self.qkv.bias is None else self.qkv.bias[q_size:]
-        k, v = linear(sums / c, self.qkv.weight[q_size:], bias).unflatten(-1, (-1, self.config.head_dim)).chunk(2, 2)
-        k = rope(k, which * c + c - 1, self.config.rope_theta)
-        chunks, kept = extend(before and before.beside["chunks"], which, tokens=L, k=k, v=v)
-        return chunks, after and replace(after, beside={"chunks": kept})
+        k, v = linear(sums / c.chunk, self.qkv.weight[q_size:], bias).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
+        k = rope(k, which * c.chunk + c.chunk - 1, c.rope_theta)
+        chunks, kept = extend(before and before.beside["chunks"], which, L, k=k, v=v)
+        return chunks, after and kept and replace(after.with_state(sum=still_open), beside={"chunks": kept})
 
     def recall(self, q: Tensor, own: Tensor, chunks: Seen, seen: Seen) -> Tensor:
         """B 1 L S, True for the tokens of the chunks whose mean keys match the query best, heads together."""
-        c, count = self.config, chunks.positions.shape[1]
-        grouped = q.unflatten(2, (c.kv_heads, -1)).sum(3)
+        c = self.config
+        grouped = q.unflatten(2, (c.n_kv_heads, -1)).sum(3)
         scores = torch.einsum("blkh,bckh->blc", grouped, chunks.rows["k"].to(q.dtype))
-        past = (chunks.positions[:, None] >= 0) & (chunks.positions[:, None] < own[:, :, None])
-        best = newest(scores.masked_fill(~past, -torch.inf), c.recall) if count else past
-        best = (
-            torch.cat([best, torch.zeros_like(best[:, :, :1])], -1) if count else torch.zeros_like(own[:, :, None] > 0)
-        )
-        offset = torch.where(chunks.positions >= 0, chunks.positions - torch.arange(count, device=q.device), 0)
-        first = offset.amax(1, keepdim=True) if count else 0
-        column = seen.positions // c.chunk - first
-        column = torch.where((column >= 0) & (column < count), column, count)
-        return best.gather(2, column[:, None].expand(-1, own.shape[1], -1))[:, None]
+        past = CAUSAL(own[:, :, None] - 1, chunks.positions[:, None])
+        best = newest(scores.masked_fill(~past, -torch.inf), c.recall)
+        return spread(best, chunks.positions, seen.positions // c.chunk)[:, None]

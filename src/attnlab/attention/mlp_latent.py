@@ -2,8 +2,8 @@
 
     z = W_2 gelu(W_1 x)   (D -> 2D -> D)        y = LayerNorm(x + mha(z))
 
-What the memory-keyed project called "MLA"; it is not DeepSeek's (see `mla`), hence another name. The residual is inside, so
-a block around it adds x twice. Caches 2 N H floats per token: no saving.
+What the memory-keyed project called "MLA"; it is not DeepSeek's (see `mla`), hence another name. The residual is
+inside, so a block around it adds x twice. Caches 2 N H floats per token: no saving.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..cache import Cache
+from ..cache import Cache, Output
 from ..spec import CAUSAL, Mask
 from . import mha
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(mha.Config):
-    summary = "multi-head attention over a hidden expansion of x, with its own residual and norm"
     formula = "y = LayerNorm(x + mha(W_2 gelu(W_1 x)))"
     source = "the MKA project's baseline, after arXiv 2603.20586"
     caches = "keys and values of all N heads"
@@ -37,8 +36,6 @@ class Attention(mha.Attention):
         )
         self.norm = nn.LayerNorm(D)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         y, cache = super().forward(self.latent(x), positions, cache, mask)
         return self.norm(x + y), cache

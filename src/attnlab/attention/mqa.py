@@ -15,7 +15,6 @@ __all__ = ["Attention", "Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    summary = "all query heads share one key/value head"
     formula = "o[n] = softmax(q[n] k^T / sqrt(H)) v"
     source = "Shazeer 2019, arXiv 1911.02150"
     caches = "keys and values of one head"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, Seen, extend
+from ..cache import Cache, Output, Seen, extend
 from ..ops import attention_weights, newest, rope, with_loss
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import mla
@@ -30,7 +30,6 @@ class Config(mla.Config):
     index_dim: int = 16
     warmup: int = 100  # training calls with dense attention
 
-    summary = "mla over the k stored tokens that a learned indexer picks"
     formula = "o[t] = mla(x[t]) over top-k_s sum_j w[t,j] relu(qI[t,j] . kI[s])"
     source = "DeepSeek-V3.2 2025, arXiv 2512.02556"
     caches = "one latent, one rotary key and one indexer key"
@@ -44,9 +43,7 @@ class Config(mla.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.local <= self.top_k or self.top_k < 1:
-            raise UserError(
-                f"top_k is {self.top_k} and local {self.local}: give top_k of at least 1 and local up to it"
-            )
+            raise UserError(f"top_k is {self.top_k}, local {self.local}: give a top_k of 1 or more and local up to it")
         if min(self.index_heads, self.index_dim) < 1 or self.index_dim % 2:
             raise UserError(f"index_heads {self.index_heads} must be at least 1 and index_dim {self.index_dim} even")
 
@@ -74,22 +71,20 @@ class Config(mla.Config):
 
 class Attention(mla.Attention):
     config: Config
+    calls: Tensor
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        c = config
+        super().__init__(c := config)
         self.index_q = nn.Linear(c.d_model, c.index_heads * c.index_dim, bias=False)
         self.index_k = nn.Linear(c.d_model, c.index_dim, bias=False)
         self.index_w = nn.Linear(c.d_model, c.index_heads, bias=False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # in training
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c, still = self.config, x.detach()
-        q, rows = self.project(x, positions)
+        q, latent = self.project(x, positions)
         index_k = rope(self.index_k(still)[:, :, None], positions, c.rope_theta)[:, :, 0]
-        seen, cache = extend(cache, positions, **rows, index=index_k)
+        seen, cache = extend(cache, positions, latent=latent, index=index_k)
         scores, keep = self.select(still, seen, positions, mask)
         if self.training:
             keep = keep | ((self.calls < c.warmup) & (scores > -torch.inf))
@@ -117,8 +112,8 @@ class Attention(mla.Attention):
         """KL(attention || softmax of the scores) over the kept tokens, mean over queries, in nats."""
         c = self.config
         with torch.no_grad():
-            q, k, _ = self.expand(q, seen)
-            scale = (c.head_dim + c.r) ** -0.5
+            q, k, _ = self.expand(q, seen.rows["latent"])
+            scale = (c.head_dim + c.rope_dim) ** -0.5
             target = attention_weights(q, k, positions, seen.positions, mask, scale, keep=keep[:, None]).mean(1)
         least = torch.finfo(scores.dtype).min
         guess = scores.masked_fill(~keep, least).log_softmax(-1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..cache import Cache
+from ..cache import Cache, Output
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import gqa
 
@@ -20,7 +20,6 @@ from . import gqa
 class Config(gqa.Config):
     window: int = 32
 
-    summary = "each token sees only the last `window` tokens"
     formula = "o[t] = softmax over t-w < s <= t of (q[t] k[s]^T / sqrt(H)) v[s]"
     source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
     caches = "keys and values of the last `window` tokens, in a ring"
@@ -40,11 +39,14 @@ class Config(gqa.Config):
     def cache_spec(self) -> CacheSpec:
         return replace(super().cache_spec, keep=self.window)
 
+    def flops(self, queries: int, keys: int) -> int:
+        """A step reads the ring; a longer chunk reads what the ring held and itself."""
+        read = self.window if queries == 1 else queries + min(keys - queries, self.window)
+        return super().flops(queries, min(keys, read))
+
 
 class Attention(gqa.Attention):
     config: Config
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL
-    ) -> tuple[Tensor, Cache | None]:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         return super().forward(x, positions, cache, replace(mask, window=self.config.window))

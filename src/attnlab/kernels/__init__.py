@@ -1,9 +1,8 @@
 """Softmax attention, by several hands. `reference` is the specification, gradients included; the others are proven
-against it. A kernel is a module with `attend(q, k, v, pairs, scale, dropout)`; asking for one that cannot run raises."""
+against it. A kernel is a module with `attend(q, k, v, pairs, scale, dropout)`; one that cannot run raises."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,8 +50,14 @@ def one_row(positions: Tensor) -> Tensor:
 
 def get(impl: str) -> Callable[[Tensor, Tensor, Tensor, Pairs, float, float], Tensor]:
     """The kernel called `impl`; raises `UserError` for an unknown one."""
-    module = importlib.import_module(f".{choose('impl', impl, NAMES)}", __name__)
-    return module.attend
+    choose("impl", impl, NAMES)
+    if impl == "flex":  # a plain import statement, because torch.compile must be able to trace this
+        from . import flex as kernel
+    elif impl == "sdpa":
+        from . import sdpa as kernel  # type: ignore[no-redef]
+    else:
+        from . import reference as kernel  # type: ignore[no-redef]
+    return kernel.attend
 
 
 def per_head(x: Tensor, n_heads: int) -> Tensor:
