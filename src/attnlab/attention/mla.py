@@ -59,3 +59,72 @@ class Config(AttentionConfig):
     @property
     def cache_spec(self) -> CacheSpec:
         return CacheSpec({"latent": (self.kv_rank + self.rope_dim,)})  # one tensor: absorbed keys need no copy
+
+    def flops(self, queries: int, keys: int) -> int:
+        D, Q, NH = self.d_model, self.q_rank, self.n_heads * (self.head_dim + self.rope_dim)
+        shared = ((D + NH) * Q or D * NH) + D * (self.kv_rank + self.rope_dim + self.n_heads * self.v_dim)
+        return 2 * queries * shared + self.core_flops(queries, keys, self.absorbs(queries, keys))
+
+    def core_flops(self, queries: int, keys: int, absorbed: bool) -> int:
+        """What the two ways do not share: rebuilding or folding, scores, and the weighted sum."""
+        H, V, R, r = self.head_dim, self.v_dim, self.kv_rank, self.rope_dim
+        if absorbed:
+            return 2 * self.n_heads * (queries * R * (H + V) + queries * keys * (2 * R + r))
+        return 2 * self.n_heads * (keys * R * (H + V) + queries * keys * (H + r + V))
+
+    def absorbs(self, queries: int, keys: int) -> bool:
+        cheaper = self.core_flops(queries, keys, True) < self.core_flops(queries, keys, False)
+        return cheaper if self.mode == "auto" else self.mode == "absorbed"
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = c = config
+        if c.q_rank:
+            self.q_down, self.q_norm = nn.Linear(c.d_model, c.q_rank, bias=c.bias), NORMS[c.norm](c.q_rank, eps=1e-6)
+        self.q = nn.Linear(c.q_rank or c.d_model, c.n_heads * (c.head_dim + c.rope_dim), bias=c.bias)
+        self.down = nn.Linear(c.d_model, c.kv_rank + c.rope_dim, bias=c.bias)
+        self.norm = NORMS[c.norm](c.kv_rank, eps=1e-6)
+        self.k_up = nn.Linear(c.kv_rank, c.n_heads * c.head_dim, bias=False)
+        self.v_up = nn.Linear(c.kv_rank, c.n_heads * c.v_dim, bias=False)
+        self.o = nn.Linear(c.n_heads * c.v_dim, c.d_model, bias=c.bias)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x: B L D -> queries B L N (H + rope_dim), and what to remember: B L (R + rope_dim)."""
+        c = self.config
+        q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x).unflatten(-1, (c.n_heads, -1))
+        latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
+        latent = self.norm(latent)
+        if c.rope_dim:
+            q = torch.cat([q[..., : c.head_dim], rope(q[..., c.head_dim :], positions, c.rope_theta)], -1)
+            latent = torch.cat([latent, rope(k_rope[:, :, None], positions, c.rope_theta)[:, :, 0]], -1)
+        return q, latent
+
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
+        q, latent = self.project(x, positions)
+        seen, cache = extend(cache, positions, latent=latent)
+        return self.o(self.mix(q, seen, positions, mask).flatten(2)), cache
+
+    def mix(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, keep: Tensor | None = None) -> Tensor:
+        """Queries B L N (H + rope_dim) over what is stored -> B L N V."""
+        c, absorbed = self.config, self.config.absorbs(q.shape[1], seen.positions.shape[1])
+        q, k, v = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
+        scale, dropout = (c.head_dim + c.rope_dim) ** -0.5, c.dropout if self.training else 0.0
+        y = attend(q, k, v, positions, seen.positions, mask, scale, impl=c.impl, dropout=dropout, keep=keep)
+        return torch.einsum("blnr,nvr->blnv", y, self.v_up.weight.unflatten(0, (c.n_heads, -1))) if absorbed else y
+
+    def expand(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rebuild every head's keys and values from what is stored (B S (R + rope_dim))."""
+        c = self.config
+        latent, k_rope = stored.split([c.kv_rank, c.rope_dim], -1)
+        k, v = self.k_up(latent).unflatten(-1, (c.n_heads, -1)), self.v_up(latent).unflatten(-1, (c.n_heads, -1))
+        if c.rope_dim:
+            k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, c.n_heads, -1)], -1)
+        return q, k, v
+
+    def absorb(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the queries into latent space, where what is stored is both key and value of one shared head."""
+        c, k = self.config, stored[:, :, None]
+        folded = torch.einsum("blnh,nhr->blnr", q[..., : c.head_dim], self.k_up.weight.unflatten(0, (c.n_heads, -1)))
+        return torch.cat([folded, q[..., c.head_dim :]], -1), k, k[..., : c.kv_rank]
