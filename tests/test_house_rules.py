@@ -41,7 +41,6 @@ ORDER = [
     {"evaluate", "bench", "heads"},
     {"compare"},
     {"report"},
-    {"demo"},
     {"screen"},
     {"cli"},
 ]

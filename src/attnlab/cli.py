@@ -1,6 +1,6 @@
 """The command line. A verb is a function: its parameters are the options, its docstring is the help.
 
-Bad input ends in one sentence on stderr and exit code 2. Nothing that takes long to import is imported before it is needed.
+Bad input ends in one sentence on stderr and exit code 2. What takes long to import is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
@@ -24,12 +25,15 @@ from . import __version__, presets, screen
 from .config import RunConfig
 from .spec import UserError, choose
 
-if TYPE_CHECKING:
-    from .results import LawResult
-
 Flag = FlagCreatePairsOff[bool]
 Fields = Annotated[RunConfig, arg(name="")]  # its fields become --train.steps, --model.n-layers, ...
 EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # what is compared if nothing is said
+DEMO_SEEDS = 2
+DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
+    "train": (64,),
+    "prefill": (256,),
+    "decode": (64, 256, 1024),
+}  # and the tokens per sequence
 
 
 def train(
@@ -155,7 +159,24 @@ def compare(
         jobs: Runs side by side.
         json_: Print compare.json instead of the table.
     """
-    raise NotImplementedError
+    from . import compare as comparison
+
+    found = comparison.compare(
+        with_choices(config, None, data),
+        listed(mechanisms),
+        seeds,
+        out or Path("compare") / preset,
+        match,
+        jobs=jobs,
+        command=this_command(),
+        quiet=json_,
+    )
+    if json_:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.console().print(comparison.table(found))
+        print(f"next: attnlab report {out or Path('compare') / preset}", file=sys.stderr)
+    return int(any(cell["status"] != "done" for cell in found["cells"]))
 
 
 def bench(
@@ -252,7 +273,9 @@ def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> int:
 
 
 def demo(
-    *, out: Annotated[Path, arg(metavar="DIR")] = Path("demo"), jobs: Annotated[int | None, arg(metavar="INT")] = None
+    *,
+    out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
+    jobs: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> int:
     """Compare eight mechanisms on Shakespeare, measure them, and report: about 6 minutes on 2 cores.
 
@@ -260,7 +283,24 @@ def demo(
         out: Where runs, results and report.html go; what is finished there is kept.
         jobs: Runs side by side (as many as there are cores if left out).
     """
-    raise NotImplementedError
+    from . import bench as bench_module
+    from . import compare as comparison
+    from .report import write_report
+    from .results import write_json
+
+    config = presets.get("quick")
+    found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())
+    measured, made = out / "bench.json", out / "samples.json"
+    if not measured.exists() or measured.stat().st_mtime < made.stat().st_mtime:  # runs are newer than measurements
+        records = []
+        print("measuring speed and memory", file=sys.stderr)
+        with screen.working() as tell:
+            for kind, contexts in DEMO_BENCH.items():
+                records += bench_module.bench(kind, config, EIGHT, contexts, repeats=5, progress=tell)
+        write_json(measured, [r.to_dict() for r in records])
+    page = write_report(out)
+    screen.console().print(comparison.table(found), "", f"report: {page}", sep="\n", soft_wrap=True)
+    return int(any(cell["status"] != "done" for cell in found["cells"]))
 
 
 def list_(
@@ -447,6 +487,10 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None) -> 
     for name in config.model.mechanisms:
         choose("mechanism", name, attention.names())
     return config if data is None else replace(config, data=replace(config.data, source=data))
+
+
+def this_command() -> str:
+    return shlex.join(["attnlab", *sys.argv[1:]])
 
 
 def listed(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What every mechanism says about itself: for `attnlab list`, and for the table in docs/mechanisms.md.
 
-Nothing is kept by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words are
-the class variables of each Config. Laws are declared here and proven elsewhere: `attnlab audit NAME` runs them.
+Nothing is kept by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words
+are the class variables of each Config. Laws are declared here and proven elsewhere: `attnlab audit NAME` runs them.
 """
 
 from __future__ import annotations

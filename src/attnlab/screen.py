@@ -38,13 +38,8 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     from .listing import SHAPE, TOKENS, number
 
     left, right = "left", "right"
-    sizes = columns(
-        mechanism=left,
-        **{"floats/token": right, f"cache at {TOKENS}": right},
-        parameters=right,
-        kernels=left,
-        laws=left,
-    )
+    numbers = {"floats/token": right, f"cache at {TOKENS}": right, "parameters": right}
+    sizes = columns(mechanism=left, **numbers, kernels=left, laws=left)
     words = Table(box=None, pad_edge=False, show_header=False)
     for r in records:
         name = f"[bold]{r['name']}"
