@@ -1,10 +1,15 @@
 """PyTorch's FlexAttention: the mask is compiled into the kernel, and blocks that nobody sees are skipped.
 
-Without a GPU it runs unfused, and forward only: FlexAttention has no backward on CPU (pytorch #148752), so asking for
-gradients there raises.
+On a GPU the fused kernel is compiled at the first call. On a CPU the same masks run in its unfused form, for checking and
+without gradients, which FlexAttention does not have there (pytorch #148752): asking for them raises.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout:
     if dropout:
         raise UserError(f"impl 'flex' has no dropout and {dropout} was given: set dropout 0 or impl 'sdpa'")
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        raise UserError("impl 'flex' has no gradients on the CPU: train with impl 'sdpa' or 'reference', or on a GPU")
+        raise UserError("impl 'flex' has no gradients on a CPU: train with impl 'sdpa' or 'reference', or on a GPU")
     B, L, N, _ = q.shape
     q_pos, k_pos, keep, mask = pairs.q_pos, pairs.k_pos, pairs.keep, pairs.mask
 
@@ -29,4 +34,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout:
     heads = None if keep is None or keep.shape[1] == 1 else N
     block = create_block_mask(allowed, B, heads, L, k.shape[1], device=q.device.type)
     q, k, v = (t.transpose(1, 2) for t in (q, per_head(k, N), per_head(v, N)))
-    return flex_attention(q, k, v, block_mask=block, scale=scale).transpose(1, 2)
+    return _kernel(q.device.type)(q, k, v, block_mask=block, scale=scale).transpose(1, 2)
+
+
+@cache
+def _kernel(device: str) -> Callable[..., Tensor]:
+    return _unfused if device == "cpu" else torch.compile(flex_attention)
+
+
+def _unfused(*args: Any, **kwargs: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return flex_attention(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(*args, **kwargs)
