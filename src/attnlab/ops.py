@@ -109,6 +109,7 @@ def chunk_sums(
     first = torch.where(start < far, (start + (chunk - 1 if carried is None else 0)) // chunk, 0)
     column = torch.arange(L // chunk + 2, device=x.device)
     belongs = real[..., None] & ((row // chunk - first)[..., None] == column)
+    x = x if len(row) < len(x) else x.masked_fill(~real[..., None], 0)  # 0 times what a pad may hold is not always 0
     sums = torch.einsum("blm,bld->bmd", belongs.to(x.dtype).expand(len(x), -1, -1), x)
     if carried is not None:
         sums = torch.cat([sums[:, :1] + carried.to(x.dtype)[:, None], sums[:, 1:]], 1)
