@@ -118,6 +118,13 @@ def test_a_lower_loss_that_is_not_distinguishable_is_never_called_better() -> No
     assert "does not mean equal" in said and "±0.450 nats" in said
 
 
+def test_many_comparisons_carry_their_warning() -> None:
+    said = headline(
+        findings(mka=(-0.02, (-0.03, -0.01), BETTER), **{f"x{i}": (0.0, (-1.0, 1.0), SAME) for i in range(6)})
+    )
+    assert "of 7 comparisons at 95 %, 0.35 would be called different by luck on average" in said[1][-1]
+
+
 def test_one_seed_is_too_few(tmp_path: Path) -> None:
     found = read(fixture.make(tmp_path / "one", seeds=(3,), failed=None, layers=1))
     title, details = headline(found)
@@ -313,7 +320,7 @@ def test_every_section_is_there_with_heading_and_captions(folder: Path) -> None:
     assert page.count("<table>") == page.count("<table><caption>") > 5
     text = Tags(page).text
     assert "attnlab compare quick --mechanisms mha,mqa" in text and "2.13.0" in text and "Xeon" in text
-    assert "kv_rank" in text and "within 1 %" in text
+    assert "kv_rank" in text and "could not be done for mka" in text and "+3.6 %" in text
 
 
 @pytest.mark.parametrize("gone", FILES)
@@ -321,8 +328,8 @@ def test_a_missing_file_costs_its_sections_and_says_what_makes_it(tmp_path: Path
     made = fixture.make(tmp_path / "r", layers=1, seeds=(0, 1), mechanisms=("mha", "mla"), failed=None)
     (made / gone).unlink()
     text = Tags(render(made)).text
-    verb = "compare quick" if gone == "compare.json" else "demo"
-    assert f"attnlab {verb} --out r makes it." in text
+    command = {"compare.json": "compare quick --out r", "bench.json": "demo --out r"}
+    assert f"attnlab {command.get(gone, 'compare quick --mechanisms mha,mla')}" in text
     assert text.count("makes it.") == {"compare.json": 6, "bench.json": 2}.get(gone, 1)
 
 
@@ -335,6 +342,14 @@ def test_a_comparison_that_was_stopped_shows_what_is_finished(tmp_path: Path) ->
     text = Tags(render(tmp_path)).text
     assert "mla has trained; nothing to compare with mha yet." in text
     assert "The comparison is not finished, so there are no paired differences" in text
+
+
+def test_a_comparison_under_way_says_so(tmp_path: Path) -> None:
+    made = fixture.make(tmp_path / "r", layers=1, mechanisms=("mha", "mla"), failed=None)
+    data = json.loads((made / "compare.json").read_text())
+    data["cells"] = data["cells"][:4]
+    (made / "compare.json").write_text(json.dumps(data))
+    assert "The comparison is not finished: 4 of its 6 runs have started." in headline(read(made))[1][-1]
 
 
 def test_missing_numbers_are_not_zero(tmp_path: Path) -> None:

@@ -14,13 +14,7 @@ from typing import Any
 from ..results import FORMAT, BenchRecord, LawResult, RunResult, read_json
 from ..spec import UserError
 
-MAKES = {  # what writes each file
-    "compare.json": "attnlab compare quick --out {folder}",
-    "laws.json": "attnlab demo --out {folder}",
-    "bench.json": "attnlab demo --out {folder}",
-    "samples.json": "attnlab demo --out {folder}",
-    "attention.json": "attnlab demo --out {folder}",
-}
+FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json")
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,10 @@ class Findings:
         return next((s for s in self.standings if s.mechanism == mechanism), None)
 
     def how_to_make(self, file: str) -> str:
-        return MAKES[file].format(folder=self.folder)
+        """The command that writes `file`: a comparison writes all but the benchmark, which the demo adds."""
+        if file == "bench.json":
+            return f"attnlab demo --out {self.folder}"
+        return str(self.compare.get("command") or f"attnlab compare quick --out {self.folder}")
 
 
 def number(value: Any) -> float | None:
@@ -120,8 +117,8 @@ def read(path: Path) -> Findings:
         attention=load("attention.json", lambda data: [_maps(x) for x in data]) or [],
     )
     if not found.mechanisms:
-        files = ", ".join(MAKES)
-        raise UserError(f"{path} holds no results (none of {files}, no runs): give a folder that attnlab compare wrote")
+        files = ", ".join(FILES)
+        raise UserError(f"{path} holds no results (no run, none of {files}): give a folder that attnlab compare wrote")
     return found
 
 
@@ -144,8 +141,9 @@ def _compare(data: dict[str, Any]) -> dict[str, Any]:
     for name in ("mechanisms", "seeds"):
         if not isinstance(data.get(name, []), list):
             raise ValueError(f"{name} is not a list")
-    for name in ("matched", "environment"):
-        if not isinstance(data.get(name) or {}, dict):
+    matched = data.get("matched") or {}
+    for name, value in {"matched": matched, "environment": data.get("environment") or {}, **matched}.items():
+        if not isinstance(value, dict):
             raise ValueError(f"{name} is not an object")
     cells = [_cell(cell) for cell in data.get("cells", [])]
     rows = [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in data.get("summary", [])]

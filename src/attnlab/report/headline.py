@@ -58,8 +58,16 @@ def _details(
             f"Not distinguishable does not mean equal: with {_seeds(found)} seeds these intervals reach "
             f"±{median(halves):.3f} nats (median), so smaller differences stay unseen."
         )
+    if (better or worse) and (calls := len(better) + len(worse) + len(same)) > 2:
+        limits.append(
+            f"Each interval stands alone: of {calls} comparisons at 95 %, {calls / 20:.2g} would be called different "
+            "by luck on average even if all were equal."
+        )
     if unknown and (better or worse or same):
         limits.append(f"Too few paired seeds to judge {words(s.mechanism for s in unknown)}.")
+    planned = len(found.compare.get("mechanisms") or []) * len(found.compare.get("seeds") or [])
+    if planned > len(found.cells):
+        limits.append(f"The comparison is not finished: {len(found.cells)} of its {planned} runs have started.")
     failed = [c for c in found.cells if c.status != "done"]
     if failed:
         names = words(f"{c.mechanism} with seed {c.seed} ({c.status})" for c in failed)

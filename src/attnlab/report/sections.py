@@ -459,8 +459,8 @@ def samples(found: Findings, look: dict[str, Look]) -> Html:
         title = tag("h3", named(m, look), tag("small", f"seed {sample['seed']}") if "seed" in sample else None)
         cards.append(tag("article", title, tag("pre", tag("b", prompt) if prompt else None, text, tabindex=0)))
     note = (
-        "The prompt is bold; the rest is what each model writes. A few lines say little about quality: the losses above "
-        "say more."
+        "The prompt is bold; the rest is what each model writes. "
+        "A few lines say little about quality: the losses above say more."
     )
     return section("samples", "Samples", tag("p", note, class_="note"), tag("div", cards, class_="cards"))
 
@@ -469,42 +469,38 @@ def samples(found: Findings, look: dict[str, Look]) -> Html:
 
 
 def fairness(found: Findings, look: dict[str, Look]) -> Html:
+    title = "What was kept equal"
     if not found.compare:
-        return section("fairness", "What was kept equal", missing(found, "compare.json", "No finished comparison here"))
+        return section("fairness", title, missing(found, "compare.json", "No finished comparison here"))
     match = str(found.compare.get("match") or "none")
-    equal = {"params": "parameters", "cache": "cache sizes"}.get(match)
-    said = "Data, data order, batch sizes, steps and schedule are the same for all; runs with one seed form a pair. "
-    if equal is None:
-        said += (
-            "Widths are each mechanism's defaults (--match none), so parameters and cache differ: see the scoreboard."
-        )
-        return section("fairness", "What was kept equal", tag("p", said))
-    said += f"Widths were solved so that {equal} agree within 1 % (--match {match})."
-    matched = found.compare.get("matched") or {}
-    rows = []
-    for m, change in matched.items():
-        change = change if isinstance(change, dict) else {}
-        result = (
-            count(number(change.get("parameters")))
-            if "parameters" in change
-            else size(number(change.get("cache_bytes")))
-        )
-        rows.append(
-            [
-                named(m, look) if m in look else m,
-                str(change.get("field", NONE)),
-                _plainly(change.get("from")),
-                _plainly(change.get("to")),
-                result,
-            ]
-        )
-    head = ["mechanism", "field changed", "from", "to", "cache, then" if match == "cache" else "parameters, then"]
-    content = table(
-        f"What was changed so that {equal} match; mechanisms not listed kept their defaults.", head, rows, left=2
-    )
-    return section(
-        "fairness", "What was kept equal", tag("p", said), content if rows else tag("p", "No width had to change.")
-    )
+    said: list[Any] = [
+        "Data, data order, batch size, steps and schedule are the same for all; runs with one seed form a pair. "
+    ]
+    flag = tag("code", f"--match {match}", class_="flag")
+    if match not in ("params", "cache"):
+        said += [
+            "Widths are each mechanism's defaults (",
+            flag,
+            "), so parameters and caches differ: see the scoreboard.",
+        ]
+        return section("fairness", title, tag("p", said))
+    noun, key, shown = {"params": ("parameters", "parameters", count), "cache": ("caches", "cache_bytes", size)}[match]
+    said += [f"Widths were solved so that {noun} agree with {found.baseline}'s within 1 % (", flag, ")."]
+    rows: list[list[Any]] = []
+    unequal = []
+    for m, change in (found.compare.get("matched") or {}).items():
+        before, after, off = change.get("from"), change.get("to"), number(change.get("off"))
+        if change.get("equal") is False:
+            unequal.append(str(m))
+        field = str(change.get("field") or "nothing to change") if before != after else "nothing"
+        name = named(m, look) if m in look else m
+        share = NONE if off is None else f"{signed(100 * off, 1)} %"
+        rows.append([name, field, _plainly(before), _plainly(after), shown(number(change.get(key))), share])
+    if unequal:
+        said.append(f" It could not be done for {words(unequal)}: no width comes nearer than the table says.")
+    head = ["mechanism", "changed", "from", "to", noun, f"against {found.baseline}"]
+    caption = f"The width that gave way, and how far {noun} are from {found.baseline}'s."
+    return section("fairness", title, tag("p", said), table(caption, head, rows, left=2) if rows else None)
 
 
 def _plainly(value: Any) -> str:
@@ -555,7 +551,7 @@ def reproduce(found: Findings) -> Html:
 
 
 GLOSSARY = {
-    "val loss": "Mean cross entropy on held-out text, in nats per token: lower is better; its exponential is perplexity.",
+    "val loss": "Mean cross entropy on held-out text, nats per token: lower is better; its exponential is perplexity.",
     "difference": "Mean over seeds of a mechanism's loss minus the baseline's with the same seed, in nats per token.",
     "95 % interval": "Where the true mean difference lies with 95 % confidence, by Student's t over the paired seeds.",
     "not distinguishable": "The interval holds 0. It is not a proof of equality: more seeds narrow it.",
