@@ -1,7 +1,7 @@
 """PyTorch's FlexAttention: the mask is compiled into the kernel, and blocks that nobody sees are skipped.
 
-On a GPU the fused kernel is compiled at the first call. On a CPU the same masks run in its unfused form, for checking and
-without gradients, which FlexAttention does not have there (pytorch #148752): asking for them raises.
+On a GPU the fused kernel is compiled at the first call. On a CPU the same masks run in its unfused form, for checking
+and without gradients, which FlexAttention does not have there (pytorch #148752): asking for them raises.
 """
 
 from __future__ import annotations

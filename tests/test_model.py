@@ -1,0 +1,215 @@
+"""The decoder: parameter counts, experts, hybrids, losses that ride along."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attnlab import attention, presets
+from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.model import Decoder, Experts, flops_per_token
+from attnlab.ops import record_attention, record_losses, with_loss
+from attnlab.spec import UserError
+
+SMALL = ModelConfig(vocab_size=31, context=40, n_layers=2, d_model=32, n_heads=4)
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "without_positions", "count"),
+    [
+        ("gpt2-124m", {}, False, 124_439_808),
+        ("gpt2-124m", {"vocab_size": 50304, "bias": False}, True, 123_587_328),
+        ("nanogpt-mla-124m", {}, True, 120_012_288),
+        ("llama-1b", {}, False, 1_235_814_400),
+        ("shakespeare-gpu", {}, True, 10_646_784),
+    ],
+)
+def test_published_parameter_counts(preset, changes, without_positions, count):
+    model = on_meta(replace(presets.get(preset).model, **changes))
+    positions = model.place.weight.numel() if without_positions else 0
+    assert model.parameter_count() - positions == count
+
+
+def test_wikitext_mla_form_is_a_config():
+    options = {"mla": {"head_dim": 16, "rope_dim": 16, "v_dim": 32, "q_rank": 256, "kv_rank": 341, "norm": "layer"}}
+    shape = ModelConfig(vocab_size=100, d_model=512, n_heads=16, n_layers=1, mechanisms=("mla",), options=options)
+    layer = on_meta(shape).layers[0].attention
+    assert layer.config.cache_spec.floats(10) == 10 * (341 + 16)
+    assert layer.o.in_features == 16 * 32
+
+
+@pytest.mark.parametrize("name", attention.names())
+def test_every_mechanism_decodes_in_a_model_as_it_reads(name):
+    torch.manual_seed(0)
+    model = Decoder(replace(SMALL, mechanisms=(name,))).double().eval()
+    tokens = torch.randint(31, (3, 37))
+    with torch.no_grad():
+        whole, none = model(tokens)
+        cache = model.empty_cache(3, 37)
+        parts = []
+        for part in tokens.split([20, 1, 1, 15], 1):
+            logits, cache = model(part, cache=cache)
+            parts.append(logits)
+    assert none is None
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-11)
+
+
+def test_hybrid_layers_follow_the_list():
+    config = replace(
+        SMALL, n_layers=5, mechanisms=("sliding", "sliding", "sliding", "mla"), options={"sliding": {"window": 6}}
+    )
+    model = on_meta(config)
+    kinds = [type(layer.attention).__module__.rpartition(".")[2] for layer in model.layers]
+    assert kinds == ["sliding", "sliding", "sliding", "mla", "sliding"]
+    floats = [cache.spec.floats(40) for cache in model.empty_cache(1, 40)]
+    assert floats == [6 * 64, 6 * 64, 6 * 64, 40 * (32 + 4), 6 * 64]
+
+
+@pytest.mark.parametrize("ff", ["gelu", "relu2", "swiglu", "moe"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_every_part_learns(ff, norm):
+    torch.manual_seed(0)
+    model = Decoder(replace(SMALL, ff=ff, norm=norm, n_experts=3, bias=True, tied=False, positions="learned"))
+    tokens = torch.randint(31, (4, 40))
+    model.loss(tokens, tokens.roll(-1, 1)).backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert still == []
+
+
+def dense_experts(m, x):
+    """Every token through its experts, one token at a time."""
+    out = []
+    for token in x.flatten(0, -2):
+        logits = m.router(token)
+        chosen = (logits + m.bias).topk(m.k).indices
+        weights = logits[chosen].softmax(0)
+        out.append(sum(w * (m.out[i] @ F.gelu(m.into[i] @ token)) for w, i in zip(weights, chosen, strict=True)))
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_experts_equal_the_dense_reference_and_drop_nothing(k):
+    torch.manual_seed(0)
+    m = Experts(replace(SMALL, ff="moe", n_experts=5, experts_per_token=k, balance="bias")).double().eval()
+    m.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))  # nearly everybody wants expert 0: a capacity would drop tokens
+    x = torch.randn(3, 17, 32, dtype=torch.float64, requires_grad=True)
+    got, want = m(x), dense_experts(m, x)
+    torch.testing.assert_close(got, want)
+    inputs = [x, m.into, m.out]
+    weight = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad((want * weight).sum(), inputs),
+        torch.autograd.grad((got * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_balance_loss_is_one_when_even_and_pulls_load_apart_when_not():
+    torch.manual_seed(0)
+    m = Experts(replace(SMALL, ff="moe", n_experts=4, experts_per_token=1)).double()
+    x = torch.randn(1, 400, 32).double()
+    with torch.no_grad():
+        m.router.weight.zero_()
+    with record_losses() as losses:
+        m(x)
+    assert losses["balance"][0].item() == pytest.approx(1.0)
+    with torch.no_grad():
+        m.router.weight[2] = x.mean((0, 1)) * 20 + 0.3
+    with record_losses() as losses:
+        (0 * m(x).sum()).backward()
+    assert losses["balance"][0].item() > 1.05
+    assert m.router.weight.grad.abs().max() > 0
+
+
+def test_bias_balancing_moves_load_without_a_loss():
+    torch.manual_seed(0)
+    m = Experts(replace(SMALL, ff="moe", n_experts=4, experts_per_token=1, balance="bias"))
+    x = torch.randn(1, 512, 32) + 1
+
+    def unevenness():
+        counts = torch.bincount((m.router(x.flatten(0, 1)) + m.bias).argmax(-1), minlength=4)
+        return (counts / counts.sum() - 0.25).abs().max()
+
+    before = unevenness()
+    with record_losses() as losses:
+        for _ in range(3000):
+            m.even_out(
+                x,
+                m.router(x.flatten(0, 1)),
+                torch.bincount((m.router(x.flatten(0, 1)) + m.bias).argmax(-1), minlength=4),
+            )
+    assert not losses
+    assert unevenness() < 0.5 * before
+
+
+def test_with_loss_leaves_the_value_and_adds_the_gradient():
+    w, x = torch.tensor(3.0, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    y = with_loss(x * 1, "penalty", w**2, 0.5)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert w.grad == 3.0  # 0.5 * 2 w
+    assert torch.equal(x.grad, torch.ones(2))
+
+
+def test_attention_maps_come_layer_by_layer():
+    model = Decoder(replace(SMALL, mechanisms=("mla", "gqa"))).eval()
+    with record_attention() as maps:
+        model(torch.randint(31, (2, 9)))
+    model(torch.randint(31, (2, 9)))
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 9, 9)] * 2
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 4, 9))
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_flops_are_about_two_per_parameter(name):
+    config = presets.get(name).model
+    active = on_meta(config).parameter_count()
+    if config.positions == "learned":
+        active -= config.context * config.d_model
+    if not config.tied:
+        active -= config.vocab_size * config.d_model
+    assert 2 * active <= flops_per_token(config) < 3.2 * active
+
+
+def test_config_survives_json_and_its_key_ignores_the_name():
+    run = RunConfig(
+        model=replace(SMALL, mechanisms=("sliding", "mla"), options={"mla": {"kv_rank": 8}}),
+        train=TrainConfig(betas=(0.8, 0.9)),
+    )
+    again = from_dict(RunConfig, to_dict(run))
+    assert again == run
+    assert again.key == run.key == replace(run, name="other").key
+    assert replace(run, seed=1).key != run.key
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: replace(SMALL, d_model=33), ["33", "4", "n_heads"]),
+        (lambda: on_meta(replace(SMALL, mechanisms=("mlla",))), ["mlla", "did you mean 'mla'"]),
+        (lambda: on_meta(replace(SMALL, mechanisms=("msla",), options={"msla": {"top_k": 41}})), ["41", "40", "msla"]),
+        (lambda: on_meta(replace(SMALL, mechanisms=("gqa",), options={"gqa": {"n_kv_heads": 3}})), ["3", "1, 2, 4"]),
+        (lambda: on_meta(replace(SMALL, mechanisms=("mla",), options={"mla": {"kv_rnk": 3}})), ["kv_rnk", "kv_rank"]),
+        (lambda: replace(SMALL, options={"mla": {"kv_rank": 3}}), ["mla", "no layer"]),
+        (lambda: replace(SMALL, ff="moe", experts_per_token=9), ["9", "8"]),
+        (lambda: on_meta(replace(SMALL, impl="flash")), ["flash", "sdpa"]),
+        (lambda: from_dict(RunConfig, {"model": {"n_layer": 3}}), ["n_layer", "n_layers"]),
+        (lambda: presets.get("quik"), ["quik", "'quick'"]),
+        (lambda: TrainConfig(optimizer="sgd"), ["sgd", "adamw, muon"]),
+        (lambda: Decoder(replace(SMALL, positions="learned")).empty_cache(1, 41), ["41", "40", "learned"]),
+        (lambda: Decoder(replace(SMALL, positions="learned"))(torch.zeros(1, 41, dtype=torch.int64)), ["41", "40"]),
+    ],
+)
+def test_bad_input_is_one_sentence(make, words):
+    with pytest.raises(UserError) as error:
+        make()
+    text = str(error.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text
