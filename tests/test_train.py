@@ -116,7 +116,7 @@ def test_killed_without_warning(config, tmp_path):
         "train(from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2], progress=stop)\n"
     )
     out = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(to_dict(config)), str(out)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(to_dict(config)), str(out)], timeout=600)
     folder = RunFolder.open(out)
     assert done.returncode == -signal.SIGKILL and folder.newest() == 5 and folder.metrics()[-1]["step"] == 8
     whole, again = train(config, tmp_path / "whole"), train(config, out, resume=True)
@@ -340,7 +340,7 @@ def test_a_compiled_model_learns_the_same(config, tmp_path):
     """In a process of its own: the checks of shapes that the tests switch on cannot be compiled."""
     config = with_model(config, n_layers=1)
     command = [sys.executable, "-c", COMPILE, json.dumps(to_dict(config)), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
     plain, names, compiled, compiled_names = json.loads(done.stdout)
     assert compiled == pytest.approx(plain, rel=1e-4) and compiled_names == names

@@ -169,7 +169,7 @@ class Trainer:
 def train_step(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
     """One optimizer step, number `step` from 0. Returns (mean loss, gradient norm before clipping)."""
     config, model = trainer.config.train, trainer.model
-    seed_random_state(trainer.config.seed, step)
+    seed_dropout(trainer.config.seed, step, trainer.device)
     total = torch.zeros((), device=trainer.device)
     for x, y in trainer.batch(step):
         with trainer.autocast():
@@ -205,9 +205,14 @@ def validate(trainer: Trainer) -> float:
     return torch.stack(losses).double().mean().item()
 
 
-def seed_random_state(seed: int, step: int) -> None:
-    """Dropout at a step is a function of (seed, step)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+def seed_dropout(seed: int, step: int, device: torch.device) -> None:
+    """What is random within a step is a function of (seed, step)."""
+    number = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    torch.default_generator.manual_seed(
+        number
+    )  # torch.manual_seed would also note down a stack trace for each GPU kind
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def find_device(name: str) -> torch.device:
