@@ -1,5 +1,5 @@
-"""Independent witnesses: each mechanism against its formula, written here a second time, one token at a time, in float64,
-with plain loops; and against PyTorch's own multi-head attention. Nothing of ops, kernels or cache is used."""
+"""Independent witnesses: each mechanism against its formula, written here a second time, one token at a time, in
+float64, with plain loops; and against PyTorch's own attention. Nothing of ops, kernels or cache is used."""
 
 import math
 
@@ -111,7 +111,7 @@ def memory_keyed(m, x):
         y = []
         for n in range(N):
             start = 0 if c.window is None else max(0, t - c.window + 1)
-            near = [s for s in range(start, t + 1)]
+            near = range(start, t + 1)
             part = gate[0] * weighted(q[n], [k[s][n] for s in near], [v[s][n] for s in near], H**-0.5)
             if past:
                 part += gate[1] * weighted(q[n], [mean_k[j][n] for j in past], [mean_v[j][n] for j in past], H**-0.5)
