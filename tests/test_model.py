@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from attnlab import attention, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.model import Decoder, Experts, flops_per_token
-from attnlab.ops import record_attention, record_losses, with_loss
-from attnlab.spec import UserError
+from attnlab.kernels.drop import dropout
+from attnlab.ops import attend, record_attention, record_losses, with_loss
+from attnlab.spec import Mask, UserError
 
 SMALL = ModelConfig(vocab_size=31, context=40, n_layers=2, d_model=32, n_heads=4)
 
@@ -213,3 +214,31 @@ def test_bad_input_is_one_sentence(make, words):
     text = str(error.value)
     assert all(word in text for word in words), text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype):
+    torch.manual_seed(0)
+    x = torch.full((3, 70_001), 2.0, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.2)
+    assert (y == 0).float().mean().item() == pytest.approx(0.2, abs=0.005)
+    assert y.float().mean().item() == pytest.approx(2.0, abs=0.02)
+    assert not torch.equal(y, dropout(x, 0.2))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 2)
+    assert dropout(x, 0.0) is x
+
+
+@pytest.mark.parametrize("positions", ["plain", "padded"])
+def test_dropout_on_attention_weights_averages_out(positions):
+    torch.manual_seed(0)
+    B, T = 2, 70
+    at = torch.arange(T).expand(B, T).clone()
+    if positions == "padded":
+        at[1] = (at[1] - 9).clamp(min=-1)
+    q, k, v = torch.randn(3, B, T, 2, 8)
+    mask = Mask(plain=positions == "plain")
+    want = attend(q, k, v, at, at, mask, impl="reference")
+    torch.testing.assert_close(attend(q, k, v, at, at, mask, dropout=1e-6), want, rtol=1e-4, atol=1e-5)
+    mean = torch.stack([attend(q, k, v, at, at, mask, dropout=0.3) for _ in range(400)]).mean(0)
+    assert (mean - want).abs().mean() < 0.04 * want.abs().mean()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import attention
 from .cache import Cache
 from .config import ModelConfig
+from .kernels.drop import dropout
 from .ops import with_loss
 from .spec import CAUSAL, AttentionConfig, Mask, UserError
 
@@ -50,6 +51,13 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=1e-6)
     return nn.LayerNorm(config.d_model, bias=config.bias)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, on the CPU at the speed of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
 
 
 class FeedForward(nn.Module):
@@ -123,7 +131,7 @@ class Block(nn.Module):
         self.attention_norm, self.ff_norm = make_norm(config), make_norm(config)
         self.attention = attention.module(mechanism).Attention(mixer)
         self.ff = Experts(config) if config.ff == "moe" else FeedForward(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask) -> tuple[Tensor, Cache | None]:
         y, cache = self.attention(self.attention_norm(x), positions, cache, mask)
@@ -139,7 +147,7 @@ class Decoder(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         self.place: nn.Embedding | None = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         mixers = attention_configs(c)
         names = [c.mechanisms[i % len(c.mechanisms)] for i in range(c.n_layers)]
         self.layers = nn.ModuleList(Block(c, mixer, name) for mixer, name in zip(mixers, names, strict=True))
