@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from attnlab import attention, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
-from attnlab.model import Decoder, Experts, flops_per_token
 from attnlab.kernels.drop import dropout
+from attnlab.model import Decoder, Experts, flops_per_token
 from attnlab.ops import attend, record_attention, record_losses, with_loss
 from attnlab.spec import Mask, UserError
 

@@ -35,7 +35,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout: float) -> Tensor:
-    """With dropout PyTorch has no fused kernel on a CPU: some queries at a time, then, over no later keys than needed."""
+    """With dropout there is no fused kernel on a CPU: some queries at a time, then, over no later keys than needed."""
     L, S = q.shape[2], k.shape[2]
     hidden = ~pairs.dense()
     out = []
