@@ -130,6 +130,14 @@ class Browser:
     def point(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def touch(self, *path: tuple[float, float]) -> None:
+        """A finger put down, drawn along the path, and lifted."""
+        for number, (x, y) in enumerate(path):
+            kind = "touchMove" if number else "touchStart"
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+            time.sleep(0.02)
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def resize(self, width: int, height: int, *, phone: bool = False) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride",

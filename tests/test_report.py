@@ -492,6 +492,7 @@ def fits(browser: chromium.Browser) -> bool:
     return bool(browser.run("[document.documentElement, document.body].every(e => e.scrollWidth <= innerWidth)"))
 
 
+@pytest.mark.browser
 def test_figures_are_drawn_with_legends_and_fit(page: chromium.Browser) -> None:
     marks = "p.querySelectorAll('path.js-line, .point, image').length"
     drawn = page.run(f"[...document.querySelectorAll('.plot')].map(p => [p.id, {marks}])")
@@ -503,15 +504,27 @@ def test_figures_are_drawn_with_legends_and_fit(page: chromium.Browser) -> None:
     assert fits(page)
 
 
+@pytest.mark.browser
 def test_phone(page: chromium.Browser, address: str) -> None:
     page.resize(390, 844, phone=True)
     page.open(address, READY)
     assert page.run("innerWidth") == 390 and fits(page)
     assert page.run("[...document.querySelectorAll('.plot .main-svg')].every(p => p.clientWidth <= innerWidth)")
     assert page.run("[...document.querySelectorAll('.scroll')].some(s => s.scrollWidth > s.clientWidth)")
-    assert page.run("document.getElementById('plot-curves').layout.dragmode") is False
+    x, y, width, height = page.run(MIDDLE.format("#plot-curves"))
+    shown = "JSON.stringify(document.getElementById('plot-curves').layout.xaxis.range)"
+    before = page.run(shown)
+    page.touch((x + width / 2, y + height * 0.6))
+    page.wait("document.querySelector('#plot-curves .hoverlayer text')")
+    said = page.run("document.querySelector('#plot-curves .hoverlayer').textContent")
+    assert re.match(r"\w+ at step \d", said)
+    assert page.run(shown) == before, "a tap must not zoom"
+    start = page.run("scrollY")
+    page.touch(*((x + width / 2, y + height / 2 - step) for step in range(0, 200, 20)))
+    page.wait(f"scrollY > {start + 50}")
 
 
+@pytest.mark.browser
 def test_theme_follows_the_system_and_the_button_and_is_remembered(page: chromium.Browser, address: str) -> None:
     look_of = f"[getComputedStyle(document.body).backgroundColor, {PAPER}]"
     light = page.run(look_of)
@@ -530,6 +543,7 @@ def test_theme_follows_the_system_and_the_button_and_is_remembered(page: chromiu
     assert page.run("document.getElementById('theme').getAttribute('aria-label')") == "Switch to the dark theme"
 
 
+@pytest.mark.browser
 def test_theme_works_where_storage_is_forbidden(page: chromium.Browser, address: str) -> None:
     forbid = (
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
@@ -543,6 +557,7 @@ def test_theme_works_where_storage_is_forbidden(page: chromium.Browser, address:
         page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
 
+@pytest.mark.browser
 def test_views_and_legend(page: chromium.Browser) -> None:
     page.click("#curves .views button", 1)
     page.wait("document.querySelector('#curves .ytitle').textContent.startsWith('difference to mha')")
@@ -556,6 +571,7 @@ def test_views_and_legend(page: chromium.Browser) -> None:
     page.wait(f"{shown} === 2")
 
 
+@pytest.mark.browser
 def test_hover_names_mechanism_and_range(page: chromium.Browser) -> None:
     x, y, width, height = page.run(MIDDLE.format("#plot-curves"))
     page.point(x + width / 2 - 5, y + height / 2)
@@ -565,6 +581,7 @@ def test_hover_names_mechanism_and_range(page: chromium.Browser) -> None:
     assert re.search(r"mla : \d\.\d{4} \(\d\.\d{4} to \d\.\d{4}\)", said)
 
 
+@pytest.mark.browser
 def test_attention_pickers_and_reading(page: chromium.Browser, folder: Path) -> None:
     maps = json.loads((folder / "attention.json").read_text())
     names = [m["mechanism"] for m in maps]
@@ -587,6 +604,7 @@ def test_attention_pickers_and_reading(page: chromium.Browser, folder: Path) -> 
     assert "looks at “r” (2)" in page.run("document.querySelector('#plot-attention .hoverlayer').textContent")
 
 
+@pytest.mark.browser
 def test_law_matrix_tells_the_counterexample_when_tapped(page: chromium.Browser) -> None:
     page.click(".law.broken", 1)
     assert page.run("document.getElementById('tip').hidden") is False
@@ -598,6 +616,7 @@ def test_law_matrix_tells_the_counterexample_when_tapped(page: chromium.Browser)
     assert page.run("document.getElementById('tip').hidden") is True
 
 
+@pytest.mark.browser
 def test_print_is_light(page: chromium.Browser, address: str) -> None:
     page.prefer("dark")
     page.open(address, READY)
@@ -607,6 +626,7 @@ def test_print_is_light(page: chromium.Browser, address: str) -> None:
     page.wait(f"{PAPER} === '#17171a'")
 
 
+@pytest.mark.browser
 def test_attacks_and_gaps_in_the_browser(browser: chromium.Browser, tmp_path: Path) -> None:
     browser.resize(390, 844, phone=True)
     browser.console.clear()

@@ -57,7 +57,7 @@ def figure(
             hoverlabel={
                 "bgcolor": GROUND[0],
                 "bordercolor": RULE[0],
-                "font": {"color": INK[0], "size": 12},
+                "font": {"family": FONT, "color": INK[0], "size": 12},
                 "align": "left",
             },
             xaxis=axis | x,
@@ -96,7 +96,7 @@ def curves(found: Findings, look: dict[str, Look]) -> list[View]:
         noun = "mean loss over the held-out windows" if which == "curve" else "loss on the batches it learns from"
         caption = (
             f"{noun[0].upper()}{noun[1:]}, lower is better: {band}. "
-            "The axis leaves out the first quarter of training; double-click to see all of it."
+            "The axis leaves out the first quarter of training; with a mouse, double-click to see all."
         )
         y: dict[str, Any] = {"title": {"text": f"{name.lower()} loss (nats per token)"}, "range": _range(series)}
         traces = _bands(series, look, ":.4f")

@@ -45,9 +45,11 @@
   });
   system.addEventListener("change", () => draw_all());
   narrow.addEventListener("change", () => draw_all());
+  touch.addEventListener("change", () => draw_all());
 
   const config = (name) => ({
     displaylogo: false, responsive: true, modeBarButtons: [["toImage"]], displayModeBar: touch.matches ? false : "hover",
+    doubleClick: touch.matches ? false : "reset+autosize", // a tap would count as two clicks
     toImageButtonOptions: { filename: `attnlab-${name}`, scale: 2 },
   });
 
