@@ -65,7 +65,7 @@ def _forget(before: Mapping[str, ModuleType], file: Path) -> None:
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None)
         near = origin is not None and Path(origin).resolve().is_relative_to(root)
-        if module is not before.get(name) and (near or name.startswith("_audited")):
+        if module is not before.get(name) and (near or hasattr(module, "__audited__")):
             del sys.modules[name]
     for name, module in before.items():
         sys.modules.setdefault(name, module)

@@ -70,7 +70,7 @@ def stand_in(origin: str) -> StandIn:
 
 
 class _Absent(ModuleType):
-    __path__: MutableSequence[str] = []  # noqa: RUF012
+    __path__: MutableSequence[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

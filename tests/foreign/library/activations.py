@@ -1,0 +1,3 @@
+from torch.nn.functional import silu
+
+ACTIVATIONS = {"silu": silu}
