@@ -91,14 +91,14 @@ SAME, BETTER, WORSE = "not distinguishable", "better", "worse"
         (findings(mka=(-0.02, (-0.03, -0.01), BETTER)), "mka learns better than mha, by 0.020 nats per token."),
         (
             findings(mla=(-0.01, (-0.02, 0.01), SAME), mqa=(0.1, (0.05, 0.15), WORSE)),
-            "Nothing beats mha, but mla is not distinguishable from it with a 4.0 times smaller cache.",
+            "mla is not distinguishable from mha with a 4.0 times smaller cache; nothing learns better for certain.",
         ),
         (
             findings(latent=(-0.01, (-0.02, 0.01), SAME)),
-            "Nothing beats mha, but latent is not distinguishable from it with no cache.",
+            "No mechanism is distinguishable from mha; latent keeps no cache.",
         ),
-        (findings(gqa=(-0.01, (-0.02, 0.01), SAME)), "Nothing beats mha."),
-        (findings(mqa=(0.1, (0.05, 0.15), WORSE)), "Nothing beats mha; mqa learns worse."),
+        (findings(gqa=(-0.01, (-0.02, 0.01), SAME)), "No mechanism is distinguishable from mha."),
+        (findings(mqa=(0.1, (0.05, 0.15), WORSE)), "mqa learns worse than mha; nothing learns better."),
         (Findings(folder="t", laws=fixture.laws(["mha"])), "No finished training run in this folder yet."),
         (
             Findings(folder="t", laws=fixture.laws(["latent_lookup"])),
@@ -116,6 +116,14 @@ def test_a_lower_loss_that_is_not_distinguishable_is_never_called_better() -> No
     assert not re.search(r"better|lower|beaten|wins", said)
     assert "gqa and mqa are not distinguishable from mha" in said
     assert "does not mean equal" in said and "±0.450 nats" in said
+
+
+def test_a_mechanism_that_breaks_laws_is_not_praised_for_its_cache() -> None:
+    found = findings(latent=(-0.01, (-0.02, 0.01), SAME), mla=(-0.01, (-0.02, 0.01), SAME))
+    broken = [replace(law, mechanism="latent") for law in fixture.laws(["latent_lookup"])]
+    assert headline(found)[0] == "No mechanism is distinguishable from mha; latent keeps no cache."
+    title = headline(replace(found, laws=broken))[0]
+    assert title == "No mechanism is distinguishable from mha; mla keeps a 4.0 times smaller cache."
 
 
 def test_many_comparisons_carry_their_warning() -> None:

@@ -26,12 +26,19 @@ def headline(found: Findings) -> tuple[str, list[str]]:
         first = min(better, key=_loss)
         title = f"{words(s.mechanism for s in sorted(better, key=_loss))} {_learn(better)} better than {base}"
         title += "" if len(better) > 1 else f", by {abs(first.difference or 0):.3f} nats per token"
-    elif same and (lean := _smallest(found, same)) is not None:
-        title = f"Nothing beats {base}, but {lean[0]} is not distinguishable from it with {lean[1]} cache"
+    elif same:
+        lean = _smallest(found, same)
+        if worse:
+            title = f"Nothing learns distinguishably better than {base}"
+            if lean:
+                title = f"{lean[0]} is not distinguishable from {base} with {lean[1]} cache"
+                title += "; nothing learns better for certain"
+        else:
+            title = f"No mechanism is distinguishable from {base}" + (
+                f"; {lean[0]} keeps {lean[1]} cache" if lean else ""
+            )
     else:
-        title = f"Nothing beats {base}" + (
-            f"; {words(s.mechanism for s in worse)} {_learn(worse)} worse" if worse else ""
-        )
+        title = f"{_list(worse)} {_learn(worse)} worse than {base}; nothing learns better"
     return title + ".", [" ".join(part) for part in _details(found, better, worse, same, unknown) if part]
 
 
@@ -93,9 +100,11 @@ def _without_comparison(found: Findings) -> str:
 
 
 def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | None:
-    """The mechanism with the smallest cache, and how small: only if it is smaller than the baseline's."""
+    """The sound mechanism with the smallest cache, and how small: only if it is smaller than the baseline's."""
     base = found.mean(found.baseline, "cache_bytes")
+    unsound = {law.mechanism for law in found.laws if law.status == "broken"}
     sizes = {s.mechanism: x for s in standings if (x := found.mean(s.mechanism, "cache_bytes")) is not None}
+    sizes = {m: x for m, x in sizes.items() if not unsound & set(m.split("+"))}
     if not base or not sizes:
         return None
     name = min(sizes, key=sizes.__getitem__)
