@@ -56,7 +56,7 @@ def bench(
     modes is measured in each, except in training, which takes the one it takes by itself.
 
     A record whose outputs were wrong, or that could not run, has an `error` and no time. Peak memory is that of
-    tensors: what is resident, and the most that one call adds. `UserError` for an unknown name or a number that is too small.
+    tensors: what is resident, and the most that one call adds. `UserError` for an unknown name or too small a number.
     """
     choose("kind", kind, ("train", "prefill", "decode"))
     contexts = (preset.model.context,) if contexts is None else contexts
@@ -83,7 +83,7 @@ def bench(
     return records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """What is to be measured."""
 
@@ -97,9 +97,6 @@ class Case:
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.label, self.mode, f"at {self.config.model.context}")))
-
-    def __hash__(self) -> int:
-        return id(self)  # options are dictionaries
 
     def subject(self, corpus: data.Corpus | None) -> Subject:
         if self.kind == "train":

@@ -1,0 +1,392 @@
+"""Train mechanisms on the same data with paired seeds, and say what can be told apart.
+
+A comparison is a folder. Each run in it has a folder of its own, named after its config, so that the same command skips
+what is finished, goes on with what was interrupted and tries again what failed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import data, ops
+from .checkpoint import RunFolder, load_model
+from .config import RunConfig
+from .decode import sample_run
+from .laws import check_mechanism
+from .match import Matched, Options, What, match, parameters, variant
+from .model import Block
+from .progress import Progress
+from .results import FORMAT, LawResult, RunResult, environment, read_json, write_bytes, write_json
+from .spec import UserError, need
+from .stats import paired
+from .train import find_device, resolve, train
+from .workers import Call, Outcome, Workers, cores
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+BASELINE = "mha"  # where it is compared; else the first
+EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file
+WINDOW = 32  # tokens whose attention is kept
+SAMPLE = 240  # tokens of text
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    config: RunConfig
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.label} s{self.seed}"
+
+    def result(self) -> RunResult | None:
+        """What is known of it: of a finished, interrupted or diverged run, or of none."""
+        if not (self.folder / "result.json").exists():
+            return None
+        try:
+            found = RunFolder.open(self.folder).result()
+        except UserError:
+            return None  # training will say what is wrong with the folder
+        return None if found is None else replace(found, mechanism=self.label)
+
+    def failed(self, error: str) -> RunResult:
+        config = self.config
+        known = self.result() or RunResult(
+            name=self.label, mechanism=self.label, seed=self.seed, key=config.key, context=config.model.context
+        )
+        return replace(known, status="failed", error=error)
+
+
+@dataclass(frozen=True)
+class Plan:
+    preset: str
+    mechanisms: list[str]
+    seeds: list[int]
+    baseline: str
+    match: str
+    matched: dict[str, Matched]
+    cells: list[Cell]  # seed by seed, so that whatever is finished compares
+
+
+def plan(
+    preset: RunConfig,
+    mechanisms: Sequence[str],
+    seeds: int | Sequence[int],
+    out: str | Path,
+    match_what: What = "none",
+    options: Options | None = None,
+) -> Plan:
+    """Every run, with the free width solved. Raises `UserError` before anything is trained or written."""
+    labels = list(dict.fromkeys(mechanisms))
+    chosen = list(range(preset.seed, preset.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not labels or not chosen:
+        raise UserError(f"there are {len(labels)} mechanisms and {len(chosen)} seeds: give at least one of each")
+    preset = resolve(preset)[0]
+    configs = {label: variant(preset, label, options) for label in labels}
+    baseline = BASELINE if BASELINE in labels else labels[0]
+    matched: dict[str, Matched] = {}
+    for label, config in configs.items():
+        parameters(config.model)  # builds it, on the meta device: what does not fit together is refused here
+        if label != baseline:
+            configs[label], found = match(config, configs[baseline], match_what)
+            matched |= {label: found} if found else {}
+    cells = []
+    for seed in chosen:
+        for label, config in configs.items():
+            config = replace(config, seed=seed)
+            cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}"))
+    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells)
+
+
+def compare(
+    preset: RunConfig,
+    mechanisms: Sequence[str],
+    seeds: int | Sequence[int],
+    out: str | Path,
+    match: What = "none",
+    *,
+    jobs: int | None = None,
+    threads: int | None = None,
+    options: Options | None = None,
+    command: str = "",
+    extras: Sequence[str] = EXTRAS,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train what is not trained yet, `jobs` runs side by side, and write what is known into the folder `out`.
+
+    `seeds` is how many, from the preset's on, or which. At a seed all mechanisms see the same batches. `match` is what
+    they are made equal in, within 1 %. `options` are Config fields by mechanism. `threads` are those of each job.
+    Returns what compare.json holds, which is rewritten after each run; the `extras`, such as laws.json, follow the
+    last one. A run that fails is reported, does not stop the others, and is tried again by the next call.
+    Ctrl-C finishes the steps under way, saves, and raises `KeyboardInterrupt`; the same call goes on from there.
+    """
+    need("accelerate", "train")
+    out = Path(out)
+    work = plan(preset, mechanisms, seeds, out, match, options)
+    _make(out)
+    known = {cell: result for cell in work.cells if (result := cell.result()) is not None}
+    todo = [cell for cell in work.cells if cell not in known or known[cell].status != "done"]
+    jobs, threads, devices = _share(preset, jobs, threads, len(todo))
+    command = command or default_command(work, out)
+    started = environment()
+
+    def write() -> dict[str, Any]:
+        found = summarize(work, known) | {"command": command, "environment": started}
+        write_json(out / "compare.json", found)
+        return found
+
+    found = write()
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(jobs, threads, devices))
+        progress = stack.enter_context(_progress(sum(c.config.train.steps for c in todo), console, quiet))
+        for cell in work.cells:
+            if cell not in todo:
+                progress.say(f"{cell}: {_words(known[cell])}, finished before")
+
+        def tell(number: int, outcome: Outcome, value: Any) -> None:
+            nonlocal found
+            cell = todo[number]
+            if outcome == "start":
+                progress.begin(str(cell), cell.config.train.steps)
+            elif outcome == "event":
+                progress.update(str(cell), value)
+            else:
+                result = cell.failed(value) if outcome == "failed" else cell.result()
+                if result is not None:
+                    known[cell] = result
+                progress.end(str(cell), _words(result))
+                found = write()
+
+        try:
+            workers.run([(train_cell, (cell.config, cell.folder)) for cell in todo], tell)
+            write_extras(work, out, workers, progress, extras)
+        except KeyboardInterrupt:
+            done = sum(result.status == "done" for result in known.values())
+            raise KeyboardInterrupt(
+                f"stopped; {done} of {len(work.cells)} runs in {out} are finished; the same command goes on from there"
+            ) from None
+    return found
+
+
+def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
+    train(config, folder, resume=True, progress=report)
+
+
+def summarize(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any]:
+    """compare.json, without the command that made it."""
+    cells = [known[cell] for cell in work.cells if cell in known]
+    return {
+        "format": FORMAT,
+        "preset": work.preset,
+        "mechanisms": work.mechanisms,
+        "seeds": work.seeds,
+        "baseline": work.baseline,
+        "match": work.match,
+        "matched": {label: _matched(found, work.match) for label, found in work.matched.items()},
+        "cells": [cell.to_dict() for cell in cells],
+        "summary": verdicts(cells, work.mechanisms, work.baseline),
+    }
+
+
+def _matched(found: Matched, what: str) -> dict[str, Any]:
+    count = {"parameters": found.count} if what == "params" else {"cache_bytes": 4 * found.count}
+    change = {"field": found.field, "from": found.before, "to": found.after}
+    return change | count | {"off": found.off, "equal": found.equal, "text": str(found)}
+
+
+def verdicts(cells: Sequence[RunResult], mechanisms: Sequence[str], baseline: str) -> list[dict[str, Any]]:
+    """A row per mechanism: its mean validation loss, and its difference to the baseline over the seeds that both have
+    finished, as a mean with a 95 % interval and in words."""
+    losses: dict[str, dict[int, float]] = {label: {} for label in mechanisms}
+    for cell in cells:
+        if cell.status == "done" and cell.val_loss is not None:
+            losses[cell.mechanism][cell.seed] = cell.val_loss
+    rows = []
+    for label, own in losses.items():
+        row: dict[str, Any] = {"mechanism": label, "n": len(own), "val_loss": fmean(own.values()) if own else None}
+        if label == baseline:
+            rows.append(row | {"difference": None, "interval": None, "verdict": "baseline"})
+            continue
+        shared = sorted(own.keys() & losses[baseline].keys())
+        found = paired([own[seed] for seed in shared], [losses[baseline][seed] for seed in shared])
+        row["difference"] = found.mean if shared else None
+        row["interval"] = None if found.interval is None else list(found.interval)
+        rows.append(row | {"verdict": found.verdict})
+    return rows
+
+
+def table(found: Mapping[str, Any]) -> RenderableType:
+    """compare.json for a terminal."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    cells = [RunResult.from_dict(cell) for cell in found["cells"]]
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    view.add_column("mechanism", no_wrap=True)
+    for title in ("val loss", f"to {found['baseline']}, ± 95 %", "", "size", "cache", "tokens/s"):
+        view.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    for row in found["summary"]:
+        own = [cell for cell in cells if cell.mechanism == row["mechanism"] and cell.status == "done"]
+        color = {"better": "green", "worse": "red", "baseline": "dim"}.get(row["verdict"], "yellow")
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        if row["interval"]:
+            difference += f" ± {(row['interval'][1] - row['interval'][0]) / 2:.4f}"
+        rates = [cell.tokens_per_s for cell in own if cell.tokens_per_s]
+        view.add_row(
+            f"[bold]{escape(row['mechanism'])}",
+            "" if row["val_loss"] is None else f"{row['val_loss']:.4f}",
+            difference,
+            f"[{color}]{row['verdict']}",
+            f"{own[0].parameters / 1e6:,.2f}M" if own else "",
+            f"{own[0].cache_bytes / 1024:,.0f} KiB" if own else "",
+            f"{fmean(rates):,.0f}" if rates else "",
+        )
+    seeds, context = len(found["seeds"]), max((cell.context for cell in cells), default=0)
+    notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens; Student's intervals over seeds."]
+    notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
+    failed = [cell for cell in cells if cell.status == "failed"]
+    notes += [f"[red]{escape(cell.mechanism)} s{cell.seed} failed: {escape(cell.error)}" for cell in failed]
+    return Group(view, "", *notes)
+
+
+def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
+    """The laws of every mechanism, and a sample and attention maps of each one's first finished run. A file that is
+    newer than all those runs stays as it is."""
+    first: dict[str, Cell] = {}
+    for cell in work.cells:
+        if cell.label not in first and (result := cell.result()) is not None and result.status == "done":
+            first[cell.label] = cell
+    names = dict.fromkeys(name for label in work.mechanisms for name in label.split("+"))
+    runs = {label: (label, cell.seed, cell.folder) for label, cell in first.items()}
+    wanted: dict[str, dict[str, Call]] = {
+        "laws": {name: (laws_of, (name,)) for name in names},
+        "samples": {label: (sample_of, arguments) for label, arguments in runs.items()},
+        "attention": {label: (attention_of, arguments) for label, arguments in runs.items()},
+    }
+    newest = max((_changed(cell.folder / "result.json") for cell in first.values()), default=0.0)
+    stale = [file for file in files if not _fresh(out / f"{file}.json", newest, wanted[file])]
+    calls = [(file, whose, call) for file in stale for whose, call in wanted[file].items()]
+    entries: dict[str, list[dict[str, Any]]] = {file: [] for file in stale}
+
+    def tell(number: int, outcome: Outcome, value: Any) -> None:
+        file, whose, _ = calls[number]
+        if outcome == "done":
+            entries[file] += value
+        elif outcome == "failed":
+            progress.say(f"{file} of {whose}: {value}")
+
+    if calls:
+        progress.say("laws, samples and attention maps")
+    workers.run([call for _, _, call in calls], tell)
+    for file, own in entries.items():
+        own.sort(key=lambda entry: list(wanted[file]).index(entry["mechanism"]))
+        write_bytes(out / f"{file}.json", (json.dumps(own, allow_nan=False) + "\n").encode())
+
+
+def _fresh(path: Path, newest: float, wanted: Mapping[str, Call]) -> bool:
+    return _changed(path) > newest and {entry["mechanism"] for entry in read_json(path)} <= wanted.keys()
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def laws_of(name: str, report: Any = None) -> list[dict[str, Any]]:
+    """Every law, put to the mechanism."""
+    return [LawResult.to_dict(result) for result in check_mechanism(name)]
+
+
+def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """How the run goes on from the first held-out tokens, no further than it was trained."""
+    config = RunFolder.open(folder).config
+    count = min(24, max(1, config.model.context // 4))
+    prompt = RunFolder.open(folder).tokenizer().decode(data.load(config.data).val[:count].tolist())
+    length = min(SAMPLE, config.model.context - count) if config.model.positions == "learned" else SAMPLE
+    if length < 1:
+        return []
+    found = sample_run(folder, [prompt], length, temperature=0.8, seed=seed, device="cpu")
+    return [{"mechanism": label, "seed": seed, "prompt": prompt, "text": found.texts[0]}]
+
+
+@torch.inference_mode()
+def attention_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """What each head of each layer looks at, in a held-out window. A layer that attends to no token has no heads."""
+    model, config = load_model(folder)
+    corpus = data.load(config.data)
+    length = min(WINDOW, config.model.context)
+    tokens = corpus.windows(1, length)[0]
+    layers: list[list[Any]] = []
+
+    def collect(*_: Any) -> None:
+        whole = next((m for m in maps if m.shape[-2:] == (length, length)), None)  # not those over summaries
+        heads = [] if whole is None else whole[0].tolist()
+        layers.append([[[_three_digits(weight) for weight in row] for row in head] for head in heads])
+        maps.clear()
+
+    with ops.record_attention() as maps:
+        for block in model.layers:
+            assert isinstance(block, Block)
+            block.attention.register_forward_hook(collect)
+        model(tokens)
+    tokenizer = RunFolder.open(folder).tokenizer()
+    words = [tokenizer.decode([token]) for token in tokens[0].tolist()]
+    return [{"mechanism": label, "seed": seed, "tokens": words, "layers": layers}] if any(layers) else []
+
+
+def _three_digits(weight: float) -> float:
+    return float(f"{weight:.3g}") if weight >= 1e-5 else 0.0
+
+
+def default_command(work: Plan, out: Path) -> str:
+    words = f"attnlab compare {work.preset} --mechanisms {','.join(work.mechanisms)} --seeds {len(work.seeds)}"
+    return f"{words} --match {work.match} --out {out}"
+
+
+def _share(preset: RunConfig, jobs: int | None, threads: int | None, runs: int) -> tuple[int, int, int]:
+    """(jobs, threads of each, accelerators). By default a run per core or per GPU: side by side, small models lose less
+    time waiting for each other's threads."""
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs is {jobs}: give 1 or more, or leave it out")
+    device = find_device(preset.train.device)
+    devices = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+    jobs = max(1, min(jobs or (cores() if device.type == "cpu" else max(1, devices)), runs))
+    return jobs, threads or max(1, cores() // jobs), devices
+
+
+def _make(out: Path) -> None:
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): name a folder that you may write to") from None
+
+
+def _progress(total: int, console: Console | None, quiet: bool) -> Progress:
+    from rich.console import Console
+
+    return Progress(total, console=Console(quiet=True) if quiet else console)
+
+
+def _words(result: RunResult | None) -> str:
+    """A run in one line."""
+    if result is None:
+        return "interrupted before its first step"
+    if result.status == "failed":
+        return f"failed: {result.error}"
+    loss = "" if result.val_loss is None else f"val loss {result.val_loss:.4f}"
+    rate = "" if result.tokens_per_s is None else f"{result.tokens_per_s:,.0f} tokens/s"
+    told = ", ".join(filter(None, (loss, rate, f"{result.seconds:.0f} s")))
+    return told if result.status == "done" else f"interrupted and saved after step {result.steps}: {told}"

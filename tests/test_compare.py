@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from attnlab import compare as module
+from attnlab.compare import attention_of, plan, sample_of, table, verdicts
+from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.match import parameters, variant
+from attnlab.progress import Progress
+from attnlab.results import LawResult, RunResult, read_json
+from attnlab.spec import UserError
+from attnlab.train import train
+
+compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)
+EXTRAS = ("laws.json", "samples.json", "attention.json")
+BRIEF = ("attention",)  # workers are other processes, where nothing is patched
+
+
+@pytest.fixture
+def preset(tmp_path):
+    draw = random.Random(3)
+    text = " ".join(draw.choice(["to", "be", "or", "not", "that", "is", "the", "question"]) for _ in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(vocab_size=8, context=16, n_layers=2, d_model=16, n_heads=2),
+        data=DataConfig(source=f"text:{tmp_path / 'text.txt'}"),
+        train=TrainConfig(
+            steps=40, batch_size=2, precision="fp32", device="cpu", warmup=2, log_every=1, eval_every=20, eval_batches=2
+        ),
+        seed=5,
+    )
+
+
+@pytest.fixture
+def no_laws(monkeypatch):
+    """The laws have tests of their own, and take long, and so does a long sample."""
+    monkeypatch.setattr(module, "SAMPLE", 9)
+    monkeypatch.setattr(module, "check_mechanism", lambda name: [LawResult(law="l", mechanism=name, status="holds")])
+
+
+def brief(preset, steps=4):
+    return replace(preset, train=replace(preset.train, steps=steps))
+
+
+def outcome(found):
+    """What must not depend on how the runs were scheduled."""
+    return {(c["mechanism"], c["seed"]): (c["curve"], c["train_curve"], c["status"], c["key"]) for c in found["cells"]}
+
+
+def test_interrupted_and_continued_side_by_side_equals_one_after_the_other(preset, tmp_path, monkeypatch):
+    run = functools.partial(compare, preset, ["mha", "sliding"], 2, extras=BRIEF)
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(Progress, "update", interrupt_at(9))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped; \d of 4 runs .* the same command goes on"):
+        run(tmp_path / "parts", jobs=2)
+    monkeypatch.undo()
+    half = read_json(tmp_path / "parts" / "compare.json")
+    saved = [cell for cell in half["cells"] if cell["status"] == "interrupted"]
+    assert saved and all(0 < cell["steps"] < 40 for cell in saved)
+    assert not (tmp_path / "parts" / "attention.json").exists()
+    found = run(tmp_path / "parts", jobs=2)
+    assert found == read_json(tmp_path / "parts" / "compare.json")
+    assert outcome(found) == outcome(whole)
+    assert [row["n"] for row in found["summary"]] == [2, 2]
+    assert found["summary"] == whole["summary"]
+    assert read_json(tmp_path / "parts" / "attention.json") == read_json(tmp_path / "whole" / "attention.json")
+
+
+def interrupt_at(step):
+    honest, sent = Progress.update, []
+
+    def update(self, name, event):
+        honest(self, name, event)
+        if event.get("step", 0) >= step and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return update
+
+
+def test_an_interrupted_run_in_this_process_continues(preset, tmp_path, monkeypatch, no_laws):
+    monkeypatch.setattr(Progress, "update", interrupt_at(9))
+    with pytest.raises(KeyboardInterrupt, match="stopped; 0 of 1 runs"):
+        compare(preset, ["mha"], 1, tmp_path)
+    (cell,) = read_json(tmp_path / "compare.json")["cells"]
+    assert cell["status"] == "interrupted" and cell["steps"] == 9
+    (cell,) = compare(preset, ["mha"], 1, tmp_path)["cells"]
+    assert cell["status"] == "done" and [step for step, _ in cell["train_curve"]] == list(range(1, 41))
+
+
+def test_finished_runs_are_not_repeated(preset, tmp_path, monkeypatch, no_laws):
+    preset = brief(preset)
+    first = compare(preset, ["mha", "gqa"], [7], tmp_path)
+    trained = []
+    monkeypatch.setattr(
+        module, "train", lambda config, *args, **kw: trained.append(config) or train(config, *args, **kw)
+    )
+    stamps = {file: (tmp_path / file).stat().st_mtime_ns for file in EXTRAS}
+    again = compare(preset, ["mha", "gqa"], [7], tmp_path)
+    assert not trained and again["cells"] == first["cells"]
+    assert stamps == {file: (tmp_path / file).stat().st_mtime_ns for file in EXTRAS}
+    wider = compare(preset, ["mha", "gqa", "mqa"], [7, 8], tmp_path)
+    assert [(c.mechanism, c.seed) for c in trained] == [("mqa", 7), ("mha", 8), ("gqa", 8), ("mqa", 8)]
+    assert [row["n"] for row in wider["summary"]] == [2, 2, 2]
+    other = replace(preset, train=replace(preset.train, lr=3e-3))
+    compare(other, ["mha"], [7], tmp_path)
+    assert trained[-1].train.lr == 3e-3 and len(list((tmp_path / "runs").iterdir())) == 7
+
+
+def test_pairs_share_their_batches_and_differ_in_the_mechanism_alone(preset, tmp_path):
+    work = plan(preset, ["mha", "mla", "sliding+mla"], 2, tmp_path, options={"mla": {"kv_rank": 6}})
+    assert [str(cell) for cell in work.cells] == [
+        f"{label} s{seed}" for seed in (5, 6) for label in ("mha", "mla", "sliding+mla")
+    ]
+    for cell in work.cells:
+        assert cell.config.data == preset.data and cell.config.train == preset.train and cell.config.seed == cell.seed
+        assert replace(cell.config.model, mechanisms=("mha",), options={}) == replace(
+            preset.model, vocab_size=cell.config.model.vocab_size
+        )
+        assert cell.folder.name == f"{cell.label}-s{cell.seed}-{cell.config.key}"
+    assert work.cells[1].config.model.options == {"mla": {"kv_rank": 6}}
+    assert work.cells[2].config.model.mechanisms == ("sliding", "mla")
+
+
+def test_what_was_matched_is_written(preset, tmp_path, no_laws):
+    preset = replace(brief(preset), model=replace(preset.model, d_model=32, n_heads=4))
+    found = compare(preset, ["mha", "gqa"], 1, tmp_path, "params")
+    matched = found["matched"]["gqa"]
+    counts = {cell["mechanism"]: cell["parameters"] for cell in found["cells"]}
+    assert counts["gqa"] == matched["parameters"] and abs(counts["gqa"] / counts["mha"] - 1) <= 0.01
+    assert matched["text"] == f"ff_dim 128 -> {matched['to']}" and matched["equal"] and matched["to"] > 128
+    assert "mha" not in found["matched"]
+    assert "ff_dim 128 -> " in shown(found)
+
+
+def test_a_failed_run_is_told_and_tried_again(preset, tmp_path, monkeypatch, no_laws):
+    preset = brief(preset)
+
+    def broken(config, *args, **kwargs):
+        if config.mechanism == "gqa":
+            raise RuntimeError("the sky fell")
+        return train(config, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", broken)
+    found = compare(preset, ["gqa", "mha"], 1, tmp_path)
+    gqa, mha = found["cells"]
+    assert gqa["status"] == "failed" and gqa["error"].startswith("RuntimeError: the sky fell")
+    assert mha["status"] == "done" and found["baseline"] == "mha"
+    assert found["summary"][0] | {"n": 0, "val_loss": None, "difference": None} == found["summary"][0]
+    assert "gqa s5 failed: RuntimeError: the sky fell" in shown(found)
+    monkeypatch.setattr(module, "train", train)
+    assert [c["status"] for c in compare(preset, ["gqa", "mha"], 1, tmp_path)["cells"]] == ["done"] * 2
+
+
+def test_a_run_that_diverges_is_a_failed_run(preset, tmp_path, no_laws):
+    preset = replace(preset, train=replace(preset.train, steps=30, lr=1e30, clip=0.0, warmup=0))
+    (cell,) = compare(preset, ["mha"], 1, tmp_path)["cells"]
+    assert cell["status"] == "failed" and "at step" in cell["error"] and cell["val_loss"] is None
+    assert read_json(tmp_path / "samples.json") == []
+
+
+def cell(mechanism, seed, loss, status="done"):
+    return RunResult(name="r", mechanism=mechanism, seed=seed, key="k", status=status, val_loss=loss)
+
+
+def test_verdicts_pair_the_seeds_that_both_have_finished():
+    cells = [cell("mha", s, 2.0 + s / 10) for s in range(3)]
+    cells += [cell("a", s, 1.9 + s / 10 + s / 1000) for s in range(3)]  # much the same gain at each seed
+    cells += [cell("b", s, 2.0 + (-1) ** s / 10) for s in range(3)]
+    cells += [cell("c", 0, 2.1), cell("c", 1, 9.0, "interrupted")]
+    cells += [cell("d", 7, 1.0)]
+    rows = {row["mechanism"]: row for row in verdicts(cells, ["mha", "a", "b", "c", "d", "e"], "mha")}
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "mha": "baseline", "a": "better", "b": "not distinguishable", "c": "too few seeds", "d": "too few seeds",
+        "e": "too few seeds",
+    }  # fmt: skip
+    assert rows["a"]["difference"] == pytest.approx(-0.099)
+    half = 4.3027 * 0.001 / 3**0.5
+    assert rows["a"]["interval"] == pytest.approx([-0.099 - half, -0.099 + half], abs=1e-6)
+    assert rows["c"]["difference"] == pytest.approx(0.1) and rows["c"]["interval"] is None
+    assert rows["d"]["difference"] is None and rows["d"]["val_loss"] == 1.0
+    assert rows["e"] == {
+        "mechanism": "e", "n": 0, "val_loss": None, "difference": None, "interval": None, "verdict": "too few seeds",
+    }  # fmt: skip
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+def shown(found) -> str:
+    out = io.StringIO()
+    Console(file=out, width=80).print(table(found))
+    return out.getvalue()
+
+
+def test_the_table_fits_a_terminal(preset, tmp_path, no_laws):
+    found = compare(brief(preset), ["mha", "latent_lookup"], 2, tmp_path)
+    lines = shown(found).splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in shown(found)
+    assert lines[1].split()[:1] == ["mha"] and "baseline" in lines[1]
+    assert lines[2].split()[2] == f"{found['summary'][1]['difference']:+.4f}" and "±" in lines[2]
+
+
+def test_attention_maps_are_rows_of_weights_over_earlier_tokens(preset, tmp_path):
+    preset = brief(preset)
+    for label in ("mha", "mka", "sliding+msla"):
+        options = {"msla": {"top_k": 3, "local": 1}}
+        train(variant(preset, label, options), tmp_path / label)
+        (entry,) = attention_of(label, 5, tmp_path / label)
+        assert len(entry["tokens"]) == 16 and "".join(entry["tokens"]).strip()
+        assert [len(layer) for layer in entry["layers"]] == [2, 2]
+        for layer in entry["layers"]:
+            for head in layer:
+                for query, row in enumerate(head):
+                    assert len(row) == 16 and sum(row) == pytest.approx(1, abs=0.02)
+                    assert all(weight == 0 for weight in row[query + 1 :])
+    assert sum(weight > 0 for weight in entry["layers"][1][0][15]) == 3  # msla: top_k
+    train(variant(preset, "latent_lookup"), tmp_path / "lookup")
+    assert attention_of("latent_lookup", 5, tmp_path / "lookup") == []
+
+
+def test_samples_stay_within_learned_positions(preset, tmp_path):
+    preset = replace(brief(preset), model=replace(preset.model, positions="learned"))
+    train(preset, tmp_path / "run")
+    (entry,) = sample_of("mha", 5, tmp_path / "run")
+    assert len(entry["prompt"] + entry["text"]) == 16
+
+
+def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
+    out = tmp_path / "out"
+    for arguments, what in [
+        ((preset, ["mha", "mlaa"], 1, out), "unknown mechanism 'mlaa'"),
+        ((preset, [], 1, out), "0 mechanisms and 1 seeds"),
+        ((preset, ["mha"], 0, out), "1 mechanisms and 0 seeds"),
+        ((preset, ["mha", "mla"], 1, out, "parms"), "unknown match 'parms'"),
+        ((preset, ["latent_lookup", "mla"], 1, out, "cache"), "latent_lookup keeps no cache"),
+        ((preset, ["mha", "msla"], 1, out), "top_k is 32 and the context 16"),
+        ((replace(preset, data=DataConfig(source=f"text:{out}")), ["mha"], 1, out), "out"),
+    ]:
+        with pytest.raises(UserError, match=what):
+            compare(*arguments)
+    with pytest.raises(UserError, match="jobs is 0"):
+        compare(preset, ["mha"], 1, out, jobs=0)
+    with pytest.raises(UserError, match="a folder that you may write to"):
+        compare(preset, ["mha"], 1, Path(preset.data.source[5:]))
+    assert not (out / "compare.json").exists()
+
+
+def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
+    assert plan(preset, ["mla", "mha"], 1, tmp_path).baseline == "mha"
+    work = plan(preset, ["mla", "gqa"], 1, tmp_path, "params")
+    assert work.baseline == "mla" and list(work.matched) == ["gqa"]
+    assert work.cells[0].config.model.ff_dim is None
+    assert parameters(work.cells[1].config.model) == pytest.approx(parameters(work.cells[0].config.model), rel=0.01)
