@@ -2,10 +2,66 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import FunctionType, ModuleType
+from typing import Any
 
-from jaxtyping import install_import_hook
+import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-CHECKED = ["attnlab.cache", "attnlab.ops", "attnlab.kernels", "attnlab.attention", "attnlab.model"]
-install_import_hook(CHECKED, "beartype.beartype")
+
+CHECKED = ("attnlab.cache", "attnlab.ops", "attnlab.kernels", "attnlab.attention")
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its annotations enforced; torch.compile sees the plain one, as it does outside the tests.
+
+    This is why jaxtyping's own import hook is not used: tracing cannot pass through it.
+    """
+    strict = jaxtyped(function, typechecker=beartype)
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else strict(*args, **kwargs)
+
+    return either
+
+
+def check_all(module: ModuleType) -> None:
+    for name, value in vars(module).copy().items():
+        own = (
+            isinstance(value, FunctionType)
+            and value.__module__ == module.__name__
+            and not hasattr(value, "__wrapped__")
+        )
+        if own and any("Tensor" in str(annotation) for annotation in value.__annotations__.values()):
+            setattr(module, name, checked(value))
+
+
+class Hook(MetaPathFinder):
+    """Checks the functions of a module as soon as it has been imported, before anyone else takes them from it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not any(name == package or name.startswith(f"{package}.") for package in CHECKED):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                check_all(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+assert not [name for name in sys.modules if name.startswith(CHECKED)], "imported before it could be checked"
+sys.meta_path.insert(0, Hook())
