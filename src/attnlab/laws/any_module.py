@@ -14,7 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import load, save
-from .subject import Broken, NotApplicable, Subject, accepts, by, finite, movement, same, scale, seeded, shaken, span
+from .subject import (
+    Broken,
+    NotApplicable,
+    Subject,
+    accepts,
+    by,
+    finite,
+    movement,
+    one_line,
+    same,
+    scale,
+    seeded,
+    shaken,
+    span,
+)
 
 
 def causality(s: Subject) -> str:
@@ -166,7 +180,11 @@ def determinism(s: Subject) -> str:
     y = s.answer(module, x)
     if not torch.equal(x, kept):
         raise Broken(f"the module writes into its input: token {int((x != kept).any(2).any(0).nonzero()[0])} changes")
-    same(s.answer(module, kept.clone()), y, 0, "asked the same twice in evaluation mode")
+    try:
+        again = s.answer(module, kept.clone())
+    except Exception as error:
+        raise Broken(f"asked the same twice, the second time it stops with {one_line(error)}") from None
+    same(again, y, 0, "asked the same twice in evaluation mode")
     s.answer(module, s.x(s.lengths[0], seed=7))
     same(s.answer(module, kept.clone()), y, 0, "asked the same again after another input")
     return "equal to the last bit when asked again"

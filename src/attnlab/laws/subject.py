@@ -50,10 +50,10 @@ class Subject:
         return torch.randn(batch, length or self.lengths[-1], self.d_model, generator=generator, dtype=self.dtype)
 
     def __call__(self, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """y [B T D], the same random numbers drawn in every call."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self.answer(module or self.module, x)
+        """y [B T D]; every call draws the same random numbers and finds the module as the first one did."""
+        module = module or self.module
+        with seeded(0), unchanged(module):
+            return self.answer(module, x)
 
     def answer(self, module: nn.Module, x: Tensor) -> Tensor:
         if self.call is not None:
@@ -170,6 +170,19 @@ def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Mo
         made = build()
     made.load_state_dict(module.state_dict())
     return made
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """What the module keeps for itself meanwhile, such as keys of its own, is forgotten again."""
+    kept = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in kept:
+            for now, before in ((vars(part), attributes), (part._buffers, buffers)):
+                now.clear()
+                now.update(before)
 
 
 def speaks(module: nn.Module) -> bool:
