@@ -21,6 +21,7 @@ from ..spec import AttentionConfig, CacheSpec, UserError
 Call = Callable[[nn.Module, Tensor], Any]  # how to call somebody's module on x [B T D]
 
 LENGTHS = (2, 3, 5, 13, 37)  # odd ones: a law that fails does so at the shortest of them, so that a reader can follow
+LONG = 131  # for modules whose chunks and windows are not known: longer than most
 
 
 class Broken(Exception):
@@ -216,7 +217,7 @@ def accepted(s: Subject) -> tuple[tuple[int, ...], str]:
     """The lengths it can be called with: our odd ones, else what its context suggests; and why not the others."""
     context = find_number(s.module, CONTEXTS)
     why = ""
-    for lengths in (LENGTHS, (context,) if context else (), (4, 8, 16, 32, 64, 128)):
+    for lengths in ((*LENGTHS, LONG), (context,) if context else (), (4, 8, 16, 32, 64, 128)):
         found = []
         for length in lengths:
             try:
