@@ -61,11 +61,10 @@ class Config(gqa.Config):
     def flops(self, queries: int, keys: int) -> int:
         D, N, H, c = self.d_model, self.n_heads, self.head_dim, self.chunk
         before, chunks, hidden = (keys - queries) // c, keys // c, gate_width(self)
-        sums = 2 * (queries // c + 2) * queries * D if queries > 1 else 0  # of one token: no product
-        summaries = sums + 2 * (chunks - before) * D * 2 * self.n_kv_heads * H
-        gate = 2 * queries * hidden * (N * H + 3)
+        sums = 2 * (queries // c + 2) * queries * D * (queries > 1)  # of one token: no product
+        rest = 4 * (chunks - before) * D * self.n_kv_heads * H + 2 * queries * hidden * (N * H + 3)
         attend = 4 * queries * N * H * (chunks + keys) + 2 * queries * chunks * self.n_kv_heads * H
-        return super().flops(queries, keys) + summaries + gate + attend
+        return super().flops(queries, keys) + sums + rest + attend
 
 
 def gate_width(config: Config) -> int:

@@ -376,27 +376,32 @@ def flops(s: Subject) -> str:
 
 def kernels(s: Subject) -> str:
     """Every kernel and every mode gives the reference's outputs and gradients, padded or not, cached or not."""
-    base: dict[str, Any] = {"impl": "reference"}
     modes: dict[str, Mapping[str, Any]] = dict(s.config.modes) or {"": {}}
-    others = [(impl, mode) for impl in s.config.impls for mode in modes]
     x, positions, _ = _ragged(s)
-    want = _pass(s.variant(**base), x, positions)
-    told, absent = [], []
-    for impl, mode in others:
+    reference = s.variant(impl="reference")
+    want = {**_pass(reference, x, positions), "the decoded output": _decode(s, reference, x)}
+    told = []
+    for impl, mode in itertools.product(s.config.impls, modes):
         name = " ".join(filter(None, (impl, mode)))
+        module = s.variant(impl=impl, **modes[mode])
         try:
-            got = _pass(s.variant(impl=impl, **modes[mode]), x, positions)
-            decoded = _decode(s, s.variant(impl=impl, **modes[mode]), x)
-        except UserError as error:
-            absent.append(f"{name} is not available here ({error})")
-            continue
-        for key, value in want.items():
-            far = float((got[key] - value).abs().nan_to_num(nan=math.inf).max())
-            if far > 100 * s.tolerance * max(float(value.abs().max()), 1e-3):
+            got = _pass(module, x, positions)
+        except UserError:  # a kernel may have no gradients on this machine; then its outputs are compared
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it runs unfused
+                got = _pass(module, x, positions)
+            name += " (outputs only: it has no gradients here)"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got["the decoded output"] = _decode(s, module, x)
+        if lost := set(want) - set(got) if "only" not in name else ():
+            raise Broken(f"{name}: {min(lost)} is not there, though the reference has it")
+        for key in got:
+            far = float((got[key] - want[key]).abs().nan_to_num(nan=math.inf).max())
+            if far > 100 * s.tolerance * max(scale(want[key]), 1e-3):
                 raise Broken(f"{name}: {key} differs from the reference by {far:.2g}")
-        same(decoded, _decode(s, s.variant(**base), x), 10 * s.tolerance, f"{name}, decoding")
         told.append(name)
-    return "; ".join([f"{', '.join(told)} equal the reference, forward and backward", *absent])
+    return f"{', '.join(told)}: equal the reference"
 
 
 def _pass(module: nn.Module, x: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -406,10 +411,12 @@ def _pass(module: nn.Module, x: Tensor, positions: Tensor) -> dict[str, Tensor]:
         value = x.clone().requires_grad_()
         real = (where >= 0)[..., None]
         y, _ = module(value, where, None, mask)
+        found[f"the {word} output"] = (y * real).detach()
+        if not y.requires_grad:
+            continue
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
         inputs = {"x": value, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
         gradients = torch.autograd.grad((y * weight * real).sum(), list(inputs.values()), allow_unused=True)
-        found[f"the {word} output"] = (y * real).detach()
         for name, gradient in zip(inputs, gradients, strict=True):
             if gradient is not None:
                 found[f"the {word} gradient of {name}"] = gradient
