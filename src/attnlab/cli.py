@@ -142,18 +142,20 @@ def compare(
     mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
     seeds: int = 3,
     match: Literal["params", "cache", "none"] = "none",
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
     json_: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
 ) -> int:
-    """Train mechanisms on the same data with paired seeds, and say what can be told apart.
+    """Train mechanisms with paired seeds, and say what can be told apart.
 
     Args:
         preset: The run that all share; every field of it can be overridden below.
         mechanisms: What to compare, the baseline mha among them; a hybrid is written sliding+sliding+mla.
         seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
+        options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
         data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         jobs: Runs side by side.
@@ -168,6 +170,7 @@ def compare(
         out or Path("compare") / preset,
         match,
         jobs=jobs,
+        options=options_of_mechanisms("--options", options),
         command=this_command(),
         quiet=json_,
     )
@@ -186,6 +189,7 @@ def bench(
     preset: Annotated[str, arg(metavar="PRESET")] = "quick",
     mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
     context: Annotated[str | None, arg(metavar="N,...")] = None,
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
     batch: Annotated[int | None, arg(metavar="INT")] = None,
     repeats: int = 7,
     json_: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
@@ -197,16 +201,28 @@ def bench(
         preset: The shape to measure; every field of it can be overridden below.
         mechanisms: What to measure; times are also given relative to mha where it is among them.
         context: Tokens per sequence, or tokens held while decoding (the preset's context if left out).
+        options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
         batch: Sequences at once (the preset's for training, else 1).
         repeats: Each time is the median of this many, taken in turns.
         json_: Print the records as a JSON list.
     """
     from . import bench as bench_module
+    from .match import parameters, variant
 
+    given = options_of_mechanisms("--options", options)
+    for name in listed(mechanisms):
+        parameters(variant(config, name, given).model)  # refuses what does not fit together before anything is measured
     lengths = None if context is None else [whole("--context", word) for word in listed(context)]
     with screen.working() as tell:
         records = bench_module.bench(
-            kind, config, listed(mechanisms), lengths, batch=batch, repeats=repeats, progress=tell
+            kind,
+            config,
+            listed(mechanisms),
+            lengths,
+            options=given,
+            batch=batch,
+            repeats=repeats,
+            progress=tell,
         )
     if json_:
         print(json.dumps([r.to_dict() for r in records], indent=1))
@@ -217,7 +233,7 @@ def bench(
 
 
 def audit(
-    target: Annotated[Positional[str], arg(metavar="NAME|FILE.py:CLASS|PACKAGE.MODULE:CLASS")],
+    target: Annotated[Positional[str], arg(metavar="TARGET")],
     *,
     kwargs: Annotated[str | None, arg(metavar="JSON")] = None,
     config: Annotated[str | None, arg(metavar="JSON")] = None,
@@ -228,10 +244,12 @@ def audit(
     laws: Annotated[str | None, arg(metavar="LAW,...")] = None,
     json_: Annotated[bool, arg(name="json"), FlagCreatePairsOff] = False,
 ) -> int:
-    """Put the laws to a mechanism, or to anyone's attention class. Exit code 1 where one is broken.
+    """Put the laws to a mechanism, or to anyone's attention class.
+
+    Exit code: 0 all laws hold, 1 one is broken, 2 it could not run.
 
     Args:
-        target: A mechanism's name, or a torch.nn.Module class in a file or an installed package.
+        target: A mechanism's name, FILE.py:CLASS, or PACKAGE.MODULE:CLASS.
         kwargs: The arguments of the class: '{"embed_dim": 64, "num_heads": 4}'.
         config: The attributes of the one config object that the class takes; for a mechanism, fields of its Config.
         call: How to call it, for example 'module(x, attention_mask=mask)'; found out if left out.
@@ -261,10 +279,10 @@ def audit(
 
 
 def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> int:
-    """Write DIR/report.html, one file that opens offline, from what compare or demo left in DIR.
+    """Write DIR/report.html, one file that opens offline.
 
     Args:
-        folder: A folder of results.
+        folder: Where compare or demo left its results.
     """
     from .report import write_report
 
@@ -277,7 +295,7 @@ def demo(
     out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> int:
-    """Compare eight mechanisms on Shakespeare, measure them, and report: about 6 minutes on 2 cores.
+    """Compare eight mechanisms on Shakespeare, and report: 6 minutes on 2 cores.
 
     Args:
         out: Where runs, results and report.html go; what is finished there is kept.
@@ -389,7 +407,9 @@ def parsed(verb: str, rest: Sequence[str]) -> Callable[[], int]:
         ready = functools.partial(VERBS[verb], *args, **kwargs)
 
     preset = preset_of(verb, rest)
-    defaults = {"config": presets.get(preset)} if preset else {}
+    defaults = {}
+    if preset:  # --mechanism first, so that --model.options may speak of what it names
+        defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), json_fields():
@@ -412,9 +432,8 @@ def preset_of(verb: str, rest: Sequence[str]) -> str | None:
     """The preset whose fields are the defaults of the options; None for a verb that has none."""
     if verb not in PRESET:
         return None
-    words = [word for part in rest for word in part.split("=", 1)]
     if PRESET[verb] is OPTION:
-        return words[words.index("--preset") + 1] if "--preset" in words[:-1] else presets.names()[0]
+        return value_of("--preset", rest) or presets.names()[0]
     if rest and not rest[0].startswith("-"):
         return rest[0]
     if PRESET[verb] is NEEDED and rest != ["--help"]:
@@ -422,15 +441,20 @@ def preset_of(verb: str, rest: Sequence[str]) -> str | None:
     return presets.names()[0]
 
 
+def value_of(option: str, rest: Sequence[str]) -> str | None:
+    """What the last `option VALUE` or `option=VALUE` gives, before the whole line is parsed."""
+    found = None
+    for word, following in zip(rest, [*rest[1:], None], strict=True):
+        if word == option:
+            found = following
+        elif word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+    return found
+
+
 def json_fields() -> Any:
     """Fields that are mappings are given as JSON: --model.options '{"mla": {"kv_rank": 32}}'."""
     registry = tyro.constructors.ConstructorRegistry()
-
-    def read(words: list[str]) -> Mapping[str, Any]:
-        value = json_object("an option of mechanisms,", words[0]) or {}
-        if not all(isinstance(fields, dict) for fields in value.values()):
-            raise UserError(f'{words[0]!r} does not say whose options it holds: give {{"mla": {{"kv_rank": 32}}}}')
-        return value
 
     @registry.primitive_rule
     def mapping(info: Any) -> Any:
@@ -439,12 +463,20 @@ def json_fields() -> Any:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="JSON",
-            instance_from_str=read,
+            instance_from_str=lambda words: options_of_mechanisms("model.options", words[0]),
             is_instance=lambda value: isinstance(value, Mapping),
             str_from_instance=lambda value: [json.dumps(value)],
         )
 
     return registry
+
+
+def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, Any]]:
+    """Config fields by mechanism, from JSON."""
+    value = json_object(option, text) or {}
+    if not all(isinstance(fields, dict) for fields in value.values()):
+        raise UserError(f'{option} {text!r} does not say whose options they are: give {{"mla": {{"kv_rank": 32}}}}')
+    return value
 
 
 def overview() -> str:

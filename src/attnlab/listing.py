@@ -20,7 +20,7 @@ TOKENS = 1024  # GPT-2's context
 
 
 def listing(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One record per mechanism, in alphabetical order. A package that cannot be imported is listed with its error."""
+    """One record per mechanism, in alphabetical order. One that cannot be built is listed with its error."""
     return [_record(name) for name in (attention.names() if names is None else names)]
 
 
@@ -30,8 +30,8 @@ def _record(name: str) -> dict[str, Any]:
         config: AttentionConfig = attention.config(name, **SHAPE)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in module.Attention(config).parameters())
-    except UserError as error:
-        return {"name": name, "error": str(error)}
+    except Exception as error:  # one torn file must not hide the others
+        return {"name": name, "error": str(error) if isinstance(error, UserError) else f"it cannot be built: {error!r}"}
     spec = config.cache_spec
     return {
         "name": name,

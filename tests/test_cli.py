@@ -1,0 +1,347 @@
+"""The command line: what it prints, what it refuses, and how."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attnlab import __version__, attention, checkpoint, cli, presets
+from attnlab.results import BenchRecord
+from attnlab.spec import UserError
+
+Run = Callable[..., tuple[int, str, str]]
+
+TINY = {
+    "--model.n-layers": "1",
+    "--model.d-model": "16",
+    "--model.n-heads": "2",
+    "--model.context": "16",
+    "--train.steps": "4",
+    "--train.batch-size": "2",
+    "--train.eval-every": "2",
+    "--train.eval-batches": "1",
+    "--train.save-every": "2",
+    "--train.precision": "fp32",
+}
+SMALL = [word for pair in TINY.items() for word in pair]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["attnlab", *words])
+        capsys.readouterr()
+        code = cli.main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, to be read or copied."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "quick", "--mechanism", "mla", *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def refused(said: tuple[int, str, str], *words: str) -> str:
+    """The sentence of a refusal: one line on stderr, nothing on stdout, exit code 2."""
+    code, out, err = said
+    assert (code, out) == (2, ""), err
+    assert err.startswith("attnlab: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err
+    return err
+
+
+def test_help_shows_every_command_and_fits(run: Run) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert all(f"  {verb} " in out for verb in cli.VERBS)
+    assert run("--version")[:2] == (0, f"attnlab {__version__}\n")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_command_explains_itself(verb: str, run: Run) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    first = (cli.VERBS[verb].__doc__ or "").splitlines()[0]
+    assert " ".join(first.split()) in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["trian"], ["'trian'", "did you mean 'train'?"]),
+        (["--jobs", "2", "train"], ["--jobs", "before any command"]),
+        (["train"], ["needs a preset", "shakespeare-cpu"]),
+        (["train", "quik"], ["'quik'", "did you mean 'quick'?"]),
+        (["compare", "quik"], ["'quik'", "did you mean 'quick'?"]),
+        (["bench", "decode", "--preset", "quik"], ["'quik'", "did you mean 'quick'?"]),
+        (["compare", "--seeds", "2", "shakespeare-cpu"], ["shakespeare-cpu", "right after"]),
+        (["train", "quick", "--mechanism", "mlaa"], ["'mlaa'", "did you mean 'mla'?"]),
+        (["train", "quick", "--mechanism", "sliding,mal"], ["'mal'"]),
+        (["compare", "quick", "--mechanisms", "mha,mal"], ["'mal'"]),
+        (["compare", "quick", "--mechanisms", ","], ["at least one"]),
+        (["compare", "quick", "--seeds", "0"], ["seeds"]),
+        (["bench", "decode", "--mechanisms", "mal"], ["'mal'"]),
+        (["bench", "decode", "--options", '{"mla": {"kv_rnk": 3}}'], ["did you mean 'kv_rank'?"]),
+        (["compare", "--options", '{"mla": {"kv_rnk": 3}}'], ["did you mean 'kv_rank'?"]),
+        (["bench", "decode", "--context", "12,many"], ["--context", "'many'"]),
+        (["audit", "mal"], ["'mal'", "file.py:Class"]),
+        (["audit", "mha", "--laws", "causalty"], ["'causalty'", "did you mean 'causality'?"]),
+        (["audit", "mla", "--config", '{"kv_rnk": 3}'], ["'kv_rnk'", "did you mean 'kv_rank'?"]),
+        (["audit", "mla", "--kwargs", "{"], ["--kwargs", "JSON"]),
+        (["audit", "nowhere.py:Class"], ["nowhere.py"]),
+        (["train", "quick", "--train.steps", "0"], ["train.steps is 0", "at least 1"]),
+        (["train", "quick", "--model.n-heads", "3"], ["128", "3"]),
+        (["train", "quick", "--mechanism", "gqa", "--model.options", '{"gqa": {"n_kv_heads": 3}}'], ["n_kv_heads 3"]),
+        (["train", "quick", "--mechanism", "mla", "--model.options", '{"mla": {"kv_rnk": 3}}'], ["did you mean"]),
+        (["train", "quick", "--model.options", '{"mla": {}}'], ["mla", "no layer uses"]),
+        (["train", "quick", "--model.options", '{"mla": 3}'], ["whose options"]),
+        (["train", "quick", "--mechanism", "msla", "--model.options", '{"msla": {"top_k": 4096}}'], ["4096", "64"]),
+        (["train", "quick", "--model.impl", "cuda"], ["impl", "'cuda'"]),
+        (["train", "quick", "--train.device", "tpu"], ["'tpu'", "cpu"]),
+        (["train", "quick", "--data", "text:nowhere.txt"], ["nowhere.txt", "does not exist"]),
+        (["train", "quick", "--data", "shakespear"], ["shakespear", "text:PATH"]),
+        (["train", "quick", "--data", "text:empty.txt"], ["empty"]),
+        (["train", "quick", "--data", "text:latin.txt"], ["latin.txt", "UTF-8"]),
+        (["train", "quick", "--data", "text:short.txt"], ["short.txt", "64"]),
+        (["sample", "nowhere"], ["nowhere", "not a run folder"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["report", "."], ["holds no results"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_refused_in_one_sentence(words: list[str], said: list[str], run: Run, tmp_path: Path) -> None:
+    texts = {"empty.txt": b"", "latin.txt": "café ".encode("latin-1") * 100, "short.txt": b"too short for a window"}
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    refused(run(*words), *said)
+    assert {file.name for file in tmp_path.iterdir()} == set(texts), "nothing half-written"
+
+
+def test_a_misspelt_option_is_refused_with_a_suggestion(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("train", "quick", "--train.step", "3")
+    assert (code, out) == (2, "")
+    assert "--train.step" in err and "--train.steps" in err and "Traceback" not in err
+    code, _, err = run("train", "quick", "--train.steps", "many")
+    assert code == 2 and "--train.steps" in err and "Traceback" not in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_train_then_sample_then_resume(run: Run) -> None:
+    train = ["train", "quick", "--mechanism", "sliding,mla", *SMALL, "--seed", "3", "--out", "runs/one"]
+    code, out, err = run(*train)
+    assert code == 0, err
+    assert "val loss" in out and "runs/one" in out
+    about = json.loads(Path("runs/one/run.json").read_text())
+    assert about["config"]["model"]["mechanisms"] == ["sliding", "mla"]
+    assert about["config"]["seed"] == 3
+    refused(run(*train), "already holds this run", "--resume")
+    assert run(*train, "--resume")[0] == 0
+    refused(run(*train, "--resume", "--seed", "4"), "another run", "seed")
+
+
+def test_short_options_and_the_fields_they_stand_for() -> None:
+    config = presets.get("nanogpt-mla-124m")
+    chosen = cli.with_choices(config, "sliding,sliding,mla", "text:x")
+    assert chosen.model.mechanisms == ("sliding", "sliding", "mla")
+    assert chosen.model.options == config.model.options
+    assert chosen.data.source == "text:x"
+    assert cli.with_choices(config, "mha", None).model.options == {}, "options of a mechanism that is gone go with it"
+    assert cli.with_choices(config, None, None) == config
+
+
+def test_sample_streams_what_it_reports(run: Run, trained: Path) -> None:
+    words = ["sample", str(trained), "--prompt", "ROMEO:", "--tokens", "13", "--seed", "5", "--temperature", "0.7"]
+    code, text, err = run(*words)
+    assert code == 0
+    assert "tokens/s" in err and "bytes" in err and "mla" in err
+    code, found, _ = run(*words, "--json")
+    whole = json.loads(found)
+    assert text == f"ROMEO:{whole['texts'][0]}\n"
+    assert len(whole["texts"][0]) == whole["tokens"] == 13
+    code, both, _ = run(*words, "--prompt", "ACT", "--top-k", "5", "--top-p", "0.9")
+    assert code == 0 and both.startswith("ROMEO:") and "\nACT" in both
+    assert run(*words, "--top-k", "1")[1] == run(*words, "--temperature", "0")[1]
+    refused(run(*words, "--prompt", "日"), "日")
+    refused(run("sample", str(trained), "--tokens", "3", "--top-p", "2"), "top_p is 2")
+    refused(run("sample", str(trained), "--checkpoint", "3"), "no checkpoint of step 3", "4")
+
+
+def test_a_damaged_run_is_refused(run: Run, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    about = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(about | {"format": 99}))
+    refused(run("sample", str(other)), "format 99")
+    (other / "run.json").write_text('{"format": ')
+    refused(run("sample", str(other)), "run.json")
+    shutil.rmtree(other)
+    shutil.copytree(trained, other)
+    for weights in other.glob("step-*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-50])
+    refused(run("sample", str(other)), "model.safetensors", "damaged")
+
+
+def test_a_full_disk_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(run("train", "quick", *SMALL, "--out", "full"), "full", "free space")
+    left = [file for file in (tmp_path / "full").rglob("*") if file.is_file()]
+    assert not left, "nothing half-written"
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnlab import train
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt("stopped after step 7; the run is saved in here")
+
+    monkeypatch.setattr(train, "train", interrupted)
+    code, out, err = run("train", "quick", "--out", "here")
+    assert (code, out) == (130, "")
+    assert "stopped after step 7" in err and "--resume" in err and "Traceback" not in err
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="quik"):
+        cli.main(["train", "quik", "--debug"])
+    monkeypatch.setenv("ATTNLAB_DEBUG", "1")
+    with pytest.raises(UserError, match="quik"):
+        cli.main(["train", "quik"])
+    monkeypatch.setenv("ATTNLAB_DEBUG", "0")
+    assert cli.main(["train", "quik"]) == 2
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "attnlab", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_list_shows_every_mechanism_and_fits(run: Run) -> None:
+    code, out, _ = run("list")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    code, found, _ = run("list", "--json")
+    records = {r["name"]: r for r in json.loads(found)}
+    assert code == 0 and [*records] == attention.names()
+    for name, record in records.items():
+        config = attention.config(name, d_model=768, n_heads=12, head_dim=64)
+        assert name in out
+        assert record["floats_at_context"] == config.cache_spec.floats(1024)
+        assert record["impls"] == [*config.impls] and record["breaks"] == [*config.breaks]
+        assert all(record[key] for key in ("summary", "formula", "source", "caches"))
+    assert records["mha"]["parameters"] == 4 * 768 * 768
+    assert records["mha"]["floats_per_token"] == 2 * 12 * 64
+    assert records["mla"]["options"]["kv_rank"] == 256
+
+
+def test_a_mechanism_that_cannot_be_imported_is_listed_with_its_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.py").write_text("import a_package_that_is_not_there")
+    monkeypatch.setattr(attention, "__path__", [*attention.__path__, str(tmp_path)])
+    attention._own.cache_clear()
+    try:
+        code, out, _ = run("list")
+        assert code == 0
+        assert "torn" in out and "a_package_that_is_not_there" in " ".join(out.split())
+    finally:
+        attention._own.cache_clear()
+
+
+def test_audit_exit_codes(run: Run) -> None:
+    code, out, _ = run("audit", "mqa", "--laws", "causality,mixing")
+    assert code == 0 and "obeys all 2 laws" in out
+    code, out, _ = run("audit", "latent_lookup", "--laws", "causality,mixing")
+    assert code == 1 and "latent_lookup breaks 1 of 2 laws: mixing" in out
+    code, found, _ = run("audit", "latent_lookup", "--laws", "mixing", "--json")
+    assert code == 1
+    assert [law["status"] for law in json.loads(found)["laws"]] == ["broken"]
+
+
+def test_options_of_mechanisms_reach_them(run: Run) -> None:
+    about = ["train", "quick", *SMALL, "--mechanism=gqa", "--model.options", '{"gqa": {"n_kv_heads": 2}}', "--out", "x"]
+    assert run(*about)[0] == 0
+    assert json.loads(Path("x/run.json").read_text())["config"]["model"]["options"] == {"gqa": {"n_kv_heads": 2}}
+    shape = ["--model.n-layers", "1", "--context", "9", "--repeats", "1", "--mechanisms", "mla", "--json"]
+    small, large = (
+        json.loads(
+            run("bench", "decode", *shape, "--options", f'{{"mla": {{"kv_rank": {rank}, "mode": "absorbed"}}}}')[1]
+        )
+        for rank in (8, 24)
+    )
+    assert [r["cache_bytes"] for r in large] > [r["cache_bytes"] for r in small]
+
+
+def test_bench_records(run: Run) -> None:
+    shape = ["--model.n-layers", "1", "--model.d-model", "16", "--model.n-heads", "2"]
+    words = ["bench", "decode", "--mechanisms", "mha,mla", "--context", "9,12", "--repeats", "1", *shape]
+    code, found, _ = run(*words, "--json")
+    records = [BenchRecord.from_dict(r) for r in json.loads(found)]
+    assert code == 0
+    assert {r.mechanism for r in records} == {"mha", "mla"} and {r.context for r in records} == {9, 12}
+    assert not any(r.error for r in records)
+    code, out, _ = run(*words)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    from attnlab import compare
+
+    quick = presets.get("quick")
+    small = replace(
+        quick,
+        model=replace(quick.model, n_layers=1, d_model=16, n_heads=2, context=16),
+        train=replace(quick.train, steps=4, batch_size=2, eval_every=2, eval_batches=1, precision="fp32"),
+    )
+    monkeypatch.setattr(presets, "get", lambda name: small)
+    monkeypatch.setattr(cli, "EIGHT", ("mha", "latent_lookup"))
+    monkeypatch.setattr(cli, "DEMO_BENCH", {"decode": (8,)})
+    monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
+
+    code, out, err = run("demo", "--out", "shown", "--jobs", "1")
+    assert code == 0, err
+    assert "not distinguishable" in out or "better" in out or "worse" in out
+    assert out.rstrip().endswith("report: shown/report.html")
+    page, times = Path("shown/report.html"), {f: f.stat().st_mtime_ns for f in Path("shown").rglob("*.json")}
+    assert page.stat().st_size > 1000
+    assert {"compare.json", "laws.json", "bench.json", "samples.json"} <= {f.name for f in times}
+    code, _, err = run("demo", "--out", "shown", "--jobs", "1")
+    assert code == 0 and "finished before" in err
+    changed = {f.name for f, time in times.items() if f.stat().st_mtime_ns != time}
+    assert changed <= {"compare.json"}, "what is finished is kept"
+
+
+def test_the_checkpoint_of_a_run_opens_without_the_command_line(trained: Path) -> None:
+    model, config = checkpoint.load_model(trained)
+    assert config.mechanism == "mla"
+    assert not model.training
