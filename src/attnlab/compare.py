@@ -235,9 +235,9 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
 
     cells = [RunResult.from_dict(cell) for cell in found["cells"]]
-    view = Table(box=None, pad_edge=False, header_style="bold")
+    view = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")  # fits 80 columns
     view.add_column("mechanism", no_wrap=True)
-    for title in ("val loss", f"to {found['baseline']}, ± 95 %", "", "size", "cache", "tokens/s"):
+    for title in ("val loss", f"to {found['baseline']} ± 95 %", "", "size", "cache", "tok/s"):
         view.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for row in found["summary"]:
         own = [cell for cell in cells if cell.mechanism == row["mechanism"] and cell.status == "done"]
@@ -252,7 +252,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
             difference,
             f"[{color}]{row['verdict']}",
             f"{own[0].parameters / 1e6:,.2f}M" if own else "",
-            f"{own[0].cache_bytes / 1024:,.0f} KiB" if own else "",
+            f"{own[0].cache_bytes / 1024:,.0f}K" if own else "",
             f"{fmean(rates):,.0f}" if rates else "",
         )
     seeds, context = len(found["seeds"]), max((cell.context for cell in cells), default=0)
@@ -364,7 +364,7 @@ def _share(preset: RunConfig, jobs: int | None, threads: int | None, runs: int) 
     device = find_device(preset.train.device)
     devices = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
     jobs = max(1, min(jobs or (cores() if device.type == "cpu" else max(1, devices)), runs))
-    return jobs, threads or max(1, cores() // jobs), devices
+    return jobs, threads or max(1, min(cores(), torch.get_num_threads()) // jobs), devices
 
 
 def _make(out: Path) -> None:
