@@ -74,6 +74,19 @@ def test_flops_of_attention_on_the_cpu_are_counted(causal):
     assert counted_flops(lambda: forward().sum().backward()) == forward_flops * 7 // 2
 
 
+def test_a_module_called_without_gradients_is_counted_too():
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def forward():
+        y = net(x * 2)
+        with torch.no_grad():
+            net(y[:])
+        y.sum().backward()
+
+    assert counted_flops(forward) == 4 * 2 * 4 * 8 * 8
+
+
 @pytest.mark.parametrize("name", attention.names())
 def test_decoding_is_measured_at_the_context_asked_for(name):
     records = bench.bench("decode", PRESET, [name], [9, 24], options=OPTIONS, repeats=2, steps=3)
@@ -137,7 +150,7 @@ def test_no_time_is_given_for_wrong_outputs(monkeypatch):
 def test_a_case_that_cannot_run_spoils_no_other():
     preset = replace(PRESET, model=replace(PRESET.model, impl="flex"))
     (record,) = bench.bench("train", preset, ["mha"], repeats=1)
-    assert "no gradients on the CPU" in record.error and record.ms is None
+    assert "no gradients on a CPU" in record.error and record.ms is None
     few, enough = bench.bench("decode", PRESET, ["msla"], [3], options=OPTIONS, repeats=1)
     assert "top_k is 5 and the context 3" in few.error == enough.error
 
@@ -167,9 +180,13 @@ def test_the_crossover_lies_where_the_lines_meet():
     ]
     (found,) = bench.context_crossovers(records)
     assert found.at == pytest.approx(400)
-    assert str(found) == "mla: expanded is faster up to 400 context, absorbed from there on"
+    assert str(found) == "mla: expanded is faster up to 400 tokens held, absorbed from there on"
     (never,) = bench.context_crossovers(records[:1] + records[3:4])
-    assert never.at is None and str(never) == "mla: expanded is faster from 100 to 100 context"
+    assert never.at is None and str(never) == "mla: expanded is faster at 100 and at 100 tokens held"
+    noisy = [decode("expanded", c, 1.0) for c in (1, 2, 3)]
+    noisy += [decode("absorbed", c, ms) for c, ms in ((1, 2.0), (2, 0.9), (3, 2.0))]
+    (found,) = bench.context_crossovers(noisy)
+    assert found.at is None and str(found) == "mla: expanded is faster at 1 and at 3 tokens held"
     assert bench.context_crossovers(records[:3]) == []
 
 

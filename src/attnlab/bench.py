@@ -407,14 +407,15 @@ class Crossover(Record):
     axis: str  # context (tokens held while decoding), or queries (new tokens in a call)
     modes: tuple[str, str]
     points: list[tuple[int, float, float]]  # on the axis; ms of the first mode, ms of the second
-    at: float | None  # where they are equal, between two points on logarithmic axes; None: nowhere measured
+    at: float | None  # where the winner changes, between two points on logarithmic axes; None: it does not
 
     def __str__(self) -> str:
         first, last = self.points[0], self.points[-1]
         early, late = (self.modes[point[1] > point[2]] for point in (first, last))
+        unit = {"context": "tokens held", "queries": "new tokens per call"}[self.axis]
         if self.at is None:
-            return f"{self.mechanism}: {early} is faster from {first[0]} to {last[0]} {self.axis}"
-        return f"{self.mechanism}: {early} is faster up to {self.at:.0f} {self.axis}, {late} from there on"
+            return f"{self.mechanism}: {early} is faster at {first[0]} and at {last[0]} {unit}"
+        return f"{self.mechanism}: {early} is faster up to {self.at:.0f} {unit}, {late} from there on"
 
 
 def context_crossovers(records: Sequence[BenchRecord]) -> list[Crossover]:
@@ -456,6 +457,9 @@ def _crossover(label: str, axis: str, times: dict[str, dict[int, float]]) -> Cro
     (first, a), (second, b) = list(times.items())[:2]
     points = [(x, a[x], b[x]) for x in sorted(a.keys() & b.keys())]
     at = None
+    (_, *start), (_, *end) = points[0], points[-1]
+    if (start[0] < start[1]) == (end[0] < end[1]):  # where they cross to and fro, that was noise
+        return Crossover(mechanism=label, axis=axis, modes=(first, second), points=points, at=None)
     for (x, *before), (y, *after) in pairwise(points):
         low, high = (math.log(p / q) for p, q in (before, after))
         if low * high <= 0 and low != high:

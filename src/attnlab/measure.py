@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,9 +34,15 @@ def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: i
 
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
+    with counter:
         call()
     return counter.get_total_flops()
+
+
+class _NoModules(nullcontext[None]):
+    parents: ClassVar[set[str]] = {"Global"}
 
 
 def _forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -86,6 +93,10 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            parts = function.decompose(*args, **kwargs)  # in inference mode operations arrive whole
+        if parts is not NotImplemented:
+            return parts
         self._note((args, kwargs), new=False)
         out = function(*args, **kwargs)
         self._note(out, new=True)
