@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import attnlab
 
@@ -185,6 +188,27 @@ def test_every_pin_is_exact_and_torch_comes_first() -> None:
     pins = [line for line in lines if line and not line.startswith("#")]
     assert pins[0].startswith("torch==")
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][\w.]*( ; .+)?", pin) for pin in pins), pins
+
+
+def test_everything_that_gets_installed_is_pinned() -> None:
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = {canonicalize_name(name) for name in pins}
+    seen, queue = {"attnlab"}, [Requirement("attnlab[all]")]
+    while queue:
+        wanted = queue.pop()
+        try:
+            found = metadata.requires(wanted.name) or []
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed here
+        for line in found:
+            needed = Requirement(line)
+            extras = [{"extra": extra} for extra in (*wanted.extras, "")]
+            if needed.marker and not any(needed.marker.evaluate(extra) for extra in extras):
+                continue
+            if needed.extras or canonicalize_name(needed.name) not in seen:
+                seen.add(canonicalize_name(needed.name))
+                queue.append(needed)
+    assert not seen - pinned - {"attnlab"}, "constraints.txt lacks these"
 
 
 @pytest.mark.parametrize(
