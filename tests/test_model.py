@@ -229,16 +229,37 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype):
     assert dropout(x, 0.0) is x
 
 
-@pytest.mark.parametrize("positions", ["plain", "padded"])
-def test_dropout_on_attention_weights_averages_out(positions):
-    torch.manual_seed(0)
-    B, T = 2, 70
+def padded(B, T):
     at = torch.arange(T).expand(B, T).clone()
-    if positions == "padded":
-        at[1] = (at[1] - 9).clamp(min=-1)
-    q, k, v = torch.randn(3, B, T, 2, 8)
-    mask = Mask(plain=positions == "plain")
-    want = attend(q, k, v, at, at, mask, impl="reference")
-    torch.testing.assert_close(attend(q, k, v, at, at, mask, dropout=1e-6), want, rtol=1e-4, atol=1e-5)
-    mean = torch.stack([attend(q, k, v, at, at, mask, dropout=0.3) for _ in range(400)]).mean(0)
-    assert (mean - want).abs().mean() < 0.04 * want.abs().mean()
+    at[1] = (at[1] - 9).clamp(min=-1)
+    return at
+
+
+@pytest.mark.parametrize(
+    "mask", [Mask(plain=True), Mask(plain=True, window=20), Mask()], ids=["causal", "window", "padded"]
+)
+def test_attention_with_dropout_is_attention(mask):
+    torch.manual_seed(0)
+    B, T = 2, 150
+    at = torch.arange(T).expand(B, T) if mask.plain else padded(B, T)
+    leaves = [torch.randn(B, T, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
+    want = attend(*leaves, at, at, mask, impl="reference")
+    got = attend(*leaves, at, at, mask, dropout=1e-9)  # so rare that nothing goes
+    torch.testing.assert_close(got, want)
+    weight = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((want * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    few = [leaf.detach()[:, :70, :2].requires_grad_() for leaf in leaves]
+
+    def dropped(*qkv):
+        torch.manual_seed(1)
+        return attend(*qkv, at[:, :70], at[:, :70], mask, dropout=0.4)
+
+    assert not torch.equal(dropped(*few), attend(*few, at[:, :70], at[:, :70], mask))
+    assert torch.autograd.gradcheck(dropped, few, fast_mode=True)
+    mean = torch.stack([attend(*leaves, at, at, mask, dropout=0.3).detach() for _ in range(300)]).mean(0)
+    assert (mean - want).abs().mean() < 0.05 * want.abs().mean()

@@ -20,14 +20,20 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _Dropout.apply(x, p)
 
 
+def survivors(like: Tensor, p: float) -> tuple[Tensor, float]:
+    """1 where an element stays and 0 where it goes, shaped and typed as `like`, and the scale that keeps the mean."""
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    gone = round(p * 2**16)
+    kept = torch.empty_like(like, memory_format=torch.contiguous_format)
+    torch.ge(draws[: like.numel()].view(like.shape), gone - 2**15, out=kept)
+    return kept, 2**16 / (2**16 - gone)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        least = round(p * 2**16) - 2**15
-        kept = (draws[: x.numel()] >= least).view(x.shape)
+        kept, ctx.scale = survivors(x, p)
         ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - round(p * 2**16) / 2**16)
         return (x * kept).mul_(ctx.scale)
 
     @staticmethod
