@@ -67,7 +67,7 @@ def test_interrupted_and_continued_side_by_side_equals_one_after_the_other(prese
     monkeypatch.undo()
     half = read_json(tmp_path / "parts" / "compare.json")
     saved = [cell for cell in half["cells"] if cell["status"] == "interrupted"]
-    assert saved and all(0 < cell["steps"] < 40 for cell in saved)
+    assert max(cell["steps"] for cell in saved) >= 9 and all(cell["steps"] < 40 for cell in saved)
     assert not (tmp_path / "parts" / "attention.json").exists()
     found = run(tmp_path / "parts", jobs=2)
     assert found == read_json(tmp_path / "parts" / "compare.json")
