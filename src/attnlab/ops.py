@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from . import kernels
@@ -34,6 +34,13 @@ def rope(x: Float[Tensor, "B L N H"], positions: Int[Tensor, "B L"], theta: floa
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the precision of its weight: autocast hands over a narrower x, and mixing them warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def attend(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import attend, rope
+from ..ops import RMSNorm, attend, rope
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError, choose
 
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
 
 
 @dataclass(frozen=True, kw_only=True)
