@@ -1,6 +1,6 @@
-"""Attention with dropout on a CPU, where PyTorch has no fused kernel for it: `BLOCK` queries at a time, over no later
-keys than they can see, so that a causal pass does little more than half the work. The backward pass is written out,
-because autograd would add up whole-size gradients of every block's slice of k and v."""
+"""Attention for training on a CPU, with or without dropout: `BLOCK` queries at a time, over no later keys than they can
+see, so that a causal pass does little more than half the work. It keeps the weights for the backward pass, which is
+written out, because autograd would add up whole-size gradients of every block's slice of k and v."""
 
 from __future__ import annotations
 
@@ -58,22 +58,24 @@ class _Blocks(torch.autograd.Function):
             weights = torch.softmax(scores, -1)
             if blind is not None:
                 weights.unflatten(0, (-1, n_heads)).masked_fill_(blind, 0)
-            kept, ctx.scale = survivors(weights, p)
-            y[:, at] = torch.bmm(weights * kept, v[:, :reach])
+            kept, ctx.scale = survivors(weights, p) if p else (None, 1.0)
+            y[:, at] = torch.bmm(weights if kept is None else weights * kept, v[:, :reach])
             saved += [weights, kept]
         ctx.ordered = ordered
         ctx.save_for_backward(q, k, v, *saved)
-        return y.mul_(ctx.scale)
+        return y.mul_(ctx.scale) if p else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        dy = grads[0] * ctx.scale
+        dy = (grads[0] * ctx.scale).contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, (at, reach) in enumerate(_parts(q.shape[1], k.shape[1], ctx.ordered)):
             weights, kept = saved[2 * i : 2 * i + 2]
-            dv[:, :reach].baddbmm_((weights * kept).transpose(1, 2), dy[:, at])
-            dweights = torch.bmm(dy[:, at], v[:, :reach].transpose(1, 2)).mul_(kept)
+            left = weights if kept is None else weights * kept
+            dv[:, :reach].baddbmm_(left.transpose(1, 2), dy[:, at])
+            dweights = torch.bmm(dy[:, at], v[:, :reach].transpose(1, 2))
+            dweights = dweights if kept is None else dweights.mul_(kept)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq[:, at] = torch.bmm(dscores, k[:, :reach])
             dk[:, :reach].baddbmm_(dscores.transpose(1, 2), q[:, at])
