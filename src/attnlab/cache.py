@@ -27,6 +27,13 @@ class Seen:
     positions: Tensor  # B S; -1: no token
     rows: dict[str, Tensor]  # name -> B S ...
 
+    def pick(self, keep: Tensor, count: int) -> Seen:
+        """Only the rows that `keep` (B S, bool) marks, at most `count` of them, in order."""
+        chosen = keep.to(torch.uint8).topk(count).indices.sort().values
+        batch = torch.arange(len(keep), device=keep.device)[:, None]
+        positions = torch.where(keep[batch, chosen], self.positions[batch, chosen], -1)
+        return Seen(positions, {name: rows[batch, chosen] for name, rows in self.rows.items()})
+
 
 @dataclass(frozen=True)
 class Cache:

@@ -141,11 +141,19 @@ def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
     agrees with decoding at once. Entries of -inf are never chosen."""
     if count >= scores.shape[-1]:
         return scores > -torch.inf
-    least = scores.topk(count).values[..., -1:]
-    above, level = scores > least, scores == least
-    room = count - above.sum(-1, keepdim=True)
-    from_the_end = level.flip(-1).cumsum(-1).flip(-1)
-    return (above | (level & (from_the_end <= room))) & (scores > -torch.inf)
+    best = scores.topk(count, sorted=False).values
+    least = best.amin(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    room = (best == least).sum(-1, keepdim=True, dtype=torch.int32)  # for those that equal the least
+    level = scores == least
+    order = level.cumsum(-1, dtype=torch.int32)  # counted from the earliest
+    return (scores > least) | (level & (order > order[..., -1:] - room))
+
+
+def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
+    """KL(target || softmax of the scores) in nats over the kept entries (all three B L S), mean over the `real` rows."""
+    guess = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).log_softmax(-1).masked_fill(~keep, 0)
+    divergence = (torch.xlogy(target, target) - target * guess).sum(-1)
+    return (divergence * real).sum() / real.sum().clamp(min=1)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import attention_weights, newest, rope, with_loss
+from ..kernels import one_row
+from ..ops import attention_weights, kl, newest, rope, with_loss
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import mla
 
@@ -29,29 +30,30 @@ class Config(mla.Config):
     index_heads: int = 2
     index_dim: int = 16
     warmup: int = 100  # training calls with dense attention
+    learn_every: int = 8  # of this many queries, one teaches the indexer
 
     formula = "o[t] = mla(x[t]) over top-k_s sum_j w[t,j] relu(qI[t,j] . kI[s])"
     source = "DeepSeek-V3.2 2025, arXiv 2512.02556"
     caches = "one latent, one rotary key and one indexer key"
     impls = ("reference", "sdpa")
     variants = {
-        "sparse": {"top_k": 5, "local": 2},
-        "sparse absorbed": {"top_k": 5, "local": 1, "mode": "absorbed"},
-        "sparse expanded": {"top_k": 3, "local": 0, "mode": "expanded"},
+        "absorbed": {"top_k": 5, "local": 2, "mode": "absorbed"},
+        "expanded": {"top_k": 3, "local": 0, "mode": "expanded"},
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.local <= self.top_k or self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, local {self.local}: give a top_k of 1 or more and local up to it")
-        if min(self.index_heads, self.index_dim) < 1 or self.index_dim % 2:
-            raise UserError(f"index_heads {self.index_heads} must be at least 1 and index_dim {self.index_dim} even")
+        if min(self.index_heads, self.index_dim, self.learn_every) < 1 or self.index_dim % 2:
+            raise UserError(
+                f"index_heads {self.index_heads} and learn_every must be positive, index_dim {self.index_dim} even"
+            )
 
     def check_context(self, context: int) -> None:
         if self.top_k > context:
             raise UserError(
-                f"msla's top_k is {self.top_k} and the context {context}: nothing would be left out; "
-                f"give at most {context}, or use mla"
+                f"msla's top_k is {self.top_k} and the context {context}: give at most {context}, or use mla"
             )
 
     @property
@@ -65,7 +67,7 @@ class Config(mla.Config):
 
     def flops(self, queries: int, keys: int) -> int:
         D, J, E = self.d_model, self.index_heads, self.index_dim
-        indexer = 2 * queries * D * (J * E + J + E) + 2 * queries * keys * J * (E + 1)
+        indexer = 2 * queries * D * (J * E + J + E) + 2 * queries * keys * J * E
         return super().flops(queries, self.top_k if self.gathers(queries, keys) else keys) + indexer
 
 
@@ -85,46 +87,44 @@ class Attention(mla.Attention):
         q, latent = self.project(x, positions)
         index_k = rope(self.index_k(still)[:, :, None], positions, c.rope_theta)[:, :, 0]
         seen, cache = extend(cache, positions, latent=latent, index=index_k)
-        scores, keep = self.select(still, seen, positions, mask)
-        if self.training:
-            keep = keep | ((self.calls < c.warmup) & (scores > -torch.inf))
-            self.calls += torch.is_grad_enabled()
+        with torch.no_grad():
+            keep = self.select(still, seen, positions, mask)
         if c.gathers(x.shape[1], seen.positions.shape[1]):
-            y = self.mix(q, gather(seen, keep[:, 0], c.top_k), positions, replace(mask, plain=False))
+            y = self.mix(q, seen.pick(keep[:, 0], c.top_k), positions, replace(mask, plain=False))
         else:
             y = self.mix(q, seen, positions, mask, keep[:, None] if c.top_k < keep.shape[-1] else None)
         if torch.is_grad_enabled() and cache is None:
-            y = with_loss(y, "indexer", self.divergence(q, seen, positions, mask, scores, keep))
+            y = with_loss(y, "indexer", self.divergence(still, q, seen, positions, keep))
+            self.calls += self.training
         return self.o(y.flatten(2)), cache
 
-    def select(self, x: Tensor, seen: Seen, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """The indexer's scores, -inf where the mask forbids, and the pairs it keeps: both B L S."""
+    def score(self, x: Tensor, seen: Seen, positions: Tensor) -> Tensor:
+        """The indexer's opinion of every stored token: B L S."""
         c = self.config
         q = rope(self.index_q(x).unflatten(-1, (c.index_heads, -1)), positions, c.rope_theta)
-        match = torch.einsum("blje,bse->bljs", q, seen.rows["index"].to(q.dtype)).relu()
-        scores = torch.einsum("blj,bljs->bls", self.index_w(x), match) * (c.index_heads * c.index_dim) ** -0.5
-        query, key = positions[:, :, None], seen.positions[:, None]
-        scores = scores.masked_fill(~mask(query, key), -torch.inf)
-        recent = mask(query, key) & (query - key < c.local)
-        return scores, newest(scores.detach().masked_fill(recent, torch.inf), c.top_k)
+        match = torch.einsum("blje,bse->bjls", q, seen.rows["index"].to(q.dtype)).relu()
+        weight = self.index_w(x) * (c.index_heads * c.index_dim) ** -0.5
+        return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def divergence(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, scores: Tensor, keep: Tensor) -> Tensor:
-        """KL(attention || softmax of the scores) over the kept tokens, mean over queries, in nats."""
+    def select(self, x: Tensor, seen: Seen, positions: Tensor, mask: Mask) -> Tensor:
+        """The pairs that attention may use: B L S."""
         c = self.config
+        query, key, scores = (
+            one_row(positions)[:, :, None],
+            one_row(seen.positions)[:, None],
+            self.score(x, seen, positions),
+        )
+        allowed = mask(query, key)
+        bias = scores.new_zeros(allowed.shape).masked_fill(query - key < c.local, torch.inf)
+        keep = newest(scores + bias.masked_fill(~allowed, -torch.inf), c.top_k)
+        return keep | (allowed & (self.calls < c.warmup)) if self.training else keep
+
+    def divergence(self, x: Tensor, q: Tensor, seen: Seen, positions: Tensor, keep: Tensor) -> Tensor:
+        """KL(attention || softmax of the scores) over the kept tokens, mean over queries, in nats."""
+        c, every = self.config, self.config.learn_every
+        x, q, positions, keep = (t[:, (t.shape[1] - 1) % every :: every] for t in (x, q, positions, keep))
         with torch.no_grad():
-            q, k, _ = self.expand(q, seen.rows["latent"])
-            scale = (c.head_dim + c.rope_dim) ** -0.5
-            target = attention_weights(q, k, positions, seen.positions, mask, scale, keep=keep[:, None]).mean(1)
-        least = torch.finfo(scores.dtype).min
-        guess = scores.masked_fill(~keep, least).log_softmax(-1)
-        divergence = (torch.xlogy(target, target) - target * guess.masked_fill(~keep, 0)).sum(-1)
-        real = positions >= 0
-        return (divergence * real).sum() / real.sum().clamp(min=1)
-
-
-def gather(seen: Seen, keep: Tensor, count: int) -> Seen:
-    """Only the kept rows (keep: B S), at most `count` of them."""
-    chosen = keep.to(torch.uint8).topk(count).indices.sort().values
-    batch = torch.arange(len(keep), device=keep.device)[:, None]
-    positions = torch.where(keep[batch, chosen], seen.positions[batch, chosen], -1)
-    return Seen(positions, {name: rows[batch, chosen] for name, rows in seen.rows.items()})
+            (q, k, _), scale = self.absorb(q, seen.rows["latent"]), (c.head_dim + c.rope_dim) ** -0.5
+            weights = attention_weights(q, k, positions, seen.positions, CAUSAL, scale, keep=keep[:, None])
+        scores = self.score(x, seen, positions)
+        return kl(weights.mean(1, dtype=scores.dtype), scores, keep, positions >= 0)

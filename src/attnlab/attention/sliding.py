@@ -24,7 +24,7 @@ class Config(gqa.Config):
     source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
     caches = "keys and values of the last `window` tokens, in a ring"
     cache_width = "window"
-    variants = {"narrow": {"window": 5}, "one": {"window": 1}}
+    variants = {"narrow": {"window": 5}, "two": {"window": 2}}
 
     def __post_init__(self) -> None:
         super().__post_init__()

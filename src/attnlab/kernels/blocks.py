@@ -39,10 +39,9 @@ def _hide(scores: Tensor, seen: Tensor | None, n_heads: int, at: slice) -> Tenso
         size = at.stop - at.start
         scores[:, :, at.start :] += scores.new_full((size, size), least).triu_(1)
         return None
-    hidden = ~seen[:, :, at, : scores.shape[2]]
-    bias = torch.zeros(hidden.shape, dtype=scores.dtype).masked_fill_(hidden, least)
-    scores.unflatten(0, (-1, n_heads)).add_(bias)
-    return hidden.all(-1, keepdim=True)
+    visible = seen[:, :, at, : scores.shape[2]]
+    scores.unflatten(0, (-1, n_heads)).add_(visible.to(scores.dtype).sub_(1).mul_(-least))
+    return ~visible.any(-1, keepdim=True)
 
 
 class _Blocks(torch.autograd.Function):

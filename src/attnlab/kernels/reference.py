@@ -11,7 +11,7 @@ from . import Pairs, per_head
 
 def weights(q: Tensor, k: Tensor, pairs: Pairs, scale: float) -> Tensor:
     """softmax(q k^T scale) over the keys that each query sees: B N L S. A query that sees nothing has weights 0."""
-    scores = torch.einsum("blnh,bsnh->bnls", q, per_head(k, q.shape[2])) * scale
+    scores = torch.einsum("blkgh,bskh->bkgls", q.unflatten(2, (k.shape[2], -1)), k).flatten(1, 2) * scale
     seen = pairs.dense()
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1).masked_fill(~seen, 0)
