@@ -150,7 +150,7 @@ def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
 
 
 def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
-    """KL(target || softmax of the scores) in nats over the kept entries (all three B L S), mean over the `real` rows."""
+    """KL(target || softmax of the scores) in nats over kept entries (all B L S), mean over the `real` rows."""
     guess = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).log_softmax(-1).masked_fill(~keep, 0)
     divergence = (torch.xlogy(target, target) - target * guess).sum(-1)
     return (divergence * real).sum() / real.sum().clamp(min=1)
