@@ -38,6 +38,9 @@ def _trains(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The query heads that share a key head become the queries of one call: nothing stored is copied."""
     B, _, N, H = q.shape
-    grouped = q.view(B, k.shape[2], -1, H)
-    y = scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    q, k, v = q.view(B, k.shape[2], -1, H), k.transpose(1, 2), v.transpose(1, 2)
+    if H == v.shape[-1]:
+        y = scaled_dot_product_attention(q, k, v, scale=scale)
+    else:  # no fused kernel takes keys and values of different sizes, and PyTorch's other one would scale a copy of k
+        y = torch.softmax((q * scale) @ k.transpose(2, 3), -1) @ v
     return y.reshape(B, 1, N, -1)
