@@ -190,9 +190,16 @@ def against_nanogpt(options: argparse.Namespace) -> str:
             f"losses differ by {same:.1e}.\n\n"
             + markdown(["", "tokens/s", "ms", "fastest to slowest", "x nanoGPT eager", "x nanoGPT compiled"], rows)
         )
+        keep(options, parts)
         if options.loss_steps:
             parts.append(same_loss(module, recipe, options.loss_steps))
+        keep(options, parts)
     return "\n\n".join(parts)
+
+
+def keep(options: argparse.Namespace, parts: list[str]) -> None:
+    """What has been measured is written at once: losses take long, and an interrupted run should lose none of it."""
+    write_section(options.document, "train-vs-nanogpt", "\n\n".join([provenance(), *parts]))
 
 
 def repeated(step: Callable[[], float], calls: int) -> Callable[[], float]:

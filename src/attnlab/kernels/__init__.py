@@ -61,7 +61,7 @@ def get(impl: str) -> Callable[[Tensor, Tensor, Tensor, Pairs, float, float], Te
 
 
 def per_head(x: Tensor, n_heads: int) -> Tensor:
-    """B S K H -> B S N H: the key/value head that each query head reads, without a copy."""
+    """B S K H -> B S N H: the key/value head that each query head reads; a copy only where heads are shared."""
     B, S, K, H = x.shape
     return x if n_heads == K else x[:, :, :, None].expand(B, S, K, n_heads // K, H).reshape(B, S, n_heads, H)
 
