@@ -84,11 +84,8 @@ def test_the_layers_of_a_whole_decoder_are_their_own():
     ).double()
     model.eval()
     layers = [layer.attention for layer in model.layers]
-    said = (
-        separate(layers, lambda x: model(tokens)[0], torch.zeros(1))
-        if (tokens := torch.arange(9)[None]) is not None
-        else ""
-    )
+    tokens = torch.arange(9)[None]
+    said = separate(layers, lambda x: model(tokens)[0], torch.zeros(1))
     assert said == f"{len(names)} layers share nothing, and each acts once"
 
 
