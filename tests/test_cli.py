@@ -18,6 +18,7 @@ import pytest
 from attnlab import __version__, attention, checkpoint, cli, presets
 from attnlab.results import BenchRecord
 from attnlab.spec import UserError
+from attnlab.verbs import options, workbench
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -163,12 +164,14 @@ def test_train_then_sample_then_resume(run: Run) -> None:
 
 def test_short_options_and_the_fields_they_stand_for() -> None:
     config = presets.get("nanogpt-mla-124m")
-    chosen = cli.with_choices(config, "sliding,sliding,mla", "text:x")
+    chosen = options.with_choices(config, "sliding,sliding,mla", "text:x")
     assert chosen.model.mechanisms == ("sliding", "sliding", "mla")
     assert chosen.model.options == config.model.options
     assert chosen.data.source == "text:x"
-    assert cli.with_choices(config, "mha", None).model.options == {}, "options of a mechanism that is gone go with it"
-    assert cli.with_choices(config, None, None) == config
+    assert options.with_choices(config, "mha", None).model.options == {}, (
+        "options of a mechanism that is gone go with it"
+    )
+    assert options.with_choices(config, None, None) == config
 
 
 def test_sample_streams_what_it_reports(run: Run, trained: Path) -> None:
@@ -324,8 +327,8 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
         train=replace(quick.train, steps=4, batch_size=2, eval_every=2, eval_batches=1, precision="fp32"),
     )
     monkeypatch.setattr(presets, "get", lambda name: small)
-    monkeypatch.setattr(cli, "EIGHT", ("mha", "latent_lookup"))
-    monkeypatch.setattr(cli, "DEMO_BENCH", {"decode": (8,)})
+    monkeypatch.setattr(workbench, "EIGHT", ("mha", "latent_lookup"))
+    monkeypatch.setattr(workbench, "DEMO_BENCH", {"decode": (8,)})
     monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
 
     code, out, err = run("demo", "--out", "shown", "--jobs", "1")

@@ -1,0 +1,21 @@
+"""The commands. A verb is a function: its parameters are the options, its docstring is the help.
+
+A module of this package defines functions and a table of them; what takes long to import is imported inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import workbench
+
+VERBS: dict[str, Callable[..., int]] = {
+    "demo": workbench.demo,
+    "list": workbench.list_,
+    "train": workbench.train,
+    "sample": workbench.sample,
+    "compare": workbench.compare,
+    "bench": workbench.bench,
+    "audit": workbench.audit,
+    "report": workbench.report,
+}

@@ -1,0 +1,71 @@
+"""What verbs share: how options are spelt, read and refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from typing import Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, arg
+
+from ..config import RunConfig
+from ..spec import UserError, choose
+
+Flag = FlagCreatePairsOff[bool]
+Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_
+Fields = Annotated[RunConfig, arg(name="")]  # its fields become --train.steps, --model.n-layers, ...
+
+
+def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, Any]]:
+    """Config fields by mechanism, from JSON."""
+    value = json_object(option, text) or {}
+    if not all(isinstance(fields, dict) for fields in value.values()):
+        raise UserError(f'{option} {text!r} does not say whose options they are: give {{"mla": {{"kv_rank": 32}}}}')
+    return value
+
+
+def with_choices(config: RunConfig, mechanism: str | None, data: str | None) -> RunConfig:
+    """The config with the short options in place. An option of a mechanism that no layer uses any more goes with it."""
+    from .. import attention
+
+    if mechanism is not None:
+        layers = tuple(listed(mechanism))
+        options = {name: fields for name, fields in config.model.options.items() if name in layers}
+        config = replace(config, model=replace(config.model, mechanisms=layers, options=options))
+    for name in config.model.mechanisms:
+        choose("mechanism", name, attention.names())
+    return config if data is None else replace(config, data=replace(config.data, source=data))
+
+
+def this_command() -> str:
+    return shlex.join(["attnlab", *sys.argv[1:]])
+
+
+def listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def whole(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{option} has {text!r}: give whole numbers, with commas between them") from None
+
+
+def json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """The value of an option that is a JSON object."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{option} {text!r} is not JSON ({error}): give an object such as {{"width": 64}}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{option} {text!r} is not a JSON object: give one such as {{"width": 64}}')
+    return value
+
+
+def shown(value: float | None, digits: int = 4) -> str:
+    return "unknown" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,341 @@
+"""The workbench: train, sample, compare, bench, audit, report, demo, list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from .. import presets, screen
+from .options import (
+    Fields,
+    Flag,
+    Json,
+    json_object,
+    listed,
+    options_of_mechanisms,
+    shown,
+    this_command,
+    whole,
+    with_choices,
+)
+
+EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # what is compared if nothing is said
+DEMO_SEEDS = 2
+DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
+    "train": (64,),
+    "prefill": (256,),
+    "decode": (64, 256, 1024),
+}  # and the tokens per sequence
+
+
+def train(
+    preset: Annotated[Positional[str], arg(metavar="PRESET")],
+    *,
+    config: Fields,
+    mechanism: Annotated[str | None, arg(metavar="NAME[,NAME]")] = None,
+    data: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    resume: Flag = False,
+) -> int:
+    """Train one model and keep it in a run folder.
+
+    Args:
+        preset: A complete run to start from; every field of it can be overridden below.
+        mechanism: The attention of every layer, or one per layer, repeated: sliding,sliding,sliding,mla.
+        data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
+        out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
+        resume: Go on from the newest checkpoint in the run folder.
+    """
+    from ..progress import Progress
+
+    config = with_choices(config, mechanism, data)
+    out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
+    from ..train import train as run
+
+    tell: Callable[[Mapping[str, Any]], None] | None = None
+    try:
+        with Progress() as progress:
+
+            def listen(event: Mapping[str, Any]) -> None:  # bad input ends before the first event, and shows no bar
+                nonlocal tell
+                tell = tell or progress.begin(f"{config.mechanism} s{config.seed}", config.train.steps)
+                tell(event)
+
+            result = run(config, out, resume=resume, progress=listen)
+    except KeyboardInterrupt as stop:
+        again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
+        raise KeyboardInterrupt(f"{stop or f'stopped; what was saved is in {out}'}; {again}") from None
+    print(
+        f"val loss {shown(result.val_loss)} after {result.steps} steps, {shown(result.tokens_per_s, 0)} tokens/s, {out}"
+    )
+    print(f"next: attnlab sample {out} --prompt 'ROMEO:'", file=sys.stderr)
+    return 0
+
+
+def sample(
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    *,
+    prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: Annotated[int | None, arg(metavar="INT")] = None,
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    seed: int = 0,
+    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    device: str = "auto",
+    json_: Json = False,
+) -> int:
+    r"""Continue a prompt with a trained model, as it decodes.
+
+    Args:
+        run: A run folder: the --out of attnlab train.
+        prompt: What to continue; give it several times for a batch. A line break if left out.
+        tokens: How many tokens to add.
+        temperature: 0 always takes the likeliest token; higher is wilder.
+        top_k: Choose among this many likeliest tokens only.
+        top_p: Choose among the likeliest tokens that together have this probability only.
+        seed: The same seed gives the same text.
+        checkpoint: A step that has a checkpoint; the newest if left out.
+        device: "cpu", "cuda", "mps", or "auto" for the best one there.
+        json_: Print one JSON object at the end instead of the text.
+    """
+    from ..decode import sample_run
+
+    prompts = prompt or ["\n"]
+    begun = False
+
+    def tell(number: int, text: str) -> None:
+        nonlocal begun
+        if number == 0 and not json_:  # one text is streamed; its neighbours follow whole
+            print(text if begun else prompts[0] + text, end="", flush=True)
+            begun = True
+
+    found = sample_run(
+        run, prompts, tokens, temperature, top_k, top_p, seed, checkpoint=checkpoint, device=device, on_text=tell
+    )
+    if json_:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    print()
+    for text, rest in zip(found.prompts[1:], found.texts[1:], strict=True):
+        print(f"\n{'-' * 20}\n{text}{rest}")
+    print(
+        f"{found.mechanism}, step {found.step}: {found.tokens} tokens at {found.tokens_per_s:,.0f} tokens/s, "
+        f"live cache {found.cache_bytes:,} bytes",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def compare(
+    preset: Annotated[Positional[str], arg(metavar="PRESET")] = "quick",
+    *,
+    config: Fields,
+    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
+    seeds: int = 3,
+    match: Literal["params", "cache", "none"] = "none",
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
+    data: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    jobs: Annotated[int | None, arg(metavar="INT")] = None,
+    json_: Json = False,
+) -> int:
+    """Train mechanisms with paired seeds, and say what can be told apart.
+
+    Args:
+        preset: The run that all share; every field of it can be overridden below.
+        mechanisms: What to compare, the baseline mha among them; a hybrid is written sliding+sliding+mla.
+        seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
+        match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
+        options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
+        data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
+        out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
+        jobs: Runs side by side.
+        json_: Print compare.json instead of the table.
+    """
+    from .. import compare as comparison
+
+    found = comparison.compare(
+        with_choices(config, None, data),
+        listed(mechanisms),
+        seeds,
+        out or Path("compare") / preset,
+        match,
+        jobs=jobs,
+        options=options_of_mechanisms("--options", options),
+        command=this_command(),
+        quiet=json_,
+    )
+    if json_:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.console().print(comparison.table(found))
+        print(f"next: attnlab report {out or Path('compare') / preset}", file=sys.stderr)
+    return int(any(cell["status"] != "done" for cell in found["cells"]))
+
+
+def bench(
+    kind: Annotated[Positional[Literal["train", "prefill", "decode"]], arg(metavar="train|prefill|decode")],
+    *,
+    config: Fields,
+    preset: Annotated[str, arg(metavar="PRESET")] = "quick",
+    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
+    context: Annotated[str | None, arg(metavar="N,...")] = None,
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
+    batch: Annotated[int | None, arg(metavar="INT")] = None,
+    repeats: int = 7,
+    json_: Json = False,
+) -> int:
+    """Measure speed, memory and FLOPs, side by side, after checking the outputs.
+
+    Args:
+        kind: One training step, reading a prompt, or one more token.
+        preset: The shape to measure; every field of it can be overridden below.
+        mechanisms: What to measure; times are also given relative to mha where it is among them.
+        context: Tokens per sequence, or tokens held while decoding (the preset's context if left out).
+        options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
+        batch: Sequences at once (the preset's for training, else 1).
+        repeats: Each time is the median of this many, taken in turns.
+        json_: Print the records as a JSON list.
+    """
+    from .. import bench as bench_module
+    from ..match import parameters, variant
+
+    given = options_of_mechanisms("--options", options)
+    for name in listed(mechanisms):
+        parameters(variant(config, name, given).model)  # refuses what does not fit together before anything is measured
+    lengths = None if context is None else [whole("--context", word) for word in listed(context)]
+    with screen.working() as tell:
+        records = bench_module.bench(
+            kind,
+            config,
+            listed(mechanisms),
+            lengths,
+            options=given,
+            batch=batch,
+            repeats=repeats,
+            progress=tell,
+        )
+    if json_:
+        print(json.dumps([r.to_dict() for r in records], indent=1))
+    else:
+        crossovers = bench_module.context_crossovers(records)
+        screen.console().print(screen.bench(records), *map(str, crossovers), sep="\n")
+    return 0
+
+
+def audit(
+    target: Annotated[Positional[str], arg(metavar="TARGET")],
+    *,
+    kwargs: Annotated[str | None, arg(metavar="JSON")] = None,
+    config: Annotated[str | None, arg(metavar="JSON")] = None,
+    call: Annotated[str | None, arg(metavar="EXPRESSION")] = None,
+    mask: Literal["additive", "keep", "drop"] = "additive",
+    mask_shape: Literal["auto", "2d", "4d"] = "auto",
+    d_model: Annotated[int | None, arg(metavar="INT")] = None,
+    laws: Annotated[str | None, arg(metavar="LAW,...")] = None,
+    json_: Json = False,
+) -> int:
+    """Put the laws to a mechanism, or to anyone's attention class.
+
+    Exit code: 0 all laws hold, 1 one is broken, 2 it could not run.
+
+    Args:
+        target: A mechanism's name, FILE.py:CLASS, or PACKAGE.MODULE:CLASS.
+        kwargs: The arguments of the class: '{"embed_dim": 64, "num_heads": 4}'.
+        config: The attributes of the one config object that the class takes; for a mechanism, fields of its Config.
+        call: How to call it, for example 'module(x, attention_mask=mask)'; found out if left out.
+        mask: What the mask in --call holds: 0 and -inf to add, True where a token may be seen, True where it may not.
+        mask_shape: 2d is [T T], 4d is [B 1 T T].
+        d_model: The width of its input, where its arguments do not tell.
+        laws: Only these.
+        json_: Print one JSON object.
+    """
+    from ..audit import audit_target
+
+    found = audit_target(
+        target,
+        kwargs=json_object("--kwargs", kwargs),
+        config=json_object("--config", config),
+        call=call,
+        mask=mask,
+        mask_shape=mask_shape,
+        d_model=d_model,
+        laws=None if laws is None else listed(laws),
+    )
+    if json_:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        screen.console().print(found)
+    return found.exit_code
+
+
+def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> int:
+    """Write DIR/report.html, one file that opens offline.
+
+    Args:
+        folder: Where compare or demo left its results.
+    """
+    from ..report import write_report
+
+    print(write_report(folder))
+    return 0
+
+
+def demo(
+    *,
+    out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
+    jobs: Annotated[int | None, arg(metavar="INT")] = None,
+) -> int:
+    """Compare eight mechanisms on Shakespeare, and report: 6 minutes on 2 cores.
+
+    Args:
+        out: Where runs, results and report.html go; what is finished there is kept.
+        jobs: Runs side by side (as many as there are cores if left out).
+    """
+    from .. import bench as bench_module
+    from .. import compare as comparison
+    from ..report import write_report
+    from ..results import write_json
+
+    config = presets.get("quick")
+    found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())
+    measured, made = out / "bench.json", out / "samples.json"
+    if not measured.exists() or measured.stat().st_mtime < made.stat().st_mtime:  # runs are newer than measurements
+        records = []
+        print("measuring speed and memory", file=sys.stderr)
+        with screen.working() as tell:
+            for kind, contexts in DEMO_BENCH.items():
+                records += bench_module.bench(kind, config, EIGHT, contexts, repeats=5, progress=tell)
+        write_json(measured, [r.to_dict() for r in records])
+    page = write_report(out)
+    screen.console().print(comparison.table(found), "", f"report: {page}", sep="\n", soft_wrap=True)
+    return int(any(cell["status"] != "done" for cell in found["cells"]))
+
+
+def list_(
+    *,
+    json_: Json = False,
+    markdown: Flag = False,
+) -> int:
+    """Show every mechanism: formula, floats per token, parameters, laws, kernels.
+
+    Args:
+        json_: Print a JSON list.
+        markdown: Print the table of docs/mechanisms.md.
+    """
+    from .. import listing
+
+    records = listing.listing()
+    if json_:
+        print(json.dumps(records, indent=1))
+    elif markdown:
+        print(listing.markdown([r for r in records if r.get("package") == "attnlab"]), end="")
+    else:
+        screen.console().print(screen.listing(records))
+    return 0
