@@ -124,7 +124,7 @@ class RunFolder:
             )
         return folder
 
-    def tokenizer(self) -> data.CharTokenizer:
+    def tokenizer(self) -> data.Tokenizer:
         return data.from_json(read_json(self.path / "tokenizer.json"))
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,19 @@
 """Text corpora. `load(DataConfig(...))` gives a Corpus; tinyshakespeare comes with the package (see PROVENANCE.md)."""
 
 from .corpus import SHAKESPEARE_SHA256, Corpus, from_text, load, read_text
-from .tokenizer import CharTokenizer, from_json
+from .tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_json, tokenizer
+from .tokens import Tokens
 
-__all__ = ["SHAKESPEARE_SHA256", "CharTokenizer", "Corpus", "from_json", "from_text", "load", "read_text"]
+__all__ = [
+    "SHAKESPEARE_SHA256",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "Tokenizer",
+    "Tokens",
+    "from_json",
+    "from_text",
+    "load",
+    "read_text",
+    "tokenizer",
+]

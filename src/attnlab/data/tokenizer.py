@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..spec import UserError
+from ..spec import UserError, choose
+
+
+class Tokenizer(Protocol):
+    """What everything that reads or writes text asks of a tokenizer. Ids are 0 to vocab_size - 1."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end(self) -> int | None:
+        """The id that ends a document; text never encodes to it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256: two tokenizers with the same one give the same ids."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode`, as int32."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The inverse of `encode`; what is not whole text reads as U+FFFD."""
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 class CharTokenizer:
     """One token per character: id i is the i-th smallest code point of the text it was made from."""
 
     kind = "char"
+    end = None
 
     def __init__(self, chars: str):
         assert list(chars) == sorted(set(chars)), "characters must be distinct and in ascending order"
@@ -51,12 +82,53 @@ class CharTokenizer:
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "chars": self.chars}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.to_json())
 
-def from_json(data: Mapping[str, Any]) -> CharTokenizer:
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, and one that ends a document."""
+
+    kind = "byte"
+    vocab_size = 257
+    end = 256
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The end of a document reads as nothing; bytes that are not UTF-8 read as U+FFFD."""
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.to_json())
+
+
+def fingerprint_of(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def from_json(data: Mapping[str, Any]) -> Tokenizer:
     """The inverse of `to_json`."""
-    if data.get("kind") != CharTokenizer.kind or not isinstance(data.get("chars"), str):
-        raise UserError(f"tokenizer kind {data.get('kind')!r} is unknown; this version reads {CharTokenizer.kind!r}")
-    return CharTokenizer(data["chars"])
+    if data.get("kind") == CharTokenizer.kind and isinstance(data.get("chars"), str):
+        return CharTokenizer(data["chars"])
+    if data.get("kind") == ByteTokenizer.kind:
+        return ByteTokenizer()
+    raise UserError(f"tokenizer kind {data.get('kind')!r} is unknown; this version reads 'char' and 'byte'")
+
+
+def tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by name."""
+    choose("tokenizer", name, ["byte"])
+    return ByteTokenizer()
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""A long row of token ids, in one piece or in many, that says where its documents begin.
+
+In memory (`Tokens.of`) or memory-mapped from shards (`shards.open_split`), it is read in the same two ways: one stretch
+at a time, or many windows at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Tokens:
+    """`parts` follow one another; windows cross from one into the next without anyone noticing.
+
+    documents: int64, where each document begins, ascending, the first at 0; one document where nothing is known.
+    digest: what identifies the contents; computed from them where none is given.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], documents: np.ndarray | None = None, digest: str = ""):
+        self.parts = list(parts)
+        self.documents = np.zeros(1, np.int64) if documents is None else np.asarray(documents, np.int64)
+        self._edges = np.cumsum([0, *map(len, self.parts)])
+        self._digest = digest
+        assert self.documents[0] == 0 and (np.diff(self.documents) > 0).all(), "documents begin at 0 and ascend"
+        assert self.documents[-1] <= len(self), "a document begins after the last token"
+
+    @classmethod
+    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: np.ndarray | None = None) -> Tokens:
+        """A row in memory."""
+        return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents)
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """int64 [stop - start]. IndexError outside the row."""
+        return torch.from_numpy(self._read(start, stop).astype(np.int64))
+
+    def gather(self, starts: np.ndarray, length: int) -> Tensor:
+        """int64 [n length]: the windows of `length` tokens that begin at `starts`, in that order."""
+        starts = np.asarray(starts, np.int64)
+        if len(starts) and not (0 <= starts.min() and starts.max() + length <= len(self)):
+            raise IndexError(f"a window of {length} tokens leaves the row of {len(self)}")
+        out = np.empty((len(starts), length), np.int64)
+        first, last = (np.searchsorted(self._edges, at, "right") - 1 for at in (starts, starts + max(length - 1, 0)))
+        for part in np.unique(first[first == last]):
+            inside = np.flatnonzero((first == part) & (last == part))
+            windows = np.lib.stride_tricks.sliding_window_view(self.parts[part], length)
+            out[inside] = windows[starts[inside] - self._edges[part]]
+        for row in np.flatnonzero(first != last):
+            out[row] = self._read(starts[row], starts[row] + length)
+        return torch.from_numpy(out)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the ids (as little-endian int32) and of where documents begin, unless one was given."""
+        if self._digest:
+            return self._digest
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for at in range(0, len(part), 1 << 20):
+                digest.update(part[at : at + (1 << 20)].astype("<i4").data)
+        digest.update(self.documents.astype("<i8").data)
+        return digest.hexdigest()
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} leave the row of {len(self)}")
+        first, last = np.searchsorted(self._edges, [start, max(stop - 1, start)], "right") - 1
+        pieces = [
+            self.parts[part][max(start - self._edges[part], 0) : stop - self._edges[part]]
+            for part in range(first, min(last + 1, len(self.parts)))
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
