@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from attnlab import attention, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.kernels.drop import dropout
-from attnlab.model import Decoder, Experts, flops_per_token
+from attnlab.model import Decoder, Experts, attention_configs, flops_per_token
 from attnlab.ops import attend, record_attention, record_losses, with_loss
 from attnlab.spec import Mask, UserError
 
@@ -263,3 +263,13 @@ def test_attention_with_dropout_is_attention(mask):
     assert torch.autograd.gradcheck(dropped, few, fast_mode=True)
     mean = torch.stack([attend(*leaves, at, at, mask, dropout=0.3).detach() for _ in range(300)]).mean(0)
     assert (mean - want).abs().mean() < 0.05 * want.abs().mean()
+
+
+def test_one_layer_may_have_options_of_its_own():
+    options = {"mla": {"kv_rank": 8, "norm": "none"}, "mla@2": {"kv_rank": 12}}
+    config = ModelConfig(n_layers=4, d_model=32, n_heads=2, mechanisms=("mha", "mla", "mla"), options=options)
+    assert [getattr(each, "kv_rank", 0) for each in attention_configs(config)] == [0, 8, 12, 0]
+    assert {getattr(each, "norm", "none") for each in attention_configs(config)} == {"none"}
+    for wrong in ("mla@0", "mla@4", "mla@x"):
+        with pytest.raises(UserError, match=wrong):
+            replace(config, options={wrong: {"kv_rank": 8}})

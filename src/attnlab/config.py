@@ -27,6 +27,7 @@ class ModelConfig:
     head_dim: int | None = None  # None: d_model / n_heads
     mechanisms: tuple[str, ...] = ("mha",)  # one per layer, repeated: ("sliding", "sliding", "sliding", "mla")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # mechanism -> fields of its Config
+    # "mla@3": fields of layer 3 (from 0) alone, on top of those of "mla"
     positions: Literal["learned", "rope"] = "rope"
     rope_theta: float = 10_000.0
     norm: Literal["layer", "rms"] = "layer"
@@ -58,8 +59,14 @@ class ModelConfig:
             raise UserError(
                 f"model.experts_per_token is {self.experts_per_token}: it must be from 1 to n_experts, {self.n_experts}"
             )
-        if unused := set(self.options) - set(self.mechanisms):
+        layers = enumerate(self.layers)
+        if unused := set(self.options) - set(self.mechanisms) - {f"{name}@{i}" for i, name in layers}:
             raise UserError(f"model.options names {', '.join(sorted(unused))}, which no layer uses; remove it")
+
+    @property
+    def layers(self) -> list[str]:
+        """The mechanism of each layer."""
+        return [self.mechanisms[i % len(self.mechanisms)] for i in range(self.n_layers)]
 
     @property
     def resolved_ff_dim(self) -> int:

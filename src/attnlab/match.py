@@ -118,9 +118,8 @@ def match_cache(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matc
     best = config, Matched(field=None, before=None, after=None, count=own, target=target)
     if own == target:
         return best
-    names = [config.model.mechanisms[i % len(config.model.mechanisms)] for i in range(config.model.n_layers)]
-    layers = Counter(names)
-    for name, attention in dict(zip(names, attention_configs(config.model), strict=True)).items():
+    layers = Counter(config.model.layers)
+    for name, attention in dict(zip(config.model.layers, attention_configs(config.model), strict=True)).items():
         field = attention.cache_width
         if field is None:
             continue

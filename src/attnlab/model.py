@@ -30,10 +30,15 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
         "dropout": config.dropout,
         "impl": config.impl,
     }
-    known = {name: attention.config(name, **{**shared, **config.options.get(name, {})}) for name in config.mechanisms}
-    for each in known.values():
+
+    def layer(i: int, name: str) -> AttentionConfig:
+        own = {**shared, **config.options.get(name, {}), **config.options.get(f"{name}@{i}", {})}
+        return attention.config(name, **own)
+
+    known = [layer(i, name) for i, name in enumerate(config.layers)]
+    for each in known:
         each.check_context(config.context)
-    return [known[config.mechanisms[i % len(config.mechanisms)]] for i in range(config.n_layers)]
+    return known
 
 
 def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
@@ -149,8 +154,7 @@ class Decoder(nn.Module):
         self.place: nn.Embedding | None = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
         self.drop = Dropout(c.dropout)
         mixers = attention_configs(c)
-        names = [c.mechanisms[i % len(c.mechanisms)] for i in range(c.n_layers)]
-        self.layers = nn.ModuleList(Block(c, mixer, name) for mixer, name in zip(mixers, names, strict=True))
+        self.layers = nn.ModuleList(Block(c, mixer, name) for mixer, name in zip(mixers, c.layers, strict=True))
         self.norm = make_norm(c)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.init_weights()
