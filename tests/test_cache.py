@@ -84,6 +84,24 @@ def test_a_fork_shares_nothing_and_a_rewind_forgets():
 
 
 @pytest.mark.parametrize("name", attention.names())
+def test_a_cache_can_be_widened_made_ragged_and_put_in_another_order(name):
+    torch.manual_seed(0)
+    layer = attention.build(name, d_model=24, n_heads=4, head_dim=8).double().eval()
+    x, positions = torch.randn(3, 41, 24, dtype=torch.float64), torch.arange(41).expand(3, -1)
+    whole, _ = layer(x, positions)
+    store = Cache.empty(layer.config.cache_spec, 3, 5, ragged=False, dtype=torch.float64)
+    order = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        for start, stop, ragged in ((0, 5, False), (5, 17, False), (17, 18, True), (18, 41, True)):
+            store = store.widened(stop, ragged=ragged)
+            y, store = layer(x[:, start:stop], positions[:, start:stop], store)
+            torch.testing.assert_close(y, whole[:, start:stop])
+            x, whole = x[order], whole[order]
+            store = store.each(lambda t: t.index_select(0, order))
+    assert store.floats() == 3 * layer.config.cache_spec.floats(41)
+
+
+@pytest.mark.parametrize("name", attention.names())
 def test_a_saved_cache_goes_on_where_it_was(name, tmp_path):
     torch.manual_seed(0)
     m = attention.build(name).double().eval()

@@ -8,7 +8,7 @@ in place, so use it without gradients, and `fork` before two continuations of on
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,30 @@ class Cache:
     def with_state(self, **state: Tensor) -> Cache:
         return replace(self, state={n: s.to(self.state[n].dtype) for n, s in state.items()})
 
-    def fork(self) -> Cache:
-        """A copy that shares nothing."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> Cache:
+        """The cache with every tensor (B ...) of it, positions and memories beside it included, changed alike."""
         return replace(
             self,
-            positions=self.positions.clone(),
-            rows={n: t.clone() for n, t in self.rows.items()},
-            state={n: t.clone() for n, t in self.state.items()},
-            beside={n: c.fork() for n, c in self.beside.items()},
+            positions=change(self.positions),
+            rows={n: change(t) for n, t in self.rows.items()},
+            state={n: change(t) for n, t in self.state.items()},
+            beside={n: c.each(change) for n, c in self.beside.items()},
         )
+
+    def fork(self) -> Cache:
+        """A copy that shares nothing."""
+        return self.each(torch.clone)
+
+    def widened(self, max_len: int, *, ragged: bool) -> Cache:
+        """A copy with room for `max_len` tokens, at least what it had; `ragged` where lengths will differ from now."""
+        sample = next(iter((*self.rows.values(), *self.state.values())), None)
+        like: dict[str, Any] = {"dtype": None if sample is None else sample.dtype, "device": self.positions.device}
+        wide = Cache.empty(self.spec, len(self.positions), max_len, ragged=ragged, **like)
+        assert wide.capacity >= self.capacity
+        for new, old in ((wide.positions, self.positions), *((wide.rows[n], t) for n, t in self.rows.items())):
+            new[:, : self.capacity] = old[:, : self.capacity]
+        beside = {n: c.widened(max_len, ragged=ragged) for n, c in self.beside.items()}
+        return replace(wide, state={n: t.clone() for n, t in self.state.items()}, beside=beside, tokens=self.tokens)
 
     def rewind(self, length: int) -> Cache:
         """The cache as it was after `length` tokens, in place; a `UserError` where what was there is overwritten."""
