@@ -16,8 +16,19 @@ from . import kernels
 from .kernels import Pairs, one_row, reference
 from .spec import CAUSAL, Mask
 
-_maps: list[Tensor] | None = None  # what `record_attention` and `record_losses` are collecting, if anything
+
+
+class Maps(list[Tensor]):
+    """Attention weights (B N L S), one of each `attend` call, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[tuple[Tensor, Tensor]] = []  # the positions of each map's queries (B L) and keys (B S)
+
+
+_maps: Maps | None = None  # what `record_attention`, `record_losses` and `record_notes` are collecting, if anything
 _losses: dict[str, list[Tensor]] | None = None
+_notes: dict[str, list[Tensor]] | None = None
 
 
 def rope(x: Float[Tensor, "B L N H"], positions: Int[Tensor, "B L"], theta: float | None) -> Float[Tensor, "B L N H"]:
@@ -62,6 +73,7 @@ def attend(
     pairs = Pairs(mask, q_pos, k_pos, keep)
     if _maps is not None:
         _maps.append(reference.weights(q, k, pairs, scale).detach())
+        _maps.at.append((q_pos, k_pos))
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
 
 
@@ -157,14 +169,32 @@ def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_attention() -> Iterator[list[Tensor]]:
+def record_attention() -> Iterator[Maps]:
     """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing when not in use."""
     global _maps
-    outer, _maps = _maps, []
+    outer, _maps = _maps, Maps()
     try:
         yield _maps
     finally:
         _maps = outer
+
+
+@contextmanager
+def record_notes() -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what mechanisms tell with `note`, by name, in order: latents, gates, what an indexer selected."""
+    global _notes
+    outer, _notes = _notes, defaultdict(list)
+    try:
+        yield _notes
+    finally:
+        _notes = outer
+
+
+def note(name: str, value: Tensor) -> Tensor:
+    """`value` as it is, for those who look inside. Costs nothing when nobody does."""
+    if _notes is not None:
+        _notes[name].append(value.detach())
+    return value
 
 
 @contextmanager

@@ -97,6 +97,59 @@ class BenchRecord(Record):
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadScores(Record):
+    """What the heads of one model do: score name -> layers -> heads. See heads/scores.py for what each means."""
+
+    scores: dict[str, list[list[float]]]
+    not_repeated: dict[str, list[list[float]]]  # the same places in sequences without a repeat
+    untrained: dict[str, list[list[float]]]  # a fresh model of the same shape
+    p: dict[str, list[list[float]]]  # one-sided, before correction, the larger of both nulls
+    marked: dict[str, list[list[bool]]]  # above both nulls after Holm's correction over all heads and scores
+    alpha: float
+    sequences: int
+    segments: list[int]  # tokens
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Record):
+    """What the loss on repeated random tokens is, and how it changes without each head. Nats per token."""
+
+    loss_by_position: list[float]  # of the token at position 1, 2, ... of a segment and its repeat
+    first_half: float
+    second_half: float  # below first_half: the model uses what it saw
+    change: list[list[float]]  # layers -> heads: second_half with the head's answer replaced by its mean, minus without
+    change_interval: list[list[list[float]]]  # 95 %, over sequences
+    sequences: int
+    segment: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Record):
+    """How well a model predicts documents. Losses in nats; padding and ends of documents are no tokens."""
+
+    model: str = ""  # as the user named it
+    mechanism: str = ""
+    step: int | None = None  # of a run's checkpoint
+    data: str = ""
+    split: str = ""  # val, test, train; all: of a text that has no parts
+    seen: float | None = None  # share of its passages that were found in the training part; None: not looked for
+    context: int
+    stride: int
+    tokens: int  # each predicted once
+    documents: int
+    bytes: int | None  # UTF-8, of the text of those tokens
+    loss: float  # mean over tokens
+    stderr: float | None  # of the loss, over documents; None for one document
+    perplexity: float
+    bits_per_byte: float | None
+    by_position: list[list[float]] = field(default_factory=list)  # [first, last, tokens, loss] by tokens seen before
+    seconds: float = 0.0
+    tokens_per_s: float = 0.0
+
+
 def write_json(path: str | Path, data: Any) -> Path:
     """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed."""
     return write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())

@@ -65,3 +65,28 @@ def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0
         return Paired(1, mean, None)
     half = t_quantile(confidence, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
     return Paired(len(differences), mean, (mean - half, mean + half))
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The probability of a difference in means at least as large, if there were none: one-sided (ours above theirs),
+    two independent samples, spreads not assumed equal (Welch 1947). The degrees of freedom are rounded down."""
+    spread = [stdev(sample) ** 2 / len(sample) for sample in (ours, theirs)]
+    difference, variance = fmean(ours) - fmean(theirs), sum(spread)
+    if variance == 0:
+        return 0.0 if difference > 0 else 1.0
+    parts = sum(s**2 / (len(sample) - 1) for s, sample in zip(spread, (ours, theirs), strict=True))
+    degrees = max(1, int(variance**2 / parts)) if parts else len(ours) - 1
+    t = difference / math.sqrt(variance)
+    tail = (1 - t_within(abs(t), degrees)) / 2
+    return tail if t > 0 else 1 - tail
+
+
+def holm(p: Sequence[float], alpha: float) -> list[bool]:
+    """Which of many tests hold when the chance of even one false mark is to stay below `alpha` (Holm 1979)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    marked = [False] * len(p)
+    for rank, i in enumerate(order):
+        if p[i] > alpha / (len(p) - rank):
+            break
+        marked[i] = True
+    return marked

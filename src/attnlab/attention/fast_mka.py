@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import attend, ema, rope
+from ..ops import attend, ema, note, rope
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 from .mka import make_gate
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         c, before = self.config, cache
         q = self.q(x)
         summary = ema(x, self.decay.sigmoid(), positions, None if before is None else before.state["ema"])
-        weight = self.gate(q).softmax(-1).to(x.dtype)
+        weight = note("gate", self.gate(q).softmax(-1).to(x.dtype))
         mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
         k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
         q, k = rope(q.unflatten(-1, (-1, c.head_dim)), positions, c.rope_theta), rope(k, positions, c.rope_theta)

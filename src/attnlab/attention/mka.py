@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import attend, chunk_sums, newest, rope, spread
+from ..ops import attend, chunk_sums, newest, note, rope, spread
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import gqa
 
@@ -103,7 +103,7 @@ class Attention(gqa.Attention):
 
         answers = ask(seen, positions, recent), ask(chunks, own - 1, CAUSAL), ask(seen, positions, CAUSAL, keep)
         empty = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
-        weight = logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype)
+        weight = note("gate", logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype))
         y = sum(weight[:, :, i, None, None] * answer for i, answer in enumerate(answers))
         return self.o(torch.as_tensor(y).flatten(2)), cache
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import RMSNorm, attend, rope
+from ..ops import RMSNorm, attend, note, rope
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError, choose
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         c = self.config
         q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x).unflatten(-1, (c.n_heads, -1))
         latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
-        latent = self.norm(latent)
+        latent = note("latent", self.norm(latent))
         if c.rope_dim:
             q = torch.cat([q[..., : c.head_dim], rope(q[..., c.head_dim :], positions, c.rope_theta)], -1)
             latent = torch.cat([latent, rope(k_rope[:, :, None], positions, c.rope_theta)[:, :, 0]], -1)

@@ -1,0 +1,7 @@
+"""Inside the heads: what each of them attends to, copies, and is good for, with null distributions and ablations."""
+
+from .ablate import ablate
+from .scores import head_scores, pattern_scores, repeated
+from .watch import Layer, heads_replaced, watch
+
+__all__ = ["Layer", "ablate", "head_scores", "heads_replaced", "pattern_scores", "repeated", "watch"]

@@ -1,0 +1,127 @@
+"""What every head of every layer attended to and wrote, in one forward pass, for any mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..model import Decoder
+from ..spec import AttentionConfig, UserError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's part of a forward pass over B sequences of L tokens, nothing cached before them."""
+
+    config: AttentionConfig
+    maps: tuple[Tensor, ...]  # one per memory that was asked, B N L S
+    keys: tuple[Tensor, ...]  # the positions of their keys, B S
+    gate: Tensor | None  # B L M: how much each memory's answer counts, where there are several
+    wrote: Tensor  # B L N V: what the heads hand to the output matrix
+    residual: Tensor  # B L D: the residual stream that the layer read
+    latent: Tensor | None  # B L R
+
+    def pattern(self) -> Tensor:
+        """How much of its attention each query gives to each token, B N L L: rows sum to 1. The answers of several
+        memories count by their gate, and a key that stands for a group of tokens is shared out among them equally.
+
+        Raises `UserError` where there is no softmax over tokens.
+        """
+        if not self.maps:
+            raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
+        length = self.wrote.shape[1]
+        total = torch.zeros_like(self.maps[0][..., :1]).expand(-1, -1, -1, length).clone()
+        for i, (weights, keys) in enumerate(zip(self.maps, self.keys, strict=True)):
+            share = 1.0 if self.gate is None else self.gate[:, None, :, i, None].to(weights.dtype)
+            total += share * _over_tokens(weights, keys, self._group(keys, length), length)
+        return total
+
+    def _group(self, keys: Tensor, length: int) -> int:
+        """How many tokens a key stands for."""
+        if keys.shape[1] == length:
+            return 1
+        return next(spec.every for spec in self.config.cache_spec.beside.values())
+
+
+def _over_tokens(weights: Tensor, keys: Tensor, group: int, length: int) -> Tensor:
+    """Weights on keys (B N L S) as weights on tokens (B N L T); a key at position -1 does not exist."""
+    tokens = keys[..., None] * group + torch.arange(group, device=keys.device)  # B S group
+    tokens = torch.where(keys[..., None] >= 0, tokens, length).flatten(1)
+    spread = weights.repeat_interleave(group, -1) / group
+    out = weights.new_zeros(*weights.shape[:3], length + 1)
+    return out.scatter_add_(-1, tokens[:, None, None].expand_as(spread), spread)[..., :length]
+
+
+@contextmanager
+def watch(model: Decoder) -> Iterator[list[Layer]]:
+    """While it is open, every forward pass of `model` adds one `Layer` per block. Costs nothing afterwards."""
+    seen: list[Layer] = []
+    handles = []
+    with ops.record_attention() as maps, ops.record_notes() as notes:
+        for block in model.blocks():
+            state: dict[str, Tensor] = {}
+
+            def enter(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
+                state["residual"] = inputs[0].detach()
+
+            def wrote(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
+                state["wrote"] = inputs[0].detach()
+
+            def leave(module: nn.Module, *_: object, state: dict[str, Tensor] = state) -> None:
+                config: AttentionConfig = module.config  # type: ignore[assignment]
+                gate, latent = notes["gate"], notes["latent"]
+                seen.append(
+                    Layer(
+                        config=config,
+                        maps=tuple(maps),
+                        keys=tuple(keys for _, keys in maps.at),
+                        gate=gate[0] if len(maps) > 1 and gate else None,
+                        wrote=state["wrote"].unflatten(-1, (config.n_heads, -1)),
+                        residual=state["residual"],
+                        latent=latent[0] if latent else None,
+                    )
+                )
+                maps.clear()
+                maps.at.clear()
+                notes.clear()
+
+            handles.append(block.register_forward_pre_hook(enter))
+            handles.append(output_matrix(block.attention).register_forward_pre_hook(wrote))
+            handles.append(block.attention.register_forward_hook(leave))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def output_matrix(attention: nn.Module) -> nn.Linear:
+    """The matrix that adds the heads' answers to the residual stream: each head has its own columns of it."""
+    matrix = getattr(attention, "o", None)
+    if not isinstance(matrix, nn.Linear):
+        raise UserError(
+            f"{type(attention).__module__}.{type(attention).__name__} has no output matrix 'o', so its heads cannot be "
+            "told apart: name the nn.Linear that reads the heads' answers self.o"
+        )
+    return matrix
+
+
+@contextmanager
+def heads_replaced(model: Decoder, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, what the heads of `layer` hand to the output matrix (B L N V) is `change` of it."""
+    attention = model.blocks()[layer].attention
+    n_heads: int = attention.config.n_heads  # type: ignore[assignment]
+
+    def swap(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (change(inputs[0].unflatten(-1, (n_heads, -1))).flatten(-2),)
+
+    handle = output_matrix(attention).register_forward_pre_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,196 @@
+"""Inside the heads: a circuit built by hand scores 1 where it should, and chance scores as chance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attnlab import Decoder, ModelConfig, UserError, attention, ops
+from attnlab.heads import ablate, head_scores, pattern_scores, repeated, watch
+from attnlab.stats import holm, welch
+
+VOCAB, PLACES = 24, 32
+WIDTH = 2 * VOCAB + PLACES  # a token, the token before it, a position: each one-hot in a place of its own
+
+
+def induction_circuit() -> Decoder:
+    """Two layers, two heads. Layer 0, head 1 copies the previous token into a place of its own; layer 1, head 0 looks
+    for the token that came after an earlier copy of this one, and writes it out. The other two heads do nothing."""
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        context=PLACES,
+        n_layers=2,
+        d_model=WIDTH,
+        n_heads=2,
+        head_dim=PLACES,
+        positions="learned",
+        norm="rms",
+        tied=False,
+    )
+    model = Decoder(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in (model.norm, *(n for b in model.blocks() for n in (b.attention_norm, b.ff_norm))):
+            norm.weight.fill_(1.0)
+        token, before, place = slice(0, VOCAB), slice(VOCAB, 2 * VOCAB), slice(2 * VOCAB, WIDTH)
+        model.embed.weight[:, token] = torch.eye(VOCAB).double()
+        model.place.weight[:, place] = torch.eye(PLACES).double()
+        model.head.weight[:, token] = torch.eye(VOCAB).double() * 8
+
+        def rows(layer: int, part: int, head: int) -> torch.Tensor:  # of q, k or v
+            return model.layers[layer].attention.qkv.weight[(2 * part + head) * PLACES :][:PLACES]
+
+        def columns(layer: int, head: int) -> torch.Tensor:
+            return model.layers[layer].attention.o.weight[:, head * PLACES :][:, :PLACES]
+
+        rows(0, 0, 1)[:, place] = 100 * torch.eye(PLACES).double()  # asks for position t - 1
+        shift = torch.zeros(PLACES, PLACES).double()
+        shift[torch.arange(1, PLACES), torch.arange(PLACES - 1)] = 100.0
+        rows(0, 1, 1)[:, place] = shift
+        rows(0, 2, 1)[:VOCAB, token] = torch.eye(VOCAB).double()
+        columns(0, 1)[before, :VOCAB] = torch.eye(VOCAB).double()
+        rows(1, 0, 0)[:VOCAB, token] = 100 * torch.eye(VOCAB).double()
+        rows(1, 1, 0)[:VOCAB, before] = 100 * torch.eye(VOCAB).double()
+        rows(1, 1, 0)[:VOCAB, place.start] = -100  # what stands at position 0 had no token before it
+        rows(1, 2, 0)[:VOCAB, token] = torch.eye(VOCAB).double()
+        columns(1, 0)[token, :VOCAB] = 10 * torch.eye(VOCAB).double()
+    return model
+
+
+def small(mechanism: str, **changes: object) -> Decoder:
+    torch.manual_seed(7)
+    settings = {"vocab_size": 40, "context": 48, "n_layers": 2, "d_model": 32, "n_heads": 4} | changes
+    return Decoder(ModelConfig(mechanisms=(mechanism,), **settings)).eval()
+
+
+def test_a_circuit_built_by_hand_scores_one_on_the_right_heads() -> None:
+    found = head_scores(induction_circuit(), sequences=16, segments=[8, 13])
+    scores = found.scores
+    assert scores["previous token"][0][1] == pytest.approx(1, abs=1e-9)
+    assert scores["induction"][1][0] == pytest.approx(1, abs=1e-9)
+    assert scores["copying"][1][0] == 1.0, "it raises no logit but that of the token it reads"
+    assert found.marked["induction"] == [[False, False], [True, False]]
+    assert found.marked["previous token"] == [[False, True], [False, False]]
+    assert max(found.not_repeated["induction"][1]) < 0.3
+    silent = scores["entropy"][0][0]  # all scores equal: uniform over what is there
+    uniform = [math.log(t + 1) for n in (8, 13) for t in range(2 * n)]
+    by_length = (sum(uniform[:16]) / 16 + sum(uniform[16:]) / 26) / 2
+    assert silent == pytest.approx(by_length, abs=1e-9)
+    assert scores["copying"][0][0] == 0.5, "a head that writes nothing raises no logit above another"
+
+
+def test_without_the_circuit_the_second_half_cannot_be_told() -> None:
+    found = ablate(induction_circuit(), sequences=12, segment=9)
+    assert found.second_half < 0.5 < found.first_half
+    effect = found.change
+    assert effect[1][0] > 2 and effect[0][1] > 2, "the loss needs both heads of the circuit"
+    assert effect[0][0] == pytest.approx(0, abs=1e-9) and effect[1][1] == pytest.approx(0, abs=1e-9)
+    low, high = found.change_interval[1][0]
+    assert low < effect[1][0] < high
+    assert len(found.loss_by_position) == 17
+
+
+@pytest.mark.parametrize("mechanism", ["mha", "mla", "mka"])
+def test_random_weights_score_at_the_null(mechanism: str) -> None:
+    found = head_scores(small(mechanism), sequences=16)
+    assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+SOFTMAX = [name for name in attention.names() if "mixing" not in attention.module(name).Config.breaks]
+
+
+@pytest.mark.parametrize("mechanism", SOFTMAX)
+def test_every_query_gives_all_its_attention_to_tokens_it_may_see(mechanism: str) -> None:
+    model, tokens = small(mechanism), repeated(40, 3, 21, 0)
+    plain, _ = model(tokens)
+    with watch(model) as layers:
+        watched, _ = model(tokens)
+    assert torch.equal(plain, watched), "watching changes nothing"
+    assert len(layers) == 2
+    for layer in layers:
+        pattern = layer.pattern()
+        assert pattern.shape == (3, 4, 42, 42)
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 4, 42), atol=1e-5, rtol=0)
+        assert pattern.triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("mechanism", SOFTMAX)
+def test_the_pattern_is_what_moves_the_output(mechanism: str) -> None:
+    """A head's answer at t cannot change with a token to which it and every mixing step before it give no weight; and
+    what the layer wrote, through its output matrix, is what the layer adds."""
+    model, tokens = small(mechanism, n_layers=1).double(), repeated(40, 2, 11, 0)
+    block = model.blocks()[0]
+    added = []
+    block.attention.register_forward_hook(lambda module, inputs, output: added.append(output[0]))
+    with watch(model) as layers:
+        model(tokens)
+    wrote = block.attention.o(layers[0].wrote.flatten(2))
+    if not hasattr(block.attention, "latent"):  # mlp_latent adds its input and a norm of its own after it
+        torch.testing.assert_close(added[0], wrote)
+
+
+def test_absorbed_maps_equal_expanded_maps() -> None:
+    tokens = repeated(40, 2, 15, 3)
+    maps = {}
+    for mode in ("expanded", "absorbed"):
+        torch.manual_seed(0)
+        model = small("mla", options={"mla": {"mode": mode}}).double()
+        with ops.record_attention() as found:
+            model(tokens)
+        maps[mode] = found
+        cache = model.empty_cache(2, 30)
+        with ops.record_attention() as stepwise:
+            for t in range(30):
+                _, cache = model(tokens[:, t : t + 1], cache=cache)
+        for t in range(30):
+            torch.testing.assert_close(stepwise[2 * t + 1][:, :, 0], found[1][:, :, t, : t + 1], atol=1e-9, rtol=0)
+    for a, b in zip(maps["expanded"], maps["absorbed"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_scores_of_patterns_drawn_by_hand() -> None:
+    n, length = 5, 10
+    pattern = torch.zeros(1, 3, length, length, dtype=torch.float64)
+    for t in range(length):
+        pattern[0, 0, t, max(t - 1, 0)] = 1
+        pattern[0, 1, t, t - n + 1 if t >= n else t] = 1
+        pattern[0, 2, t, t - n if t >= n else t] = 1
+    found = pattern_scores(pattern, n)
+    assert found["previous token"].tolist() == [[1, 0, 0]]
+    assert found["induction"].tolist() == [[0, 1, 0]]
+    assert found["duplicate token"].tolist() == [[0, 0, 1]]
+    assert found["entropy"].abs().max() == 0
+    assert found["distance"][0].tolist() == [0.9, (n - 1) / 2, n / 2]
+
+
+def test_repeats_and_their_null() -> None:
+    twice, once = repeated(50, 6, 12, 1), repeated(50, 6, 12, 1, repeat=False)
+    assert torch.equal(twice[:, :12], twice[:, 12:]) and torch.equal(twice[:, :12], once[:, :12])
+    assert all(len(set(row.tolist())) == 12 for row in twice[:, :12])
+    assert (once[:, :12] == once[:, 12:]).float().mean() < 0.2
+    assert repeated(5, 2, 12, 1).max() < 5
+
+
+def test_bad_input_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="no softmax"):
+        head_scores(small("latent_lookup"), sequences=2)
+    with pytest.raises(UserError, match="two repeats of 40 tokens are longer than the 48 learned positions"):
+        head_scores(small("mha", positions="learned"), segments=[40])
+    with pytest.raises(UserError, match="at least 2"):
+        head_scores(small("mha"), sequences=1)
+    with pytest.raises(UserError, match="fit twice into the context, which is 6"):
+        head_scores(small("mha", context=6))
+    with pytest.raises(UserError, match="segment of 30 tokens"):
+        ablate(small("mha", positions="learned"), segment=30)
+
+
+def test_welch_and_holm_against_known_values() -> None:
+    # SciPy: ttest_ind(..., equal_var=False) gives t = 2.05798 with 4.305 degrees of freedom; t.sf(2.05798, 4)
+    assert welch([3, 4, 5, 9], [1, 2, 2, 4]) == pytest.approx(0.0543504756624618, abs=1e-12)
+    assert welch([1, 2, 2, 4], [3, 4, 5, 9]) == pytest.approx(1 - 0.0543504756624618, abs=1e-12)
+    assert welch([1.0, 1.0], [0.0, 0.0]) == 0 and welch([1.0, 1.0], [1.0, 1.0]) == 1
+    assert holm([0.001, 0.02, 0.5, 0.012], 0.05) == [True, True, False, True]
+    assert holm([0.03, 0.04], 0.05) == [False, False]
