@@ -1,0 +1,243 @@
+"""How well a model predicts documents it was not trained on: each real token once, the same number however batched.
+
+A document is predicted in windows of at most C tokens. The first predicts whatever follows its tokens; each later one
+ends S tokens (the stride) further on and predicts those S, having seen at least C - S tokens before each; the last
+reaches back so that it too is full. S = C reads every token once; a smaller stride costs C / S times as much and shows
+more of the past to each token. lm_eval rolls like this with S = C, and the strided perplexity of transformers' guide is
+S < C with one token more of `max_length`, but that its last window may be short.
+
+Where the tokenizer has an end-of-document token, that stands before the first token, which is then predicted too. It is
+never predicted itself: it is not text, and models without one must compare.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .data.tokenizer import Tokenizer
+from .data.tokens import Tokens
+from .model import Decoder
+from .results import EvalResult
+from .spec import UserError
+
+SHELF = 1024  # windows that are sorted by length together, so that little is padded
+PIECE = 1 << 16  # tokens decoded at once
+LOGITS = 1 << 24  # held at once: a long context times a large vocabulary would not fit
+PASSAGE, PASSAGES = 64, 32  # tokens, and how many are looked for in the training part
+SEARCHED = 1 << 27  # tokens of a training part beyond which nothing is looked for
+
+Progress = Callable[[str, int, int], None]
+
+
+class Window(NamedTuple):
+    """Inputs `start` to `stop` of a document, and how many of their targets count: the last ones."""
+
+    document: int
+    start: int
+    stop: int
+    scored: int
+
+
+def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, scored) of the windows in which `length` tokens in a row are each predicted once."""
+    done = 0
+    while done < length:
+        stop = min(done + (stride if done else context), length)
+        yield max(0, stop - context), stop, stop - done
+        done = stop
+
+
+class Documents:
+    """Documents as they are predicted: an end-of-document token in front, where there is one, and none behind."""
+
+    def __init__(self, documents: Tokens | Sequence[Sequence[int]], end: int | None = None) -> None:
+        self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
+        self.end, self.starts = end, tokens.documents
+        stops = np.append(self.starts[1:], len(tokens))
+        if end is not None and len(tokens):
+            stops = stops - (tokens.gather(np.maximum(stops - 1, 0), 1)[:, 0].numpy() == end)
+        self.lengths = np.maximum(stops - self.starts - (end is None), 0)  # tokens to predict
+
+    def inputs(self, document: int, start: int, stop: int) -> Tensor:
+        """Tokens `start` to `stop` of a document, counted from the one in front."""
+        at, front = int(self.starts[document]), self.end is not None
+        read = self.tokens.read(at + max(start - front, 0), at + stop - front)
+        return torch.cat([torch.tensor([self.end]), read]) if front and not start else read
+
+    def windows(self, context: int, stride: int) -> Iterator[Window]:
+        for document, length in enumerate(self.lengths.tolist()):
+            for window in windows(length, context, stride):
+                yield Window(document, *window)
+
+    def bytes(self, tokenizer: Tokenizer) -> int:
+        """UTF-8 bytes of the text of all tokens that are predicted."""
+        first = self.starts + (self.end is None)
+        return sum(map(partial(text_bytes, tokenizer, self.tokens), first.tolist(), (first + self.lengths).tolist()))
+
+
+def joined(documents: Sequence[Sequence[int]]) -> Tokens:
+    """Token lists as one row. Empty ones have nothing to predict, and are left out."""
+    full = [np.asarray(ids, np.int64) for ids in documents if len(ids)]
+    starts = np.cumsum([0, *map(len, full[:-1])]) if full else None
+    return Tokens(full, starts)
+
+
+def text_bytes(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> int:
+    """UTF-8 bytes of the text of these tokens, read in pieces that do not cut a character in two."""
+    total = 0
+    while start < stop:
+        for end in range(min(start + PIECE, stop), min(start + PIECE + 3, stop) + 1):  # a character is 4 bytes at most
+            text = tokenizer.decode(tokens.read(start, end).tolist())
+            if not text.endswith("\ufffd"):
+                break
+        total, start = total + len(text.encode("utf-8", "surrogatepass")), end
+    return total
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Decoder,
+    documents: Tokens | Sequence[Sequence[int]],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Predict every token of `documents` (token lists, or a row of tokens that knows where documents begin).
+
+    `context` is the longest window (None: the model's), `stride` how far one ends from the next (None: the context).
+    `tokenizer` names the end-of-document token and counts bytes; without it there is none, and
+    `bits_per_byte` is None. `progress` is told (what, tokens done, tokens in all). Raises `UserError` for what does not
+    fit the model, and where there is nothing to predict.
+
+    One text as lm_eval's rolling log-likelihood sees it: `evaluate(model, [tokenizer.encode(text)],
+    tokenizer=tokenizer)`, times -tokens.
+    """
+    context, stride = fitting(model, context, stride, batch_size)
+    pages = Documents(documents, None if tokenizer is None else tokenizer.end)
+    total = int(pages.lengths.sum())
+    if not total:
+        raise UserError("there is no token to predict: give text of at least two tokens")
+    by_document = np.zeros(len(pages.lengths))
+    by_seen = np.zeros((2, context))  # losses, and how many, of tokens that had 1, 2, ... tokens before them
+    done, began, training = 0, time.perf_counter(), model.training
+    model.eval()
+    try:
+        for part in batches(pages.windows(context, stride), batch_size):
+            tokens, positions, targets = padded(pages, part, model)
+            rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
+            losses = token_losses(model, tokens, targets, positions).numpy()
+            by_document += np.bincount(np.array([w.document for w in part])[rows], losses, len(by_document))
+            by_seen += [np.bincount(columns, weight, context) for weight in (losses, np.ones_like(losses))]
+            done += len(losses)
+            if progress is not None:
+                rate = done / (time.perf_counter() - began)
+                progress(f"{rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left", done, total)
+    finally:
+        model.train(training)
+    seconds = time.perf_counter() - began
+    assert done == total
+    loss = float(by_document.sum() / total)
+    size = None if tokenizer is None else pages.bytes(tokenizer)
+    return EvalResult(
+        context=context,
+        stride=stride,
+        tokens=total,
+        documents=int((pages.lengths > 0).sum()),
+        bytes=size,
+        loss=loss,
+        stderr=ratio_error(by_document, pages.lengths),
+        perplexity=math.exp(min(loss, 700.0)),  # beyond, it is no longer a float
+        bits_per_byte=loss * total / math.log(2) / size if size else None,
+        by_position=binned(*by_seen),
+        seconds=seconds,
+        tokens_per_s=total / seconds,
+    )
+
+
+def fitting(model: Decoder, context: int | None, stride: int | None, batch_size: int) -> tuple[int, int]:
+    """Context and stride, where the model can have them."""
+    trained = model.config.context
+    context = trained if context is None else context
+    stride = context if stride is None else stride
+    if context < 1 or (context > trained and model.place is not None):
+        limit = f"from 1 to {trained}, its learned positions" if model.place is not None else "1 or more"
+        raise UserError(f"the context is {context}: for this model give {limit}")
+    if not 1 <= stride <= context:
+        raise UserError(f"the stride is {stride}: give from 1 to the context, {context}")
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}: give 1 or more")
+    return context, stride
+
+
+def batches(found: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """Windows in batches of similar length."""
+    found = iter(found)
+    while shelf := list(islice(found, SHELF)):
+        shelf.sort(key=lambda window: window.stop - window.start, reverse=True)
+        yield from (shelf[i : i + size] for i in range(0, len(shelf), size))
+
+
+def padded(pages: Documents, part: Sequence[Window], model: Decoder) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(tokens, positions, targets), int64 [B L]: padding on the right, at position -1; a target of -1 does not count.
+    No positions where nothing is padded."""
+    lengths = torch.tensor([window.stop - window.start for window in part])
+    width = int(lengths.max())
+    tokens, targets = torch.zeros(len(part), width, dtype=torch.long), torch.full((len(part), width), -1)
+    for row, (document, start, stop, scored) in enumerate(part):
+        ids = pages.inputs(document, start, stop + 1)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        targets[row, stop - start - scored : stop - start] = ids[-scored:]
+    vocabulary = model.config.vocab_size
+    if max(int(tokens.max()), int(targets.max())) >= vocabulary or int(tokens.min()) < 0:
+        raise UserError(f"there are token ids that the model's vocabulary of {vocabulary} lacks: give text of its own")
+    column = torch.arange(width).expand(len(part), -1)
+    positions = None if (lengths == width).all() else torch.where(column < lengths[:, None], column, -1)
+    return tokens, positions, targets
+
+
+def token_losses(model: Decoder, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    """-log p of every target that counts (not -1), in nats, row by row: float64 on the CPU."""
+    device = model.embed.weight.device
+    x, _ = model.hidden(tokens.to(device), None if positions is None else positions.to(device))
+    counts = targets >= 0
+    x, wanted = x[counts.to(device)], targets[counts].to(device)
+    losses = []
+    for part, ids in zip(*(t.split(max(1, LOGITS // model.config.vocab_size)) for t in (x, wanted)), strict=True):
+        logits = model.head(part)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(exact, ids, reduction="none").double().cpu())
+    return torch.cat(losses)
+
+
+def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over documents, which are drawn whole: neighbouring tokens are not
+    independent (the ratio estimator; Cochran 1977, section 6.3). None for fewer than two documents."""
+    number = int((counts > 0).sum())
+    if number < 2:
+        return None
+    rest = sums - sums.sum() / counts.sum() * counts
+    return float(math.sqrt(number / (number - 1) * (rest**2).sum()) / counts.sum())
+
+
+def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
+    """[first, last, tokens, loss] by how many tokens the model saw before the one it predicts: 1, 2, 3-4, 5-8, ..."""
+    bins, first = [], 0
+    while first < len(losses):
+        last = min(max(2 * first, 1), len(losses))
+        if count := counts[first:last].sum():
+            bins.append([first + 1, last, int(count), float(losses[first:last].sum() / count)])
+        first = last
+    return bins

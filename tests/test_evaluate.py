@@ -1,0 +1,229 @@
+"""Evaluation against witnesses: a plain loop over tokens, lm_eval's windows, transformers' strided perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from attnlab import UserError
+from attnlab.config import ModelConfig
+from attnlab.data import CharTokenizer
+from attnlab.data.tokenizer import ByteTokenizer
+from attnlab.data.tokens import Tokens
+from attnlab.evaluate import binned, evaluate, ratio_error, text_bytes, windows
+from attnlab.model import Decoder
+from attnlab.results import EvalResult
+
+VOCABULARY = 257  # of bytes, and the end of a document
+CONTEXT = 12
+
+
+def tiny(mechanism: str = "mha", positions: str = "rope", **changes: Any) -> Decoder:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=VOCABULARY, context=CONTEXT, n_layers=2, d_model=32, n_heads=4, mechanisms=(mechanism,),
+        positions=positions, options=OPTIONS.get(mechanism, {}) and {mechanism: OPTIONS[mechanism]},
+    )  # fmt: skip
+    model = Decoder(replace(config, **changes))
+    for parameter in model.parameters():  # large enough that a token's past matters
+        parameter.data.mul_(4)
+    return model
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"msla": {"top_k": 5, "local": 2}, "mka": {"chunk": 3}, "sliding": {"window": 4}}
+
+
+def ragged(count: int = 9, seed: int = 0) -> list[list[int]]:
+    """Documents of 1 to 40 tokens."""
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 256, n).tolist() for n in draw.integers(1, 41, count)]
+
+
+@torch.no_grad()
+def token_by_token(model: Decoder, document: Sequence[int], context: int) -> list[float]:
+    """-log p of each token but the first, each from a pass of its own over the `context` tokens before it."""
+    model.eval()
+    losses = []
+    for at in range(1, len(document)):
+        logits, _ = model(torch.tensor([document[max(0, at - context) : at]]))
+        losses.append(-logits[0, -1].double().log_softmax(-1)[document[at]].item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "length, context, stride", [(1, 5, 5), (5, 5, 1), (6, 5, 5), (37, 8, 3), (40, 7, 7), (9, 6, 4)]
+)
+def test_windows_predict_each_token_once_with_enough_before_it(length: int, context: int, stride: int) -> None:
+    found = list(windows(length, context, stride))
+    predicted = [target for _, stop, scored in found for target in range(stop - scored, stop)]
+    assert predicted == list(range(length))
+    for start, stop, scored in found:
+        assert 0 <= start and stop - start <= context
+        first = stop - scored  # the window's first prediction that counts: it has seen first - start + 1 tokens
+        assert start == 0 or first - start + 1 > context - stride
+    assert len(found) == 1 + math.ceil(max(0, length - context) / stride)
+
+
+@pytest.mark.parametrize("stride", [8, 3, 1])
+def test_windows_are_lm_evals(stride: int) -> None:
+    from lm_eval.utils import get_rolling_token_windows
+
+    for length in (1, 3, 7, 8, 9, 30, 33):
+        text = list(range(100, 100 + length))
+        theirs = list(get_rolling_token_windows(text, prefix_token=99, max_seq_len=8, context_len=8 - stride + 1))
+        assert [
+            ([99, *text][start:stop], text[stop - n : stop]) for start, stop, n in windows(length, 8, stride)
+        ] == theirs
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_stride_one_is_a_loop_over_tokens(positions: str) -> None:
+    model, documents = tiny(positions=positions), ragged()
+    wanted = [token_by_token(model, document, CONTEXT) for document in documents]
+    found = evaluate(model, documents, stride=1, batch_size=5)
+    assert found.tokens == sum(map(len, wanted)) == sum(map(len, documents)) - len(documents)
+    assert found.loss == pytest.approx(np.mean(np.concatenate(wanted)), abs=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+
+
+@pytest.mark.parametrize("stride", [CONTEXT, 5])
+def test_the_end_of_a_document_stands_before_the_first_token_and_is_not_predicted(stride: int) -> None:
+    model, tokenizer = tiny(), ByteTokenizer()
+    documents = ragged(5)
+    wanted = [token_by_token(model, [256, *document], CONTEXT) for document in documents]
+    ended = [[*document, 256] for document in documents]
+    row = Tokens.of(np.concatenate(ended), np.cumsum([0, *map(len, ended[:-1])]))
+    for given in (documents, ended, row):
+        found = evaluate(model, given, stride=1, tokenizer=tokenizer)
+        assert found.loss == pytest.approx(np.mean(np.concatenate(wanted)), abs=1e-6)
+        assert found.tokens == sum(map(len, documents))
+        assert found.documents == 5
+    one = [[loss for losses in wanted for loss in losses][0]]  # a document of one token
+    assert evaluate(model, [documents[0][:1]], stride=stride, tokenizer=tokenizer).loss == pytest.approx(
+        one[0], abs=1e-6
+    )
+
+
+MECHANISMS = ["mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding"]
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("stride", [CONTEXT, 5])
+def test_the_batch_size_changes_nothing(mechanism: str, positions: str, stride: int) -> None:
+    model, documents = tiny(mechanism, positions), ragged(11)
+    found = {
+        size: evaluate(model, documents, stride=stride, batch_size=size, tokenizer=ByteTokenizer())
+        for size in (1, 3, 8)
+    }
+    for size in (3, 8):
+        assert found[size].loss == pytest.approx(found[1].loss, abs=1e-6, rel=0)
+        assert found[size].stderr == pytest.approx(found[1].stderr, abs=1e-6, rel=0)
+        assert np.allclose(found[size].by_position, found[1].by_position, atol=1e-5, rtol=0)
+
+
+def test_order_and_company_of_documents_change_nothing() -> None:
+    model, documents = tiny(), ragged(7)
+    whole = evaluate(model, documents, stride=4)
+    assert evaluate(model, documents[::-1], stride=4).loss == pytest.approx(whole.loss, abs=1e-6)
+    alone = [evaluate(model, [document], stride=4) for document in documents if len(document) > 1]
+    total = sum(result.tokens for result in alone)
+    assert total == whole.tokens
+    assert sum(result.loss * result.tokens for result in alone) / total == pytest.approx(whole.loss, abs=1e-6)
+
+
+def test_a_smaller_stride_shows_more_and_the_largest_reads_once() -> None:
+    """By position: with stride 1, all but the first C - 1 tokens of a document have seen exactly C."""
+    model, document = tiny(), ragged(1, seed=3)[0] * 3
+    found = evaluate(model, [document], stride=1)
+    last = found.by_position[-1]
+    assert last[1] == CONTEXT
+    assert sum(row[2] for row in found.by_position) == found.tokens == len(document) - 1
+    assert sum(row[2] * row[3] for row in found.by_position) / found.tokens == pytest.approx(found.loss)
+    wanted = token_by_token(model, document, CONTEXT)
+    assert found.by_position[0][3] == pytest.approx(wanted[0], abs=1e-5)
+    assert last[3] == pytest.approx(np.mean(wanted[last[0] - 1 :]), abs=1e-5)
+
+
+def test_bins_double() -> None:
+    losses, counts = np.arange(1.0, 11.0), np.ones(10)
+    assert [row[:2] for row in binned(losses, counts)] == [[1, 1], [2, 2], [3, 4], [5, 8], [9, 10]]
+    assert binned(losses, counts)[2] == [3, 4, 2, 3.5]
+    assert binned(losses, np.r_[0, 0, counts[2:]])[0][:2] == [3, 4]
+
+
+def test_the_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
+    draw = np.random.default_rng(0)
+    counts = draw.integers(5, 200, 300)
+    sums = counts * (3 + draw.normal(0, 0.5, 300)) + draw.normal(0, 2, 300)
+    again = [(sums[i].sum() / counts[i].sum()) for i in draw.integers(0, 300, (2000, 300))]
+    assert ratio_error(sums, counts) == pytest.approx(np.std(again), rel=0.1)
+    equal = np.full(300, 7)  # documents of one length: the error of a mean
+    assert ratio_error(sums, equal) == pytest.approx(np.std(sums / 7, ddof=1) / 300**0.5)
+    assert ratio_error(sums[:1], counts[:1]) is None
+    assert ratio_error(np.r_[sums, 0], np.r_[counts, 0]) == ratio_error(sums, counts)
+
+
+def test_bytes_are_those_of_the_predicted_text() -> None:
+    model, tokenizer = tiny(), ByteTokenizer()
+    texts = ["naïve café", "日本語のテキスト", "plain"]
+    found = evaluate(model, [tokenizer.encode(text) for text in texts], tokenizer=tokenizer)
+    assert found.bytes == sum(len(text.encode()) for text in texts) == found.tokens
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+    characters = CharTokenizer.of("".join(texts))  # has no end: the first character of each is not predicted
+    model = tiny(vocab_size=characters.vocab_size)
+    found = evaluate(model, [characters.encode(text) for text in texts], tokenizer=characters)
+    assert found.bytes == sum(len(text[1:].encode()) for text in texts)
+    assert found.tokens == sum(len(text) - 1 for text in texts)
+    assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / found.bytes)
+    assert evaluate(model, [[1, 2, 3]]).bits_per_byte is None
+
+
+def test_bytes_are_counted_in_pieces_that_cut_no_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnlab.evaluate.PIECE", 5)
+    tokenizer, text = ByteTokenizer(), "ab日本語🙂🙂é\ufffd\ufffd\ufffd end"
+    ids = tokenizer.encode(text)
+    assert text_bytes(tokenizer, Tokens.of(np.array(ids)), 0, len(ids)) == len(text.encode())
+    assert text_bytes(tokenizer, Tokens.of(np.array(ids)), 2, 8) == 6
+
+
+def test_a_context_beyond_training_needs_rotary_positions() -> None:
+    longer = [list(range(40))]
+    assert evaluate(tiny(), longer, context=30).context == 30
+    assert evaluate(tiny(positions="learned"), longer, context=7).stride == 7
+    with pytest.raises(UserError, match=r"context is 30.* from 1 to 12"):
+        evaluate(tiny(positions="learned"), longer, context=30)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stride": 13}, "stride is 13: give from 1 to the context, 12"),
+        ({"stride": 0}, "stride is 0"),
+        ({"context": 0, "stride": None}, "context is 0"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"documents": []}, "no token to predict"),
+        ({"documents": [[5], []]}, "no token to predict"),
+        ({"documents": [[5, 257]]}, "vocabulary of 257 lacks"),
+        ({"documents": [[5, -1, 4]]}, "vocabulary of 257 lacks"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"documents": ragged(2), **change}
+    with pytest.raises(UserError, match=message):
+        evaluate(tiny(), given.pop("documents"), **given)
+
+
+def test_the_model_is_left_as_it_was_and_the_record_is_json() -> None:
+    model = tiny(dropout=0.3).train()
+    first, second = (evaluate(model, ragged(3)) for _ in range(2))
+    assert model.training and first.loss == second.loss
+    again = EvalResult.from_dict(json.loads(json.dumps(first.to_dict())))
+    assert again == first
