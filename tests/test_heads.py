@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attnlab import Decoder, ModelConfig, UserError, attention, ops
-from attnlab.heads import ablate, head_scores, pattern_scores, repeated, watch
+from attnlab.heads import ablate, head_scores, inside, pattern_scores, repeated, watch
+from attnlab.heads.latent import angles
 from attnlab.stats import holm, welch
 
 VOCAB, PLACES = 24, 32
@@ -194,3 +196,45 @@ def test_welch_and_holm_against_known_values() -> None:
     assert welch([1.0, 1.0], [0.0, 0.0]) == 0 and welch([1.0, 1.0], [1.0, 1.0]) == 1
     assert holm([0.001, 0.02, 0.5, 0.012], 0.05) == [True, True, False, True]
     assert holm([0.03, 0.04], 0.05) == [False, False]
+
+
+def test_a_latent_of_low_rank_is_seen_as_such() -> None:
+    model = small("mla", options={"mla": {"kv_rank": 12, "rope_dim": 4, "norm": "none"}}).double()
+    with torch.no_grad():
+        for block in model.blocks():
+            block.attention.down.weight[3:12] = block.attention.down.weight[:3].repeat(3, 1)
+    first = inside(model, torch.randint(40, (4, 30)))[0]
+    assert first.rank == 12 and 1 < first.effective_rank <= 3 + 1e-9
+    assert first.variance_left[3] < 1e-12 < first.variance_left[2]
+    assert len(first.path) == 30 and len(first.key_angles) == 4
+
+
+def test_angles_between_subspaces() -> None:
+    eye = torch.eye(6)
+    found = angles(torch.stack([eye[:2], eye[[1, 0]] * 3, eye[2:4], torch.stack([eye[0], eye[4]])]))
+    assert found[0] == pytest.approx([0, 0, 90, 45], abs=1e-5)
+
+
+def test_an_indexer_is_compared_with_dense_attention() -> None:
+    options = {"msla": {"top_k": 6, "local": 0, "warmup": 0, "kv_rank": 12, "rope_dim": 0}}
+    model = small("msla", options=options).double()
+    tokens = torch.randint(40, (3, 40))
+    chance = inside(model, tokens)[0]
+    expected = sum(6 / (t + 1) for t in range(6, 40)) / 34
+    assert chance.selection_chance == pytest.approx(expected)
+    assert abs(chance.selection_recall - expected) < 0.25, "an untrained indexer guesses"
+    assert sum(share for _, share in chance.selection_distance) == pytest.approx(1)
+    for block in model.blocks():  # one whose every token has all the room: it selects everything
+        block.attention.config = replace(block.attention.config, top_k=39)
+    everything = inside(model, tokens)[0]
+    assert everything.selection_recall >= 38 / 39, "at most the one token that the other left out"
+
+
+def test_gates_recall_and_experts() -> None:
+    model = small("mka", options={"mka": {"chunk": 4}}, ff="moe", n_experts=4)
+    found = inside(model, torch.randint(40, (2, 24)))
+    assert len(found[0].gate) == 24 and all(sum(row) == pytest.approx(1, abs=1e-5) for row in found[0].gate)
+    assert all(distance >= 1 for distance, _ in found[0].recalled_distance), "only chunks of the past are recalled"
+    assert sum(found[1].expert_load) == pytest.approx(1) and len(found[1].expert_load) == 4
+    assert inside(small("mha"), torch.randint(40, (2, 24)))[0].to_dict()["gate"] == []
+    assert len(inside(small("fast_mka"), torch.randint(40, (2, 24)))[0].gate[0]) == 2

@@ -13,7 +13,7 @@ from . import attention
 from .cache import Cache
 from .config import ModelConfig
 from .kernels.drop import dropout
-from .ops import with_loss
+from .ops import note, with_loss
 from .spec import CAUSAL, AttentionConfig, Mask, UserError
 
 PLAIN = Mask(plain=True)
@@ -108,7 +108,7 @@ class Experts(nn.Module):
         weight = logits.gather(1, chosen).softmax(-1)
         E = len(self.into)
         expert, order = chosen.flatten().sort(stable=True)  # every (token, expert) pair, expert by expert
-        counts = torch.bincount(expert, minlength=E)
+        counts = note("load", torch.bincount(expert, minlength=E))
         token = order // self.k
         parts = tokens[token].split(counts.tolist())
         done = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])

@@ -1,7 +1,18 @@
 """Inside the heads: what each of them attends to, copies, and is good for, with null distributions and ablations."""
 
 from .ablate import ablate
+from .latent import Inside, inside
 from .scores import head_scores, pattern_scores, repeated
 from .watch import Layer, heads_replaced, watch
 
-__all__ = ["Layer", "ablate", "head_scores", "heads_replaced", "pattern_scores", "repeated", "watch"]
+__all__ = [
+    "Inside",
+    "Layer",
+    "ablate",
+    "head_scores",
+    "heads_replaced",
+    "inside",
+    "pattern_scores",
+    "repeated",
+    "watch",
+]

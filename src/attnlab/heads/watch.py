@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..model import Decoder
+from ..model import Block, Decoder
 from ..spec import AttentionConfig, UserError
 
 
@@ -21,10 +21,11 @@ class Layer:
     config: AttentionConfig
     maps: tuple[Tensor, ...]  # one per memory that was asked, B N L S
     keys: tuple[Tensor, ...]  # the positions of their keys, B S
-    gate: Tensor | None  # B L M: how much each memory's answer counts, where there are several
+    gate: Tensor | None  # B L M: how much each source counts, where there are several
     wrote: Tensor  # B L N V: what the heads hand to the output matrix
     residual: Tensor  # B L D: the residual stream that the layer read
     latent: Tensor | None  # B L R
+    load: Tensor | None  # E: how many tokens each expert got
 
     def pattern(self) -> Tensor:
         """How much of its attention each query gives to each token, B N L L: rows sum to 1. The answers of several
@@ -35,9 +36,10 @@ class Layer:
         if not self.maps:
             raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
         length = self.wrote.shape[1]
+        gate = self.gate if len(self.maps) > 1 else None  # one map may be of keys that were mixed before
         total = torch.zeros_like(self.maps[0][..., :1]).expand(-1, -1, -1, length).clone()
         for i, (weights, keys) in enumerate(zip(self.maps, self.keys, strict=True)):
-            share = 1.0 if self.gate is None else self.gate[:, None, :, i, None].to(weights.dtype)
+            share = 1.0 if gate is None else gate[:, None, :, i, None].to(weights.dtype)
             total += share * _over_tokens(weights, keys, self._group(keys, length), length)
         return total
 
@@ -72,18 +74,19 @@ def watch(model: Decoder) -> Iterator[list[Layer]]:
             def wrote(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
                 state["wrote"] = inputs[0].detach()
 
-            def leave(module: nn.Module, *_: object, state: dict[str, Tensor] = state) -> None:
-                config: AttentionConfig = module.config  # type: ignore[assignment]
-                gate, latent = notes["gate"], notes["latent"]
+            def leave(module: Block, *_: object, state: dict[str, Tensor] = state) -> None:
+                config: AttentionConfig = module.attention.config
+                said = {name: values[0] for name, values in notes.items()}
                 seen.append(
                     Layer(
                         config=config,
                         maps=tuple(maps),
                         keys=tuple(keys for _, keys in maps.at),
-                        gate=gate[0] if len(maps) > 1 and gate else None,
+                        gate=said.get("gate"),
                         wrote=state["wrote"].unflatten(-1, (config.n_heads, -1)),
                         residual=state["residual"],
-                        latent=latent[0] if latent else None,
+                        latent=said.get("latent"),
+                        load=said.get("load"),
                     )
                 )
                 maps.clear()
@@ -92,7 +95,7 @@ def watch(model: Decoder) -> Iterator[list[Layer]]:
 
             handles.append(block.register_forward_pre_hook(enter))
             handles.append(output_matrix(block.attention).register_forward_pre_hook(wrote))
-            handles.append(block.attention.register_forward_hook(leave))
+            handles.append(block.register_forward_hook(leave))
         try:
             yield seen
         finally:
@@ -115,7 +118,7 @@ def output_matrix(attention: nn.Module) -> nn.Linear:
 def heads_replaced(model: Decoder, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While it is open, what the heads of `layer` hand to the output matrix (B L N V) is `change` of it."""
     attention = model.blocks()[layer].attention
-    n_heads: int = attention.config.n_heads  # type: ignore[assignment]
+    n_heads: int = attention.config.n_heads
 
     def swap(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (change(inputs[0].unflatten(-1, (n_heads, -1))).flatten(-2),)
