@@ -18,11 +18,12 @@ def softmax(scores):
     return [w / sum(weights) for w in weights]
 
 
-def turn(x, position, theta=10_000.0):
+def turn(x, position, theta=10_000.0, places=()):
     """Rotary embedding as complex numbers: pair (i, i + H/2) is one number, multiplied by e^(i angle)."""
     half = len(x) // 2
     z = torch.complex(x[:half], x[half:])
-    angle = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    place = torch.tensor(places or [i / half for i in range(half)], dtype=torch.float64)
+    angle = position * theta**-place
     z = z * torch.polar(torch.ones(half, dtype=torch.float64), angle)
     return torch.cat([z.real, z.imag])
 
@@ -58,7 +59,7 @@ def latent(m, x, chosen=None):
     c = m.config
     compressed = [m.down.weight @ x[s] for s in range(L)]
     norm = [z[: c.kv_rank] / (z[: c.kv_rank].pow(2).mean() + 1e-6).sqrt() * m.norm.weight for z in compressed]
-    shared = [turn(z[c.kv_rank :], s) for s, z in enumerate(compressed)]
+    shared = [turn(z[c.kv_rank :], s, places=c.rope_places) for s, z in enumerate(compressed)]
     out = []
     for t in range(L):
         seen = list(range(t + 1)) if chosen is None else chosen(t)
@@ -66,7 +67,7 @@ def latent(m, x, chosen=None):
         y = []
         for n in range(N):
             k_up, v_up = m.k_up.weight.view(N, H, -1)[n], m.v_up.weight.view(N, c.v_dim, -1)[n]
-            query = torch.cat([q[n, :H], turn(q[n, H:], t)])
+            query = torch.cat([q[n, :H], turn(q[n, H:], t, places=c.rope_places)])
             keys = [torch.cat([k_up @ norm[s], shared[s]]) for s in seen]
             y.append(weighted(query, keys, [v_up @ norm[s] for s in seen], (H + c.rope_dim) ** -0.5))
         out.append(m.o.weight @ torch.cat(y))
@@ -167,6 +168,7 @@ CASES = [
     ("sliding", {"window": 7}, lambda m, x: grouped(m, x, 7)),
     ("mla", {"mode": "expanded", "v_dim": 10}, latent),
     ("mla", {"mode": "absorbed", "kv_rank": 20, "rope_dim": 4}, latent),
+    ("mla", {"rope_places": (0.5, 0.5, 0.125)}, latent),
     ("msla", {"top_k": 6, "local": 2}, sparse_latent),
     ("mka", {"chunk": 5, "recall": 2}, memory_keyed),
     ("mka", {"chunk": 3, "recall": 1, "window": 4}, memory_keyed),

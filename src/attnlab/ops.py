@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch.nn.functional import pad
 
 from . import kernels
 from .kernels import Pairs, one_row, reference
-from .spec import CAUSAL, Mask
-
+from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
 class Maps(list[Tensor]):
@@ -31,20 +31,49 @@ _losses: dict[str, list[Tensor]] | None = None
 _notes: dict[str, list[Tensor]] | None = None
 
 
-def rope(x: Float[Tensor, "B L N H"], positions: Int[Tensor, "B L"], theta: float | None) -> Float[Tensor, "B L N H"]:
-    """Turn each pair (x[i], x[i + H/2]) by the angle position / theta^(2i/H). `theta` None: x as it is.
+def rope(
+    x: Float[Tensor, "B L N H"],
+    positions: Int[Tensor, "B L"],
+    theta: float | None,
+    places: Sequence[float] = (),
+    scaling: RopeScaling = UNSCALED,
+) -> Float[Tensor, "B L N H"]:
+    """Turn each pair (x[i], x[i + H/2]) by the angle position / theta^place[i]. `theta` None: x as it is.
 
-    Su et al. 2021 (arXiv 2104.09864), with the half-split pairs of GPT-NeoX and Llama.
+    Left out, the places are spread evenly: 2i/H. Su et al. 2021 (arXiv 2104.09864), with the half-split pairs of
+    GPT-NeoX and Llama.
     """
     if theta is None:
         return x
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # bfloat16 angles are wrong after 256 tokens
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    even = torch.arange(half, device=x.device, dtype=exact) / half
+    frequency = theta ** -(torch.tensor(places, device=x.device, dtype=exact) if places else even)
+    if scaling.kind != "none":
+        frequency = frequency * (1 - slowed(frequency, theta, scaling) * (1 - 1 / scaling.factor))
     angle = one_row(positions)[..., None, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if scaling.magnitude != 1:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -> Float[Tensor, " P"]:
+    """How far each pair is slowed: 0 not at all, 1 by the whole factor."""
+    if scaling.kind == "linear":
+        return torch.ones_like(frequency)
+    turns, slow, fast = scaling.original / math.tau, scaling.slow, scaling.fast
+    if scaling.kind == "llama3":
+        return ((fast - turns * frequency) / (fast - slow)).clamp(0, 1)
+    half = len(frequency)
+    first, last = (half * math.log(turns / times) / math.log(theta) for times in (fast, slow))
+    if scaling.whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    pair = torch.arange(half, device=frequency.device, dtype=frequency.dtype)
+    return ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
 class RMSNorm(nn.RMSNorm):

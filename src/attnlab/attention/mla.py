@@ -6,9 +6,7 @@
     o[t]    = W_o concat_n sum_{s <= t} softmax_s(q[t, n] . k[s, n] / sqrt(H + rope_dim)) W_uv,n c[s]
 
 DeepSeek-V2 (arXiv 2405.04434); our R is its d_c, rope_dim its d_h^R. Caches c and r: R + rope_dim floats per token.
-Two ways to compute it, equal but for rounding: *expanded* rebuilds keys and values (cheap for many queries); *absorbed*
-folds W_uk into the query and W_uv into the output and attends in latent space, as multi-query attention does (cheap for
-few queries on a long cache). `auto` takes the one with fewer FLOPs.
+*expanded* rebuilds keys and values, *absorbed* folds W_uk into q and W_uv into o: equal, and `auto` takes the cheaper.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
 class Config(AttentionConfig):
     kv_rank: int = 0  # R; 0: 4 head_dim
     rope_dim: int = -1  # -1: head_dim / 2 with rotary positions, 0 without
+    rope_places: tuple[float, ...] = ()  # pair i turns by position / theta^place[i]; (): evenly spread from 0 to 1
     v_dim: int = 0  # 0: head_dim
     q_rank: int = 0  # 0: queries straight from x
     norm: Literal["rms", "layer", "none"] = "rms"  # of the latents
@@ -45,16 +44,21 @@ class Config(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rotary = self.rope_theta is not None
         self.set("kv_rank", self.kv_rank or 4 * self.head_dim)
         self.set("v_dim", self.v_dim or self.head_dim)
-        self.set("rope_dim", self.rope_dim if self.rope_dim >= 0 else self.head_dim // 4 * 2 * rotary)
+        self.set("rope_places", tuple(self.rope_places))  # in JSON it is a list
+        dim = self.rope_dim if self.rope_dim >= 0 else self.head_dim // 4 * 2 * (self.rope_theta is not None)
+        self.set("rope_dim", 2 * len(self.rope_places) or dim)
         if min(self.kv_rank, self.v_dim, self.q_rank + 1) < 1:
             raise UserError(f"kv_rank {self.kv_rank}, v_dim {self.v_dim} and q_rank {self.q_rank} must be positive")
-        if self.rope_dim % 2 or (self.rope_dim and not rotary):
+        if self.rope_dim % 2 or (self.rope_dim and self.rope_theta is None):
             raise UserError(f"rope_dim is {self.rope_dim}: give an even number, and 0 where positions are learned")
         choose("norm", self.norm, NORMS)
         choose("mode", self.mode, ("auto", *self.modes))
+
+    @property
+    def scale(self) -> float:
+        return (self.head_dim + self.rope_dim) ** -0.5 * self.rope_scaling.sharpness
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -97,8 +101,9 @@ class Attention(nn.Module):
         latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
         latent = note("latent", self.norm(latent))
         if c.rope_dim:
-            q = torch.cat([q[..., : c.head_dim], rope(q[..., c.head_dim :], positions, c.rope_theta)], -1)
-            latent = torch.cat([latent, rope(k_rope[:, :, None], positions, c.rope_theta)[:, :, 0]], -1)
+            turns = c.rope_theta, c.rope_places, c.rope_scaling
+            q = torch.cat([q[..., : c.head_dim], rope(q[..., c.head_dim :], positions, *turns)], -1)
+            latent = torch.cat([latent, rope(k_rope[:, :, None], positions, *turns)[:, :, 0]], -1)
         return q, latent
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
@@ -110,17 +115,16 @@ class Attention(nn.Module):
         """Queries B L N (H + rope_dim) over what is stored -> B L N V."""
         c, absorbed = self.config, self.config.absorbs(q.shape[1], seen.positions.shape[1])
         q, k, v = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
-        scale, dropout = (c.head_dim + c.rope_dim) ** -0.5, c.dropout if self.training else 0.0
+        scale, dropout = c.scale, c.dropout if self.training else 0.0
         y = attend(q, k, v, positions, seen.positions, mask, scale, impl=c.impl, dropout=dropout, keep=keep)
         return torch.einsum("blnr,nvr->blnv", y, self.v_up.weight.unflatten(0, (c.n_heads, -1))) if absorbed else y
 
     def expand(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rebuild every head's keys and values from what is stored (B S (R + rope_dim))."""
-        c = self.config
-        latent, k_rope = stored.split([c.kv_rank, c.rope_dim], -1)
-        k, v = self.k_up(latent).unflatten(-1, (c.n_heads, -1)), self.v_up(latent).unflatten(-1, (c.n_heads, -1))
-        if c.rope_dim:
-            k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, c.n_heads, -1)], -1)
+        latent, k_rope = stored.split([self.config.kv_rank, self.config.rope_dim], -1)
+        k, v = (up(latent).unflatten(-1, (self.config.n_heads, -1)) for up in (self.k_up, self.v_up))
+        if self.config.rope_dim:
+            k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, k.shape[2], -1)], -1)
         return q, k, v
 
     def absorb(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
