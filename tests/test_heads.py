@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from attnlab import Decoder, ModelConfig, UserError, attention, ops
-from attnlab.heads import ablate, head_scores, inside, pattern_scores, repeated, watch
+from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
+from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, watch
 from attnlab.heads.latent import angles
 from attnlab.stats import holm, welch
 
@@ -238,3 +241,71 @@ def test_gates_recall_and_experts() -> None:
     assert sum(found[1].expert_load) == pytest.approx(1) and len(found[1].expert_load) == 4
     assert inside(small("mha"), torch.randint(40, (2, 24)))[0].to_dict()["gate"] == []
     assert len(inside(small("fast_mka"), torch.randint(40, (2, 24)))[0].gate[0]) == 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run that kept all its checkpoints."""
+    from attnlab.train import train
+
+    config = presets.get("quick")
+    model = replace(config.model, n_layers=2, d_model=16, n_heads=2, context=24, mechanisms=("mla",))
+    steps = TrainConfig(steps=6, batch_size=2, warmup=1, eval_every=6, eval_batches=1, save_every=2, keep=0)
+    out = tmp_path_factory.mktemp("heads") / "run"
+    train(replace(config, model=model, train=steps), out)
+    return out
+
+
+def test_scores_along_training(run: Path) -> None:
+    found = emergence(run, sequences=4)
+    assert found.steps == [2, 4, 6]
+    last = head_scores(load_model(run)[0], sequences=4, segments=[found.segment])
+    for name, by_step in found.scores.items():
+        assert torch.tensor(by_step[-1]) == pytest.approx(torch.tensor(last.scores[name]), abs=1e-6)
+    assert found.second_half[-1] == pytest.approx(ablate(load_model(run)[0], sequences=4).second_half, abs=1e-6)
+
+
+def test_the_command_writes_everything(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out, png = tmp_path / "heads.json", tmp_path / "figures"
+    words = ["heads", str(run), "--sequences", "3", "--emergence", "--out", str(out), "--png", str(png)]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "induction" in printed and "Holm" in printed
+    found = json.loads(out.read_text())
+    assert set(found) == {"source", "mechanisms", "untrained", "scores", "ablation", "inside", "emergence"}
+    figures = sorted(png.iterdir())
+    assert [f.stem for f in figures] == ["ablation", "emergence", "latents", "loss-by-position", "scores"]
+    assert all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
+    assert (
+        cli.main(["heads", "quick", "--untrained", "--no-ablation", "--sequences", "2", "--segments", "8", "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["untrained"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quick"], "add --untrained"),
+        (["quick", "--untrained", "--emergence"], "no checkpoints"),
+        (["no-such-run"], "no-such-run"),
+        (["quick", "--untrained", "--segments", "many"], "whole numbers"),
+        (["quick", "--untrained", "--out", "nowhere/at/all.json"], "does not exist"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["heads", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_one_checkpoint_is_no_curve(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / "copy" / f"step-{step:08d}")
+    with pytest.raises(UserError, match=r"1 checkpoint, and a curve needs at least 2: train with --train.keep 0"):
+        emergence(tmp_path / "copy")

@@ -32,7 +32,6 @@ from .model import Decoder
 from .results import FORMAT, RunResult, environment, read_json, write_bytes, write_json
 from .spec import UserError
 
-KEEP = 2  # checkpoints: the newest, and one to go back to
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -155,7 +154,7 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
     def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`, whole or not at all, then drop all but the newest KEEP."""
+        """Write the checkpoint of `step`, whole or not at all, then drop all but the newest `train.keep`."""
         place = self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
@@ -170,7 +169,7 @@ class RunFolder:
                 _sync(self.path)
         finally:
             shutil.rmtree(half, ignore_errors=True)
-        for old in self.steps()[:-KEEP]:
+        for old in self.steps()[: -self.config.train.keep] if self.config.train.keep else []:
             shutil.rmtree(self._place(old), ignore_errors=True)
         return place
 

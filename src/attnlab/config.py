@@ -10,9 +10,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-from .spec import UserError, choose
+from .spec import UNSCALED, RopeScaling, UserError, choose
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """What DeepSeek's experts have beyond plain ones (arXiv 2401.06066, 2405.04434, 2412.19437)."""
+
+    kind: Literal["gelu", "swiglu"] = "gelu"
+    width: int | None = None  # of one expert; None: ff_dim
+    shared: int = 0  # experts that every token passes, as one that is so many times as wide
+    dense_layers: int = 0  # the first layers have one feed-forward of ff_dim in their place
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True  # the weights of a token's experts sum to `scale`; else they are the scores times it
+    scale: float = 1.0
+    groups: int = 1  # a token's experts come from the best `groups_kept` of so many equal groups
+    groups_kept: int = 1
+    group_best: int = 1  # a group is as good as the sum of its so many best scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +46,14 @@ class ModelConfig:
     # "mla@3": fields of layer 3 (from 0) alone, on top of those of "mla"
     positions: Literal["learned", "rope"] = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = UNSCALED
     norm: Literal["layer", "rms"] = "layer"
-    ff: Literal["gelu", "relu2", "swiglu", "moe"] = "gelu"
+    norm_eps: float | None = None  # None: 1e-5 for layer, 1e-6 for rms
+    ff: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "moe"] = "gelu"
     ff_dim: int | None = None  # None: 4 d_model; swiglu: 8/3 d_model up to a multiple of 8
     n_experts: int = 8
     experts_per_token: int = 2
+    experts: ExpertsConfig = ExpertsConfig()
     balance: Literal["loss", "bias"] = "loss"  # how the experts' load is evened out
     bias: bool = False
     tied: bool = True  # the output head is the token embedding
@@ -60,6 +79,11 @@ class ModelConfig:
                 f"model.experts_per_token is {self.experts_per_token}: it must be from 1 to n_experts, {self.n_experts}"
             )
         layers = enumerate(self.layers)
+        if self.ff == "moe" and not self._grouped:
+            raise UserError(
+                f"model.experts has {self.experts.groups_kept} of {self.experts.groups} groups of {self.n_experts} "
+                f"experts, {self.experts.group_best} of them counted: groups must be equal, and leave enough to choose"
+            )
         if unused := set(self.options) - set(self.mechanisms) - {f"{name}@{i}" for i, name in layers}:
             raise UserError(f"model.options names {', '.join(sorted(unused))}, which no layer uses; remove it")
 
@@ -69,18 +93,39 @@ class ModelConfig:
         return [self.mechanisms[i % len(self.mechanisms)] for i in range(self.n_layers)]
 
     @property
+    def _grouped(self) -> bool:
+        e, size = self.experts, self.n_experts // max(self.experts.groups, 1)
+        whole = e.groups >= 1 and size * e.groups == self.n_experts and 1 <= e.group_best <= size
+        return whole and 1 <= e.groups_kept <= e.groups and self.experts_per_token <= e.groups_kept * size
+
+    @property
+    def ff_kind(self) -> str:
+        """What one expert computes, or the whole feed-forward where there are none."""
+        return self.experts.kind if self.ff == "moe" else self.ff
+
+    @property
     def resolved_ff_dim(self) -> int:
         if self.ff_dim is not None:
             return self.ff_dim
-        return -(-8 * self.d_model // 24) * 8 if self.ff == "swiglu" else 4 * self.d_model
+        return -(-8 * self.d_model // 24) * 8 if self.ff_kind == "swiglu" else 4 * self.d_model
+
+    def has_experts(self, layer: int) -> bool:
+        return self.ff == "moe" and layer >= self.experts.dense_layers
+
+    @property
+    def resolved_expert_dim(self) -> int:
+        return self.resolved_ff_dim if self.experts.width is None else self.experts.width
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = "shakespeare"  # or text:PATH, a UTF-8 file or a folder of them
-    val_fraction: float = 0.1  # the last part of the text, never trained on
+    source: str = "shakespeare"  # or text:PATH, prepared:DIR, or a mixture: 0.7*prepared:A+0.3*prepared:B
+    tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
+    pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
+    val_fraction: float = 0.1  # the last part of a text, never trained on
 
     def __post_init__(self) -> None:
+        choose("data.pack", self.pack, ("stream", "documents"))
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction is {self.val_fraction}: it must lie between 0 and 1")
 
@@ -104,6 +149,7 @@ class TrainConfig:
     eval_every: int = 250
     eval_batches: int = 20
     save_every: int = 250
+    keep: int = 2  # the newest checkpoints that stay; 0: all
     log_every: int = 10
     device: str = "auto"
 
@@ -111,6 +157,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.keep < 0:
+            raise UserError(f"train.keep is {self.keep}: give how many checkpoints stay, or 0 to keep all")
         if self.lr <= 0:
             raise UserError(f"train.lr is {self.lr}: it must be above 0")
         if not 0 < self.decay <= 1:

@@ -150,6 +150,18 @@ class EvalResult(Record):
     tokens_per_s: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Emergence(Record):
+    """Head scores along training."""
+
+    steps: list[int]
+    scores: dict[str, list[list[list[float]]]]  # score -> checkpoints -> layers -> heads
+    first_half: list[float]  # loss on repeated random tokens, nats
+    second_half: list[float]
+    sequences: int
+    segment: int
+
+
 def write_json(path: str | Path, data: Any) -> Path:
     """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed."""
     return write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())

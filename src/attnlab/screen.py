@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+PATIENCE = 10.0  # seconds between two lines, where there is no terminal to redraw
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from .results import BenchRecord
+    from .forecast import Forecast
+    from .results import BenchRecord, EvalResult
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -91,6 +95,53 @@ def bench(records: Sequence[BenchRecord]) -> RenderableType:
     return table
 
 
+def forecast(found: Forecast) -> RenderableType:
+    """`attnlab train PRESET --dry-run`."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    steps = found.tokens // found.tokens_per_step
+    whose = "a matrix product here" if found.measured else "as given"
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("tokens", f"{found.tokens:,} ({steps:,} steps of {found.tokens_per_step:,})")
+    table.add_row("training FLOPs", f"{found.flops_per_token:,.0f} per token, {found.flops:.2e} in all")
+    table.add_row(
+        "cache", f"{found.cache_bytes_per_token:,.0f} bytes per token, {size(found.cache_bytes)} at full context"
+    )
+    table.add_row("time, at least", f"{span(found.seconds)} at {found.rate / 1e9:,.0f} GFLOP/s ({whose})")
+    return table
+
+
+def evaluation(found: EvalResult) -> RenderableType:
+    """`attnlab eval`."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    error = "" if found.stderr is None else f" ± {found.stderr:.4f} (standard error over documents)"
+    table.add_row("loss", f"{found.loss:.4f}{error}, nats per token")
+    table.add_row("perplexity", f"{found.perplexity:,.3f}")
+    if found.bits_per_byte is not None:
+        table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
+    places = columns(**{"tokens seen before": "right", "tokens": "right", "loss": "right"})
+    for first, last, tokens, loss in found.by_position:
+        places.add_row(f"{first:,}" if first == last else f"{first:,} to {last:,}", f"{tokens:,}", f"{loss:.4f}")
+    step = "" if found.step is None else f", step {found.step:,}"
+    text = "" if found.bytes is None else f", {found.bytes:,} bytes"
+    amount = f"{found.tokens:,} tokens{text}, {found.documents:,} document{'s' if found.documents > 1 else ''}"
+    title = f"{found.mechanism}{step}: {found.data}, {found.split}: {amount}"
+    note = f"windows of {found.context:,} tokens, stride {found.stride:,}; {found.tokens_per_s:,.0f} tokens/s"
+    return Group(escape(title), "", table, "", places, "", f"[dim]{note}")
+
+
+def span(seconds: float) -> str:
+    """A time in the largest unit that it fills."""
+    units = (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+    name, unit = next((pair for pair in units if seconds >= pair[1]), units[-1])
+    return f"{seconds / unit:,.1f} {name}"
+
+
 def size(count: int | None) -> str:
     """Bytes, in words."""
     if count is None:
@@ -104,10 +155,93 @@ def size(count: int | None) -> str:
 
 @contextmanager
 def working() -> Iterator[Callable[[str, int, int], None]]:
-    """A line on a terminal that says what is being done; elsewhere nothing, and never anything on stdout."""
+    """A line that says what is being done, how far it is and how long still; where there is no terminal, one every ten
+    seconds. Never anything on stdout."""
     screen = console(stderr=True)
-    if not screen.is_terminal:
-        yield lambda what, done, of: None
+    pace = Pace()
+    if screen.is_terminal:
+        with screen.status("starting") as status:
+            yield lambda what, done, of: status.update(pace.line(what, done, of))
         return
-    with screen.status("starting") as status:
-        yield lambda what, done, of: status.update(f"{what} ({done}/{of})")
+    told = time.monotonic()
+
+    def tell(what: str, done: int, of: int) -> None:
+        nonlocal told
+        line = pace.line(what, done, of)
+        if time.monotonic() - told >= PATIENCE:
+            told = time.monotonic()
+            screen.print(line)
+
+    yield tell
+
+
+class Pace:
+    """How fast the present kind of work goes."""
+
+    def __init__(self) -> None:
+        self.what, self.began, self.start = "", 0.0, 0
+
+    def line(self, what: str, done: int, of: int) -> str:
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.began, self.start = what, now, done
+        line = f"{what} ({done:,}/{of:,})"
+        if done <= self.start or now - self.began < 1:
+            return line
+        rate = (done - self.start) / (now - self.began)
+        return f"{line}, {rate:,.3g} a second, {clock((of - done) / rate)} left"
+
+
+def clock(seconds: float) -> str:
+    """ "1:05", or "2:01:05" from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+SHOWN = 3  # heads of each kind, where more are marked
+
+
+def heads(found: Mapping[str, Any]) -> RenderableType:
+    """`attnlab heads`: the strongest heads of each kind beside what they would score by chance."""
+    from rich.console import Group
+
+    scores, ablation = found["scores"], found.get("ablation")
+    left, right = "left", "right"
+    table = columns(
+        score=left, head=left, value=right, not_repeated=right, untrained=right, p=right, loss_without=right
+    )
+    for name, layers in scores["scores"].items():
+        ranked = sorted(
+            ((value, layer, head) for layer, row in enumerate(layers) for head, value in enumerate(row)), reverse=True
+        )
+        for place, (value, layer, head) in enumerate(ranked[:SHOWN]):
+
+            def cell(kind: str, digits: str, name: str = name, layer: int = layer, head: int = head) -> str:
+                return format(scores[kind][name][layer][head], digits) if name in scores[kind] else ""
+
+            mark = "*" if name in scores["marked"] and scores["marked"][name][layer][head] else ""
+            change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
+            table.add_row(
+                name if not place else "",
+                f"{layer}.{head}",
+                f"{value:.3f}{mark or ' '}",
+                cell("not_repeated", ".3f"),
+                cell("untrained", ".3f"),
+                cell("p", ".0e"),
+                change,
+            )
+    marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
+    segments = ", ".join(map(str, scores["segments"]))
+    notes = [
+        f"{scores['sequences']} random sequences each of segments of {segments} tokens, repeated once. * above both "
+        f"nulls at {scores['alpha']} after Holm's correction over all heads and scores ({marks} marks)."
+    ]
+    if ablation is not None:
+        notes.append(
+            f"Loss on the repeat {ablation['second_half']:.3f} nats per token, before it {ablation['first_half']:.3f}; "
+            "loss without: how it changes when the head is replaced by its mean."
+        )
+    if found["untrained"]:
+        notes.append("These weights are random: nothing was loaded.")
+    return Group(table, "", *(f"[dim]{note}" for note in notes))

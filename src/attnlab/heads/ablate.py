@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import ModelConfig
 from ..model import Decoder
 from ..results import Ablation
 from ..spec import UserError
@@ -34,12 +35,7 @@ def ablate(
 ) -> Ablation:
     """Mean-ablate each head of `model` in turn. `segment` None: half of the context, at most 128 tokens."""
     config = model.config
-    segment = segment or min(config.context // 2, 128)
-    if segment < 4 or (config.positions == "learned" and 2 * segment > config.context):
-        raise UserError(
-            f"a segment of {segment} tokens, repeated once, needs a context of {max(2 * segment, 8)} tokens, and this "
-            f"model's is {config.context}: give a segment from 4 to {config.context // 2}"
-        )
+    segment = fits(config, segment)
     if sequences < 2:
         raise UserError(
             f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
@@ -50,7 +46,7 @@ def ablate(
     batches = tokens.split(batch_size)
     blocks = model.blocks()
     means = _means(model, batches)
-    whole = _losses(model, batches)
+    whole = losses(model, batches)
     change, interval = [], []
     for layer, mean in enumerate(means):
         rows = []
@@ -62,7 +58,7 @@ def ablate(
                 return wrote
 
             with heads_replaced(model, layer, silence):
-                rows.append((_losses(model, batches) - whole)[:, segment:].mean(1))
+                rows.append((losses(model, batches) - whole)[:, segment:].mean(1))
             tell("ablating heads", layer * mean.shape[0] + head + 1, len(blocks) * mean.shape[0])
         change.append([row.mean().item() for row in rows])
         half = t_quantile(0.95, sequences - 1) / math.sqrt(sequences)
@@ -83,6 +79,17 @@ def ablate(
     )
 
 
+def fits(config: ModelConfig, segment: int | None) -> int:
+    """The segment, `None`: half of the context, at most 128 tokens. `UserError` where its repeat does not fit."""
+    segment = min(config.context // 2, 128) if segment is None else segment
+    if segment < 4 or (config.positions == "learned" and 2 * segment > config.context):
+        raise UserError(
+            f"a segment of {segment} tokens, repeated once, needs a context of {max(2 * segment, 8)} tokens, and this "
+            f"model's is {config.context}: give a segment from 4 to {config.context // 2}"
+        )
+    return segment
+
+
 def _means(model: Decoder, batches: tuple[Tensor, ...]) -> list[Tensor]:
     """What each head of each layer hands on, on average: N V."""
     sums: list[Tensor] = []
@@ -95,7 +102,7 @@ def _means(model: Decoder, batches: tuple[Tensor, ...]) -> list[Tensor]:
     return [total / count for total in sums]
 
 
-def _losses(model: Decoder, batches: tuple[Tensor, ...]) -> Tensor:
+def losses(model: Decoder, batches: tuple[Tensor, ...]) -> Tensor:
     """Nats of each token but the first: B (2n - 1), float64. Column i is the loss of the token at position i + 1."""
     found = []
     for batch in batches:

@@ -1,0 +1,140 @@
+"""The figures of `attnlab heads` as PNG files for papers: cividis maps and Okabe and Ito's colours, which read the
+same for colour-blind eyes and in grey."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..results import write_bytes
+from ..spec import UserError, need
+
+BLUE, VERMILLION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8781"
+DPI = 200
+
+
+def write_pngs(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Write what `attnlab heads` found as PNG files into `folder`, which is made. Returns their paths."""
+    need("matplotlib", "figures")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): name a folder that you may write to") from None
+    figures = {"scores": _scores(found["scores"])}
+    if ablation := found.get("ablation"):
+        figures["ablation"] = _ablation(found["scores"], ablation)
+        figures["loss-by-position"] = _positions(ablation)
+    if any(layer["variance_left"] for layer in found.get("inside", ())):
+        figures["latents"] = _latents(found["inside"])
+    if curve := found.get("emergence"):
+        figures["emergence"] = _emergence(curve)
+    written = []
+    for name, figure in figures.items():
+        page = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(page)
+        written.append(write_bytes(folder / f"{name}.png", page.getvalue()))
+    return written
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def _scores(scores: Mapping[str, Any]) -> Any:
+    """One heat map per score, layers x heads; a dot marks a head above both nulls."""
+    names = list(scores["scores"])
+    columns = min(4, len(names))
+    figure, axes = _figure(-(-len(names) // columns), columns, 2.9, 2.4)
+    for axis, name in zip(axes, names, strict=False):
+        values = scores["scores"][name]
+        share = name not in ("entropy", "distance")
+        image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1 if share else None, aspect="auto")
+        unit = {"entropy": " (nats)", "distance": " (tokens)"}.get(name, "")
+        axis.set_title(name + unit, fontsize=9)
+        for layer, row in enumerate(scores["marked"].get(name, ())):
+            for head, marked in enumerate(row):
+                if marked:
+                    axis.plot(head, layer, "o", color="white", markeredgecolor="black", markersize=5)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.set_xticks(range(0, len(values[0]), max(1, len(values[0]) // 8)))
+        axis.set_yticks(range(0, len(values), max(1, len(values) // 8)))
+        figure.colorbar(image, ax=axis)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    figure.suptitle(f"Head scores; o: above both nulls at {scores['alpha']}, corrected for all heads", fontsize=10)
+    return figure
+
+
+def _ablation(scores: Mapping[str, Any], ablation: Mapping[str, Any]) -> Any:
+    """Pattern against cause: does a head that looks like an induction head also matter?"""
+    figure, (axis,) = _figure(1, 1, 5.2, 4)
+    for name, colour, marker in (
+        ("induction", VERMILLION, "o"),
+        ("previous token", BLUE, "s"),
+        ("duplicate token", GREEN, "^"),
+    ):
+        x = [value for row in scores["scores"][name] for value in row]
+        y = [value for row in ablation["change"] for value in row]
+        axis.scatter(x, y, c=colour, marker=marker, label=name, alpha=0.8)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set_xlabel("score (share of attention)")
+    axis.set_ylabel("loss on the repeat without the head,\nchange in nats per token")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _positions(ablation: Mapping[str, Any]) -> Any:
+    figure, (axis,) = _figure(1, 1, 5.2, 3.4)
+    loss = ablation["loss_by_position"]
+    axis.plot(range(1, len(loss) + 1), loss, color=BLUE)
+    axis.axvline(ablation["segment"], color=VERMILLION, linestyle="--", label="the repeat begins")
+    axis.set_xlabel("position (tokens)")
+    axis.set_ylabel("loss (nats per token)")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _latents(inside: list[Mapping[str, Any]]) -> Any:
+    """How much of the latent's variance its first axes leave, by layer."""
+    figure, (axis,) = _figure(1, 1, 5.2, 3.6)
+    layers = [layer for layer in inside if layer["variance_left"]]
+    from matplotlib import colormaps
+
+    for number, layer in enumerate(layers):
+        left = layer["variance_left"]
+        label = f"layer {layer['layer']} (effective rank {layer['effective_rank']:.1f} of {layer['rank']})"
+        axis.plot(left, color=colormaps["cividis"](number / max(1, len(layers) - 1) * 0.85), label=label)
+    axis.set_xlabel("principal axes kept")
+    axis.set_ylabel("share of variance left out")
+    axis.set_ylim(0, 1)
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _emergence(curve: Mapping[str, Any]) -> Any:
+    """The strongest head of each kind at every checkpoint, and what the context is worth."""
+    figure, (heads, losses) = _figure(1, 2, 4.6, 3.6)
+    styles = ((BLUE, "-"), (GREEN, "--"), (VERMILLION, "-."), (GREY, ":"))
+    for (name, by_step), (colour, dash) in zip(curve["scores"].items(), styles, strict=False):
+        best = [max(value for row in layers for value in row) for layers in by_step]
+        heads.plot(curve["steps"], best, color=colour, linestyle=dash, marker="o", markersize=3, label=name)
+    heads.set_ylabel("score of the strongest head")
+    heads.set_ylim(0, 1)
+    losses.plot(curve["steps"], curve["first_half"], color=GREY, label="before the repeat")
+    losses.plot(curve["steps"], curve["second_half"], color=VERMILLION, linestyle="--", label="on the repeat")
+    losses.set_ylabel("loss (nats per token)")
+    losses.set_ylim(bottom=0)
+    for axis in (heads, losses):
+        axis.set_xlabel("training step")
+        axis.legend(frameon=False, fontsize=8)
+    return figure
