@@ -43,7 +43,7 @@ ORDER = [
     {"train", "convert", "workers", "progress", "measure"},
     {"decode"},
     {"hf", "patch"},
-    {"evaluate", "bench", "heads"},
+    {"evaluate", "bench", "forecast", "heads"},
     {"compare"},
     {"report"},
     {"screen"},

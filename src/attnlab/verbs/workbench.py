@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import presets, screen
+from ..config import RunConfig
+from ..spec import UserError
 from .options import (
     Fields,
     Flag,
@@ -41,6 +43,8 @@ def train(
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     resume: Flag = False,
+    dry_run: Flag = False,
+    flops: Annotated[float | None, arg(metavar="RATE")] = None,
 ) -> int:
     """Train one model and keep it in a run folder.
 
@@ -50,10 +54,16 @@ def train(
         data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
         out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
         resume: Go on from the newest checkpoint in the run folder.
+        dry_run: Train nothing; print parameters, tokens, FLOPs, cache and expected time.
+        flops: For --dry-run: FLOPs per second, such as 100e12 (those of a matrix product here if left out).
     """
     from ..progress import Progress
 
     config = with_choices(config, mechanism, data)
+    if dry_run:
+        return foresee(preset, config, flops)
+    if flops is not None:
+        raise UserError("--flops is for --dry-run alone: give both or neither")
     out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
     from ..train import train as run
 
@@ -74,6 +84,24 @@ def train(
         f"val loss {shown(result.val_loss)} after {result.steps} steps, {shown(result.tokens_per_s, 0)} tokens/s, {out}"
     )
     print(f"next: attnlab sample {out} --prompt 'ROMEO:'", file=sys.stderr)
+    return 0
+
+
+def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
+    """`attnlab train --dry-run`."""
+    from ..forecast import forecast
+    from ..train import resolve
+
+    if rate is not None and not 0 < rate < float("inf"):
+        raise UserError(f"--flops is {rate}: give FLOPs per second, such as 100e12")
+    try:
+        config = resolve(config)[0]  # the vocabulary grows to that of the text, where it is there
+        missing = ""
+    except UserError as error:
+        missing = f"\nTraining would stop here: {error}"
+    print(f"{presets.about(preset)}\n")
+    screen.console().print(screen.forecast(forecast(config, rate)))
+    print(missing, end="\n" if missing else "")
     return 0
 
 
