@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..spec import UserError, choose
+from ..results import read_json
+from ..spec import UserError
+from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
+
+ANYWHERE = re.compile("")
+BYTES = {**{byte: bytes([byte]) for byte in range(256)}, 256: b""}
 
 
 class Tokenizer(Protocol):
     """What everything that reads or writes text asks of a tokenizer. Ids are 0 to vocab_size - 1."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -24,6 +30,10 @@ class Tokenizer(Protocol):
     @property
     def end(self) -> int | None:
         """The id that ends a document; text never encodes to it."""
+
+    @property
+    def seam(self) -> re.Pattern[str] | None:
+        """Where it matches, text may be cut in two without changing its ids; None: nowhere that is known."""
 
     @property
     def fingerprint(self) -> str:
@@ -45,6 +55,7 @@ class CharTokenizer:
 
     kind = "char"
     end = None
+    seam = ANYWHERE
 
     def __init__(self, chars: str):
         assert list(chars) == sorted(set(chars)), "characters must be distinct and in ascending order"
@@ -93,16 +104,17 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 257
     end = 256
+    seam = ANYWHERE
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The end of a document reads as nothing; bytes that are not UTF-8 read as U+FFFD."""
-        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+        """The end of a document reads as nothing; ids without a byte, and bytes that are not UTF-8, as U+FFFD."""
+        return text_of(BYTES, ids)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
@@ -112,23 +124,35 @@ class ByteTokenizer:
         return fingerprint_of(self.to_json())
 
 
-def fingerprint_of(data: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def from_json(data: Mapping[str, Any]) -> Tokenizer:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`: our own two kinds, and any tokenizer.json of Hugging Face's tokenizers."""
     if data.get("kind") == CharTokenizer.kind and isinstance(data.get("chars"), str):
         return CharTokenizer(data["chars"])
     if data.get("kind") == ByteTokenizer.kind:
         return ByteTokenizer()
-    raise UserError(f"tokenizer kind {data.get('kind')!r} is unknown; this version reads 'char' and 'byte'")
+    if isinstance(data.get("model"), Mapping) and {"type", "vocab"} <= set(data["model"]):
+        return BPETokenizer(data)
+    raise UserError(
+        f"tokenizer kind {data.get('kind')!r} is unknown; this version reads 'char', 'byte' and the tokenizer.json of "
+        "Hugging Face's tokenizers"
+    )
 
 
-def tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by name."""
-    choose("tokenizer", name, ["byte"])
-    return ByteTokenizer()
+def tokenizer(name: str | Path) -> Tokenizer:
+    """ "byte", "gpt2", a tokenizer.json, or a folder that has one: of a run, of a corpus, of Hugging Face's."""
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return gpt2()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"tokenizer {str(name)!r} is neither 'byte', 'gpt2', nor a tokenizer.json or a folder with one")
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a tokenizer: give a tokenizer.json of attnlab or of Hugging Face's tokenizers")
+    return from_json(data)
 
 
 def _code_points(text: str) -> np.ndarray:

