@@ -251,7 +251,7 @@ def same_loss(module: ModuleType, recipe: Recipe, steps: int) -> str:
             say(f"nanoGPT, {recipe.name}: losses after {step} of {steps} steps")
         theirs.step(*corpus.batch(config.seed, step, recipe.loss_batch, config.model.context))
         ours.step()
-    x, y = corpus.windows(40, config.model.context)
+    x, y, _ = corpus.windows(40, config.model.context)
     losses = []
     with torch.no_grad():
         for loss in (lambda a, b: theirs.raw.eval()(a, b)[1], ours.trainer.model.eval().loss):

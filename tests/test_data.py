@@ -18,14 +18,25 @@ def shakespeare() -> data.Corpus:
     return data.load(DataConfig())
 
 
+def ids_of(corpus: data.Corpus) -> list[int]:
+    """Every token, training part first."""
+    return torch.cat([tokens.read(0, len(tokens)) for tokens in (corpus.train, corpus.val)]).tolist()
+
+
+def counting(tokens: int, val_fraction: float = 0.5) -> data.Corpus:
+    """A corpus in which every token is its own place."""
+    return data.from_text("".join(chr(0x4E00 + i) for i in range(tokens)), "counting", val_fraction)
+
+
 def test_shakespeare_is_nanogpts(shakespeare):
     content = (files("attnlab.data") / "tinyshakespeare.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     assert (len(shakespeare.train), len(shakespeare.val), shakespeare.vocab_size) == (1_003_854, 111_540, 65)
     assert shakespeare.tokenizer.chars == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     # nanoGPT's prepare.py: the first and last ids of each part
-    assert shakespeare.train[:5].tolist() == [18, 47, 56, 57, 58] and shakespeare.val[:3].tolist() == [12, 0, 0]
-    whole = torch.cat([shakespeare.train, shakespeare.val]).tolist()
+    assert shakespeare.train.read(0, 5).tolist() == [18, 47, 56, 57, 58]
+    assert shakespeare.val.read(0, 3).tolist() == [12, 0, 0]
+    whole = ids_of(shakespeare)
     assert shakespeare.tokenizer.decode(whole) == content.decode()
 
 
@@ -61,7 +72,8 @@ def test_unknown_tokenizer_kind():
 
 
 def test_batch_is_a_pure_function(shakespeare):
-    x, y = shakespeare.batch(3, 1000, 5, 17)
+    x, y, documents = shakespeare.batch(3, 1000, 5, 17)
+    assert documents is None
     assert x.shape == y.shape == (5, 17) and x.dtype == y.dtype == torch.int64 and x.is_contiguous()
     shakespeare.batch(3, 0, 5, 17)  # what was read before changes nothing
     again = data.load(DataConfig()).batch(3, 1000, 5, 17)
@@ -69,25 +81,49 @@ def test_batch_is_a_pure_function(shakespeare):
     assert torch.equal(x[:, 1:], y[:, :-1])
     for other in (shakespeare.batch(4, 1000, 5, 17), shakespeare.batch(3, 1001, 5, 17)):
         assert not torch.equal(other[0], x)
-    assert torch.equal(shakespeare.batch(3, 1000, 9, 17)[0][:5], x)
+    nine = torch.cat([shakespeare.batch(3, step, 9, 17).x for step in range(5)])
+    assert torch.equal(torch.cat([shakespeare.batch(3, step, 5, 17).x for step in range(9)]), nine)  # one endless order
 
 
 def test_batch_order_is_pinned(shakespeare):
     """Runs are compared across machines and years: the order of the data must never change."""
-    x, _ = shakespeare.batch(0, 0, 3, 8)
-    assert [shakespeare.tokenizer.decode(row.tolist()) for row in x] == [" art one", ", sir, h", "o? what "]
+    x, *_ = shakespeare.batch(0, 0, 3, 8)
+    assert [shakespeare.tokenizer.decode(row.tolist()) for row in x] == ["hich is\n", "ever you", " that th"]
 
 
 def test_batch_covers_every_offset_and_never_leaves_the_training_part():
-    corpus = data.from_text("".join(chr(0x4E00 + i) for i in range(40)), val_fraction=0.5)
+    corpus = counting(40)
     firsts = torch.cat([corpus.batch(0, step, 8, 6)[0][:, 0] for step in range(60)])
     lasts = torch.cat([corpus.batch(0, step, 8, 6)[1][:, -1] for step in range(60)])
     assert sorted(set(firsts.tolist())) == list(range(14)) and lasts.max() == 19
 
 
+def test_an_epoch_reads_every_window_once_and_the_next_one_others():
+    corpus = counting(2 * 230)  # 230 to train on: 22 windows of 10 an epoch, with 11 tokens to move in
+    firsts = torch.cat([corpus.batch(5, step, 4, 10).x[:, 0] for step in range(33)]).tolist()
+    epochs = [sorted(firsts[at : at + 22]) for at in range(0, 132, 22)]
+    for epoch in epochs:
+        assert epoch == list(range(epoch[0], epoch[0] + 220, 10))
+    assert len({epoch[0] for epoch in epochs}) > 3 and len({tuple(firsts[at : at + 22]) for at in (0, 22, 44)}) == 3
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_global_batch_does_not_depend_on_who_reads_it(world, pack):
+    corpus = data.from_texts([TEXT[i : 3 * i + 40] for i in range(30)], pack=pack)
+    for step in (0, 3, 77):
+        whole = corpus.batch(1, step, 10, 12)
+        parts = [corpus.batch(1, step, 10, 12, rank, world) for rank in range(world)]
+        assert {len(part.x) for part in parts} <= {10 // world, -(-10 // world)}
+        for one, *others in zip(whole, *parts, strict=True):
+            assert one is others[0] is None or torch.equal(torch.cat(others), one)
+        halves = [whole.rows(at, at + 5) for at in (0, 5)]
+        assert sum(half.counted() for half in halves) == whole.counted() > 0
+
+
 def test_windows_are_fixed_and_spread_over_the_validation_part():
-    corpus = data.from_text("".join(chr(0x4E00 + i) for i in range(100)), val_fraction=0.5)
-    x, y = corpus.windows(5, 9)
+    corpus = counting(100)
+    x, y, _ = corpus.windows(5, 9)
     assert x[:, 0].tolist() == [50, 60, 70, 80, 90] and y[-1, -1] == 99
     assert torch.equal(x[:, 1:], y[:, :-1])
     assert corpus.windows(1, 49)[0].shape == (1, 49)
@@ -105,7 +141,19 @@ def test_text_file_and_folder(tmp_path):
     (tmp_path / "c.txt").write_text(TEXT)
     corpus = data.load(DataConfig(source=f"text:{tmp_path / 'c.txt'}", val_fraction=0.25))
     assert (len(corpus.train), len(corpus.val)) == (297, 99)
-    assert corpus.tokenizer.decode(torch.cat([corpus.train, corpus.val]).tolist()) == TEXT
+    assert corpus.tokenizer.decode(ids_of(corpus)) == TEXT
+
+
+def test_files_are_documents(tmp_path):
+    for i, text in enumerate(("one\n", "two and a half\n", "three\n")):
+        (tmp_path / f"{i}.txt").write_text(text)
+    corpus = data.load(DataConfig(source=f"text:{tmp_path}", val_fraction=0.25))
+    assert corpus.train.documents.tolist() == [0, 4] and len(corpus.train) == 18
+    assert corpus.val.documents.tolist() == [0, 1]  # the second ends there, one newline later
+    ended = data.load(DataConfig(source=f"text:{tmp_path}", tokenizer="byte", val_fraction=0.25))
+    assert ended.vocab_size == 257 and [i for i, token in enumerate(ids_of(ended)) if token == 256] == [4, 20, 27]
+    assert ended.train.documents.tolist() == [0, 5] and ended.val.documents.tolist() == [0]
+    assert ended.tokenizer.decode(ids_of(ended)) == data.read_text(tmp_path)
 
 
 def test_fingerprint_follows_ids_split_and_characters():
@@ -114,6 +162,7 @@ def test_fingerprint_follows_ids_split_and_characters():
         for text, fraction in ((TEXT, 0.1), (TEXT, 0.2), (TEXT + "x", 0.1), (TEXT.replace("q", "Q"), 0.1))
     ]
     assert len(set(prints)) == 4 and data.from_text(TEXT).fingerprint == prints[0]
+    assert data.from_texts([TEXT[:50], TEXT[50:]]).fingerprint not in prints  # other documents
 
 
 @pytest.mark.parametrize(

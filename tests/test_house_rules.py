@@ -32,7 +32,7 @@ TEXTS = [
 ORDER = [
     {"spec", "config", "results", "stats"},
     {"kernels"},
-    {"cache", "ops"},
+    {"cache", "ops", "documents"},
     {"attention"},
     {"laws", "presets"},
     {"audit", "listing"},

@@ -166,7 +166,7 @@ def test_the_same_seed_means_the_same_batches_for_every_mechanism(config):
     seen = []
     for name in attention.names():
         resolved, corpus = resolve(with_model(config, mechanisms=(name,)))
-        seen.append([x for step in (0, 11) for x, _ in Trainer.of(resolved, corpus).batch(step)])
+        seen.append([x for step in (0, 11) for x, *_ in Trainer.of(resolved, corpus).batch(step)])
     assert all(torch.equal(a, b) for parts in seen[1:] for a, b in zip(parts, seen[0], strict=True))
 
 
@@ -179,7 +179,7 @@ def test_two_half_batches_equal_one_batch(config, name):
         trainer = Trainer.of(*resolve(each))
         trainer.model.double()
         results = [train_step(trainer, step) for step in range(4)]
-        trained.append([*trainer.model.parameters(), *(value.double() for pair in results for value in pair)])
+        trained.append([*trainer.model.parameters(), *(value.double() for step in results for value in step[:2])])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
 
@@ -238,8 +238,8 @@ def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
     honest = module.train_step
 
     def poisoned(trainer: Trainer, step: int):
-        loss, norm = honest(trainer, step)
-        return (loss * math.nan if step + 1 >= at else loss), norm
+        done = honest(trainer, step)
+        return done._replace(loss=done.loss * math.nan) if step + 1 >= at else done
 
     monkeypatch.setattr(module, "train_step", poisoned)
     kept = "the checkpoint of step 5 is kept" if at == 7 else "no checkpoint was written yet"
@@ -308,7 +308,7 @@ def test_weights_stay_float32_in_bf16(config):
 
 def test_validation_is_the_mean_over_fixed_windows(config):
     trainer = Trainer.of(*resolve(config))
-    x, y = trainer.corpus.windows(4, 32)
+    x, y, _ = trainer.corpus.windows(4, 32)
     with torch.no_grad():
         logits, _ = trainer.model(x)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()

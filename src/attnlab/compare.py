@@ -314,7 +314,7 @@ def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[d
     """How the run goes on from the first held-out tokens, no further than it was trained."""
     config = RunFolder.open(folder).config
     count = min(24, max(1, config.model.context // 4))
-    prompt = RunFolder.open(folder).tokenizer().decode(data.load(config.data).val[:count].tolist())
+    prompt = RunFolder.open(folder).tokenizer().decode(data.load(config.data).val.read(0, count).tolist())
     length = min(SAMPLE, config.model.context - count) if config.model.positions == "learned" else SAMPLE
     if length < 1:
         return []
@@ -328,7 +328,7 @@ def attention_of(label: str, seed: int, folder: Path, report: Any = None) -> lis
     model, config = load_model(folder)
     corpus = data.load(config.data)
     length = min(WINDOW, config.model.context)
-    tokens = corpus.windows(1, length)[0]
+    tokens = corpus.val.read(0, length)[None]
     layers: list[list[Any]] = []
 
     def collect(*_: Any) -> None:

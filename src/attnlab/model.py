@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from . import attention
 from .cache import Cache
 from .config import ModelConfig
+from .documents import PLAIN, Documents
 from .kernels.drop import dropout
 from .ops import note, with_loss
 from .spec import CAUSAL, AttentionConfig, Mask, UserError
-
-PLAIN = Mask(plain=True)
 
 
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
@@ -138,8 +137,14 @@ class Block(nn.Module):
         self.ff = Experts(config) if config.ff == "moe" else FeedForward(config)
         self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask) -> tuple[Tensor, Cache | None]:
-        y, cache = self.attention(self.attention_norm(x), positions, cache, mask)
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask, documents: Documents | None = None
+    ) -> tuple[Tensor, Cache | None]:
+        y = self.attention_norm(x)
+        if documents is None:
+            y, cache = self.attention(y, positions, cache, mask)
+        else:
+            y = documents.attend(self.attention, y)
         x = x + self.drop(y)
         return x + self.drop(self.ff(self.ff_norm(x))), cache
 
@@ -174,17 +179,35 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.out, std=small)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Cache] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: list[Cache] | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
-        """`positions` (B L, -1: padding) None: the tokens follow on from those in the cache, and none is padding."""
-        x, caches = self.hidden(tokens, positions, cache)
+        """`positions` (B L, -1: padding) None: the tokens follow on from those in the cache, and none is padding.
+
+        `documents` (B L, -1: padding): which document of its row each token belongs to, where rows hold several, whole;
+        each is then read as if it were alone. The logits of padding mean nothing.
+        """
+        x, caches = self.hidden(tokens, positions, cache, documents)
         return self.head(x), caches
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: list[Cache] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: list[Cache] | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
         """What the head reads: B L D."""
-        mask = CAUSAL
+        mask, packed = CAUSAL, None
+        if documents is not None:
+            if positions is not None or cache:
+                raise UserError("packed documents have positions of their own and no cache: give documents alone")
+            packed = Documents.of(documents)
+            tokens, positions = packed.packed(tokens), packed.places
+            self._check_length(packed.positions.shape[1])
         if positions is None:
             start = cache[0].tokens if cache else 0
             if cache and cache[0].ragged and start:
@@ -198,9 +221,10 @@ class Decoder(nn.Module):
         x = self.drop(x)
         kept = []
         for i, layer in enumerate(self.layers):
-            x, after = layer(x, positions, cache[i] if cache else None, mask)
+            x, after = layer(x, positions, cache[i] if cache else None, mask, packed)
             kept.append(after)
-        return self.norm(x), kept if cache else None
+        x = self.norm(x)
+        return packed.unpacked(x) if packed else x, kept if cache else None
 
     def blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
@@ -212,9 +236,9 @@ class Decoder(nn.Module):
                 "shorten the prompt or ask for fewer tokens, or train with rotary positions"
             )
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Mean cross entropy in nats per token, targets B L; a target of -1 does not count."""
-        logits, _ = self(tokens)
+        logits, _ = self(tokens, documents=documents)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def empty_cache(

@@ -45,7 +45,7 @@ class Mask:
     """Who may see whom, decided by position alone; data, so that a kernel can read it instead of calling it."""
 
     window: int | None = None  # a query sees itself and the window - 1 positions before it
-    plain: bool = False  # a promise: every row holds positions 0, 1, 2, ... with no padding, so position = index
+    plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., padding only after them, as if by index
 
     def __call__(self, q: Any, k: Any) -> Any:
         """Whether the query at position `q` sees the key at `k`; any broadcasting arrays: NumPy, Torch, JAX."""

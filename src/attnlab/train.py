@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ class Trainer:
     config: RunConfig
     corpus: data.Corpus
     model: Decoder
-    loss: Callable[[Tensor, Tensor], Tensor]  # compiled, where the config asks for it
+    loss: Callable[..., Tensor]  # (x, y, documents); compiled, where the config asks for it
     optimizers: dict[str, torch.optim.Optimizer]
     accelerator: Any
     precision: str  # fp32 or bf16
@@ -158,29 +158,34 @@ class Trainer:
         """Weights stay float32; with bf16 the matrix products read them rounded."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """The parts of step `step` that are accumulated, each (x, y)."""
-        train = self.config.train
-        x, y = self.corpus.batch(self.config.seed, step, train.batch_size * train.accumulate, self.config.model.context)
-        x, y = x.to(self.device), y.to(self.device)
-        return list(zip(x.chunk(train.accumulate), y.chunk(train.accumulate), strict=True))
+    def batch(self, step: int) -> list[data.Batch]:
+        """The parts of step `step` that are accumulated, on the host."""
+        size, seed = self.config.train.batch_size, self.config.seed
+        whole = self.corpus.batch(seed, step, size * self.config.train.accumulate, self.config.model.context)
+        return [whole.rows(at, at + size) for at in range(0, len(whole.x), size)]
 
 
-def train_step(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
-    """One optimizer step, number `step` from 0. Returns (mean loss, gradient norm before clipping)."""
+class Step(NamedTuple):
+    """What a step tells."""
+
+    loss: Tensor  # mean over its targets
+    norm: Tensor  # of the gradient, before clipping
+    tokens: int  # targets that counted
+
+
+def train_step(trainer: Trainer, step: int) -> Step:
+    """One optimizer step, number `step` from 0."""
     config, model = trainer.config.train, trainer.model
     seed_dropout(trainer.config.seed, step, trainer.device)
-    total = torch.zeros((), device=trainer.device)
-    for x, y in trainer.batch(step):
+    parts = trainer.batch(step)
+    total, counts = torch.zeros((), device=trainer.device), [part.counted() for part in parts]
+    for part, count, before in zip(parts, counts, [counts[0], *counts], strict=False):
+        divide_gradients(model, count / before)
         with trainer.autocast():
-            loss = trainer.loss(x, y)
+            loss = trainer.loss(*part.to(trainer.device))
         trainer.accelerator.backward(loss)
-        total += loss.detach()
-    if config.accumulate > 1:
-        # not loss / accumulate: auxiliary losses add gradients of their own, which no factor on the loss would reach
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(config.accumulate)
+        total += loss.detach() * count
+    divide_gradients(model, sum(counts) / counts[-1])
     norm = trainer.accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     rate = learning_rate(config, step)
     for optimizer in trainer.optimizers.values():
@@ -188,21 +193,32 @@ def train_step(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return total / config.accumulate, norm
+    return Step(total / sum(counts), norm, sum(counts))
+
+
+def divide_gradients(model: nn.Module, by: float) -> None:
+    """So that each accumulated part weighs as much as it has targets: before a part, those gathered are brought to its
+    size. No factor on the loss would do, because auxiliary losses add gradients of their own."""
+    if by != 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(by)
 
 
 @torch.no_grad()
 def validate(trainer: Trainer) -> float:
-    """Mean loss in nats per token on the fixed held-out windows."""
-    train = trainer.config.train
-    x, y = trainer.corpus.windows(train.eval_batches * train.batch_size, trainer.config.model.context)
+    """Mean loss in nats over the targets of the fixed held-out rows."""
+    size, context = trainer.config.train.batch_size, trainer.config.model.context
+    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, context)
+    parts = [whole.rows(at, at + size) for at in range(0, len(whole.x), size)]
     losses = []
     trainer.model.eval()
-    for part_x, part_y in zip(x.split(train.batch_size), y.split(train.batch_size), strict=True):
+    for part in parts:
         with trainer.autocast():
-            losses.append(trainer.loss(part_x.to(trainer.device), part_y.to(trainer.device)).float())
+            losses.append(trainer.loss(*part.to(trainer.device)).float())
     trainer.model.train()
-    return torch.stack(losses).double().mean().item()
+    each = zip(torch.stack(losses).tolist(), (part.counted() for part in parts), strict=True)
+    return sum(loss * count for loss, count in each) / whole.counted()
 
 
 def seed_dropout(seed: int, step: int, device: torch.device) -> None:
@@ -247,10 +263,11 @@ class Log:
 
     step: int = 0
     seconds: float = 0.0
+    tokens: int = 0  # learnt from: padding does not count
     interval: list[float] = field(default_factory=list)  # losses since the last record
     # of this sitting only:
     norm: float = 0.0
-    steps: int = 0  # since the last record
+    recent: int = 0  # tokens since the last record
     busy: float = 0.0  # seconds of those steps
     warm: bool = False  # whether a whole interval has passed
     saved: int | None = None
@@ -265,7 +282,7 @@ class Log:
         folder.forget_after(step)
         load_weights(trainer.model, model)
         load_optimizer_tensors(trainer.model, _bare(trainer.optimizers), optimizer)
-        return cls(step=step, seconds=state["seconds"], interval=state["interval"], saved=step)
+        return cls(step, state["seconds"], state["tokens"], state["interval"], saved=step)
 
 
 def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, tell: Listener) -> None:
@@ -277,9 +294,11 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
         started = time.perf_counter()
         reports = _due(log.step + 1, config.log_every, config.steps)
         with _auxiliary_losses(reports) as auxiliary:
-            fresh.append(train_step(trainer, log.step))
+            done = train_step(trainer, log.step)
+        fresh.append((done.loss, done.norm))
         log.step += 1
-        log.steps += 1
+        log.tokens += done.tokens
+        log.recent += done.tokens
         validates = _due(log.step, config.eval_every, config.steps)
         saves = _due(log.step, config.save_every, config.steps)
         if reports or validates or saves:
@@ -335,23 +354,22 @@ def _diverged(trainer: Trainer, folder: RunFolder, what: str, value: float, step
 
 def _report(trainer: Trainer, folder: RunFolder, log: Log, auxiliary: Mapping[str, list[Tensor]]) -> dict[str, Any]:
     config = trainer.config
-    tokens = log.steps * config.train.batch_size * config.train.accumulate * config.model.context
     record = {
         "step": log.step,
         "loss": statistics.fmean(log.interval),
         "lr": learning_rate(config.train, log.step - 1),
         "grad_norm": log.norm,
-        "tokens_per_s": tokens / log.busy,
+        "tokens_per_s": log.recent / log.busy,
         **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
     }
     folder.log(record if log.warm else record | {"warm_up": True})
-    log.interval, log.steps, log.busy, log.warm = [], 0, 0.0, True
+    log.interval, log.recent, log.busy, log.warm = [], 0, 0.0, True
     return record
 
 
 def _save(trainer: Trainer, folder: RunFolder, log: Log) -> None:
     if log.saved != log.step:
-        state = {"seconds": log.seconds, "interval": log.interval}
+        state = {"seconds": log.seconds, "tokens": log.tokens, "interval": log.interval}
         folder.save(log.step, trainer.model, optimizer_tensors(trainer.model, _bare(trainer.optimizers)), state)
         log.saved = log.step
 
@@ -364,7 +382,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
     timed = [r for r in records if "tokens_per_s" in r]
     rates = [r["tokens_per_s"] for r in timed if "warm_up" not in r] or [r["tokens_per_s"] for r in timed]
     specs = [layer.cache_spec for layer in attention_configs(config.model)]
-    context, train = config.model.context, config.train
+    context = config.model.context
     return RunResult(
         name=config.name,
         mechanism=config.mechanism,
@@ -377,7 +395,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
         cache_bytes=sum(spec.floats(context) for spec in specs) * next(model.parameters()).element_size(),
         flops_per_token=flops_per_token(config.model, context),
         steps=log.step,
-        tokens=log.step * train.batch_size * train.accumulate * context,
+        tokens=log.tokens,
         context=context,
         train_loss=train_curve[-1][1] if train_curve else None,
         val_loss=curve[-1][1] if curve else None,

@@ -1,13 +1,19 @@
-"""A corpus: one long row of token ids, cut into train and validation, read at places that (seed, step) alone decide."""
+"""A corpus: a long row of token ids to train on and one to validate on, read at places that (seed, step) alone decide.
+
+Every unit of it, a window of the stream or a row of whole documents, is read once an epoch, in an order that nothing
+has to remember (`sampler`). A mixture takes from several corpora by weight; each keeps to its own epochs.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +21,45 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..spec import UserError
-from .tokenizer import CharTokenizer
+from . import packing, sampler
+from .tokenizer import CharTokenizer, Tokenizer
+from .tokenizer import tokenizer as named_tokenizer
+from .tokens import Tokens
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+ONE_PART = re.compile(r"([0-9.]+)\*(.+?)(?=\+[0-9.]+\*|$)\+?")  # of a mixture: a number, * and a source
+
+
+class Batch(NamedTuple):
+    """Inputs and targets, int64 [B T]; a target of -1 does not count."""
+
+    x: Tensor
+    y: Tensor
+    documents: Tensor | None = None  # which document of its row a token belongs to, -1: padding; None: one per row
+
+    def rows(self, start: int, stop: int) -> Batch:
+        return self._each(lambda t: t[start:stop])
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each(lambda t: t.to(device))
+
+    def counted(self) -> int:
+        """Targets that count."""
+        return int((self.y >= 0).sum())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.x), change(self.y), None if self.documents is None else change(self.documents))
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     source: str
-    tokenizer: CharTokenizer
-    train: Tensor  # int32, 1-D
-    val: Tensor  # int32, 1-D
+    tokenizer: Tokenizer
+    train: Tokens
+    val: Tokens
+    pack: str = "stream"  # or "documents"
+    _plans: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -34,66 +67,198 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of ids, split and tokenizer: two runs with the same one saw the same data."""
-        digest = hashlib.sha256(json.dumps(self.tokenizer.to_json(), sort_keys=True).encode())
-        for split in (self.train, self.val):
-            digest.update(len(split).to_bytes(8, "little"))
-            digest.update(split.numpy().astype("<i4", copy=False).data)
-        return digest.hexdigest()
+        """sha256 of ids, documents, split and tokenizer: two runs with the same one saw the same data."""
+        parts = self.tokenizer.fingerprint, self.train.digest, self.val.digest
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def check(self, context: int) -> None:
-        """UserError unless both splits hold at least one window of `context` tokens and the token after it."""
-        for name, split in (("training", self.train), ("validation", self.val)):
-            if len(split) <= context:
+        """UserError unless both splits hold something to predict, and one whole window where it is read as a stream."""
+        for name, split in (("training", "train"), ("validation", "val")):
+            tokens = self.split(split)
+            if len(tokens) < 2 or (self.pack == "documents" and not len(self._plan(split, context))):
                 raise UserError(
-                    f"the {name} part of {self.source!r} has {len(split)} tokens, but one window of context {context} "
-                    f"needs {context + 1}; give more text or a context of at most {max(len(split) - 1, 0)}"
+                    f"the {name} part of {self.source!r} has {len(tokens)} tokens and nothing to predict; give "
+                    "more text"
+                )
+            if self.pack == "stream" and len(tokens) <= context:
+                raise UserError(
+                    f"the {name} part of {self.source!r} has {len(tokens)} tokens, but one window of context {context} "
+                    f"needs {context + 1}; give more text or a context of at most {len(tokens) - 1}"
                 )
 
-    def batch(self, seed: int, step: int, batch_size: int, context: int) -> tuple[Tensor, Tensor]:
-        """(x, y), int64 [B T], y one token ahead of x; windows start anywhere in the training part, as in nanoGPT.
+    def batch(self, seed: int, step: int, batch_size: int, context: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of step `step` (from 0) that process `rank` of `world` reads; all of them make up the same global
+        batch of `batch_size` rows, whatever their number.
 
-        A pure function of its arguments: step 1000 needs no steps before it. The first rows of a larger batch are the
-        rows of a smaller one.
+        A pure function of its arguments: step 1000 needs no steps before it. A process takes neighbouring rows, as an
+        accumulated part does, so that each has its share of a mixture, which takes its corpora in turn.
         """
         self.check(context)
-        # raw counter output, because NumPy promises that stream, but not its distributions, to be stable for ever
-        raw = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
-        starts = raw % np.uint64(len(self.train) - context)
-        return _gather(self.train, starts.astype(np.int64), context)
+        first, last = (step * batch_size + batch_size * part // world for part in (rank, rank + 1))
+        return self._samples(np.arange(first, last), context, seed)
 
-    def windows(self, count: int, context: int, split: str = "val") -> tuple[Tensor, Tensor]:
-        """(x, y), int64 [count T]: always the same windows, spread evenly from the first token to the last."""
+    def windows(self, count: int, context: int, split: str = "val") -> Batch:
+        """Always the same `count` rows, spread evenly from the first token of a split to the last."""
         self.check(context)
-        tokens = {"train": self.train, "val": self.val}[split]
-        return _gather(tokens, np.linspace(0, len(tokens) - context - 1, count).astype(np.int64), context)
+        last = self._size(split, context) - 1
+        return self._rows(np.linspace(0, last, count).astype(np.int64), context, split)
+
+    def split(self, name: str) -> Tokens:
+        return {"train": self.train, "val": self.val}[name]
+
+    def _samples(self, samples: np.ndarray, context: int, *key: int) -> Batch:
+        """Training rows by their numbers in the endless order that belongs to `key`."""
+        keys = sampler.key_of(*key).repeat(len(samples))
+        if self.pack == "stream":
+            where = sampler.window_starts(samples, len(self.train), context, keys)
+        else:
+            where = sampler.units(samples, self._size("train", context), keys)[0].astype(np.int64)
+        return self._rows(where, context, "train")
+
+    def _size(self, split: str, context: int) -> int:
+        """How many places there are to read a row at."""
+        return len(self.split(split)) - context if self.pack == "stream" else len(self._plan(split, context))
+
+    def _rows(self, where: np.ndarray, context: int, split: str) -> Batch:
+        tokens = self.split(split)
+        if self.pack == "documents":
+            return Batch(*map(torch.from_numpy, packing.read(tokens, self._plan(split, context), where, context)))
+        both = tokens.gather(where, context + 1)
+        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+
+    def _plan(self, split: str, context: int) -> np.ndarray:
+        if (split, context) not in self._plans:
+            tokens = self.split(split)
+            self._plans[split, context] = packing.plan(tokens.documents, len(tokens), context)
+        return self._plans[split, context]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mixture(Corpus):
+    """Several corpora of one tokenizer; `train` and `val` are theirs in a row, batches take from each by weight."""
+
+    parts: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, source: str, parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
+        first = parts[0]
+        for other in parts[1:]:
+            if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+                raise UserError(
+                    f"{first.source!r} and {other.source!r} were made with different tokenizers, and a mixture needs "
+                    "one; prepare them with the same, or give data.tokenizer byte or gpt2 for texts"
+                )
+        return cls(
+            source=source,
+            tokenizer=first.tokenizer,
+            train=_joined([part.train for part in parts]),
+            val=_joined([part.val for part in parts]),
+            pack=first.pack,
+            parts=tuple(parts),
+            weights=tuple(weights),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+
+    def check(self, context: int) -> None:
+        for part in self.parts:
+            part.check(context)
+
+    def windows(self, count: int, context: int, split: str = "val") -> Batch:
+        """Always the same `count` rows, of each corpus by its weight."""
+        found = sampler.shares(np.arange(count), self.weights)
+        return _merged(
+            [(rows, p.windows(len(rows), context, split)) for p, (rows, _) in zip(self.parts, found, strict=True)]
+        )
+
+    def _samples(self, samples: np.ndarray, context: int, *key: int) -> Batch:
+        found = zip(self.parts, sampler.shares(samples, self.weights), strict=True)
+        return _merged([(rows, part._samples(own, context, *key, i)) for i, (part, (rows, own)) in enumerate(found)])
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    """One row after another, without a copy of any."""
+    starts = np.cumsum([0, *map(len, parts)])
+    documents = np.unique(np.concatenate([start + part.documents for start, part in zip(starts, parts, strict=False)]))
+    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
+    return Tokens([array for part in parts for array in part.parts], documents, digest)
+
+
+def _merged(found: Sequence[tuple[np.ndarray, Batch]]) -> Batch:
+    """Batches in one, each row in its place."""
+    order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in found])))
+    x, y, documents = zip(*(batch for _, batch in found), strict=True)
+    packed = None if documents[0] is None else torch.cat(documents)[order]
+    return Batch(torch.cat(x)[order], torch.cat(y)[order], packed)
 
 
 def load(config: DataConfig) -> Corpus:
-    """The corpus that `config.source` names: "shakespeare", or "text:PATH" for a UTF-8 file or a folder of them."""
-    kind, _, path = config.source.partition(":")
+    """The corpus that `config.source` names: "shakespeare"; "text:PATH", a UTF-8 file or a folder of them;
+    "prepared:DIR", what `attnlab prepare` made; or a mixture, "0.7*prepared:A+0.3*text:B"."""
+    found = list(ONE_PART.finditer(config.source))
+    if not found or "".join(part.group() for part in found) != config.source:
+        return _one(config, config.source)
+    parts = [_one(config, part[2]) for part in found]
+    return Mixture.of(config.source, parts, [_weight(part[1], config.source) for part in found])
+
+
+def _weight(text: str, source: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not weight > 0:
+        raise UserError(f"the weight {text} in the mixture {source!r} is not a number above 0; give one such as 0.5")
+    return weight
+
+
+def _one(config: DataConfig, source: str) -> Corpus:
+    kind, _, path = source.partition(":")
     if kind == "text" and path:
-        text = read_text(Path(path).expanduser())
-    elif config.source == SHAKESPEARE:
-        text = _shakespeare()
+        texts = read_texts(Path(path).expanduser())
+    elif source == SHAKESPEARE:
+        texts = [_shakespeare()]
     else:
         raise UserError(
-            f"data source {config.source!r} is unknown; allowed are {SHAKESPEARE!r} and 'text:PATH', where PATH is a "
-            "UTF-8 file or a folder of such files"
+            f"data source {source!r} is unknown; allowed are {SHAKESPEARE!r}, 'text:PATH' (a UTF-8 file or a folder of "
+            "such files), 'prepared:DIR' (what attnlab prepare made) and mixtures such as '0.7*prepared:A+0.3*text:B'"
         )
-    return from_text(text, config.source, config.val_fraction)
+    made = None if config.tokenizer in ("auto", CharTokenizer.kind) else named_tokenizer(config.tokenizer)
+    return from_texts(texts, source, config.val_fraction, made, config.pack)
 
 
 def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
     """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
-    tokenizer = CharTokenizer.of(text)
-    ids = torch.from_numpy(tokenizer.encode_array(text))
+    return from_texts([text], source, val_fraction)
+
+
+def from_texts(
+    texts: Sequence[str],
+    source: str = "text",
+    val_fraction: float = 0.1,
+    tokenizer: Tokenizer | None = None,
+    pack: str = "stream",
+) -> Corpus:
+    """The same for several documents, each ended by the tokenizer's end of document, if it has one."""
+    made = tokenizer or CharTokenizer.of("".join(texts))
+    end = [] if made.end is None else [np.array([made.end], np.int32)]
+    pieces = [np.concatenate([made.encode_array(text), *end]) for text in texts]
+    ids, starts = np.concatenate(pieces), np.cumsum([0, *map(len, pieces[:-1])])
     cut = int(len(ids) * (1 - val_fraction))
-    return Corpus(source, tokenizer, train=ids[:cut], val=ids[cut:])
+    val = np.unique(np.concatenate([[0], starts[starts > cut] - cut]))
+    return Corpus(source, made, Tokens.of(ids[:cut], starts[starts < max(cut, 1)]), Tokens.of(ids[cut:], val), pack)
 
 
 def read_text(path: Path) -> str:
     """The text of one file, or of every file under a folder (hidden ones left out) in the order of their paths."""
+    return "".join(read_texts(path))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The same, file by file."""
     if not path.exists():
         raise UserError(f"{path} does not exist; text:PATH needs a UTF-8 text file or a folder of such files")
     found = [path] if path.is_file() else sorted(_visible_files(path), key=lambda file: file.relative_to(path).parts)
@@ -102,7 +267,7 @@ def read_text(path: Path) -> str:
         what = "is empty" if path.is_file() else f"has no text in it ({len(found)} files, all empty)"
         raise UserError(f"{path} {what}; give a UTF-8 text file or a folder of such files")
     # a file that lacks its last newline must not run into the next one's first word
-    return "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + texts[-1]
+    return [text if text.endswith("\n") else text + "\n" for text in texts[:-1]] + texts[-1:]
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -137,8 +302,3 @@ def _shakespeare() -> str:
             "install attnlab again (a checkout must not rewrite its line ends)"
         )
     return content.decode("utf-8")
-
-
-def _gather(tokens: Tensor, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
-    both = tokens.unfold(0, context + 1, 1)[torch.from_numpy(starts)].long()
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
