@@ -2,6 +2,7 @@
 
 from .bpe import BPETokenizer
 from .corpus import SHAKESPEARE_SHA256, Batch, Corpus, from_text, from_texts, load, read_text
+from .shards import Prepared
 from .tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
 
@@ -12,6 +13,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "Prepared",
     "Tokenizer",
     "Tokens",
     "from_json",

@@ -1,37 +1,36 @@
 """A long row of token ids, in one piece or in many, that says where its documents begin.
 
-In memory (`Tokens.of`) or memory-mapped from shards (`shards.open_split`), it is read in the same two ways: one stretch
-at a time, or many windows at once.
+In memory (`Tokens.of`) or memory-mapped (`shards.Prepared`), it is read in the same two ways: one stretch at a time, or
+many windows at once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Documents = np.ndarray | Callable[[], np.ndarray] | None
+
 
 class Tokens:
     """`parts` follow one another; windows cross from one into the next without anyone noticing.
 
-    documents: int64, where each document begins, ascending, the first at 0; one document where nothing is known.
+    documents: where each begins; a function where finding out takes long; None: the row is one document.
     digest: what identifies the contents; computed from them where none is given.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], documents: np.ndarray | None = None, digest: str = ""):
+    def __init__(self, parts: Sequence[np.ndarray], documents: Documents = None, digest: str = ""):
         self.parts = list(parts)
-        self.documents = np.zeros(1, np.int64) if documents is None else np.asarray(documents, np.int64)
+        self._documents, self._digest = documents, digest
         self._edges = np.cumsum([0, *map(len, self.parts)])
-        self._digest = digest
-        assert self.documents[0] == 0 and (np.diff(self.documents) > 0).all(), "documents begin at 0 and ascend"
-        assert self.documents[-1] <= len(self), "a document begins after the last token"
 
     @classmethod
-    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: np.ndarray | None = None) -> Tokens:
+    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: Documents = None) -> Tokens:
         """A row in memory."""
         return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents)
 
@@ -56,6 +55,15 @@ class Tokens:
         for row in np.flatnonzero(first != last):
             out[row] = self._read(starts[row], starts[row] + length)
         return torch.from_numpy(out)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """int64, where each document begins, ascending, the first at 0."""
+        found = self._documents() if callable(self._documents) else self._documents
+        starts = np.zeros(1, np.int64) if found is None else np.asarray(found, np.int64)
+        assert starts[0] == 0 and (np.diff(starts) > 0).all(), "documents begin at 0 and ascend"
+        assert starts[-1] <= len(self), "a document begins after the last token"
+        return starts
 
     @cached_property
     def digest(self) -> str:

@@ -1,0 +1,306 @@
+"""A prepared corpus: a folder of token ids as plain numbers, memory-mapped, so that opening one takes no time.
+
+    manifest.json              what it is and where it came from; written last, so a folder that has it is whole
+    tokenizer.json             how its text became ids
+    train-00000.bin ...        uint16 (uint32 above 65,536 ids), little-endian, `shard_tokens` ids in each but the last
+    train.documents.bin        int64: where each document of the split begins
+
+and the same for val and test. A folder of nanoGPT's (train.bin, val.bin, perhaps meta.pkl) is read too, and written:
+there each split is one file of uint16. Checksums of all files stand in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..results import read_json
+from ..spec import UserError, choose
+from .bpe import gpt2
+from .tokenizer import CharTokenizer, Tokenizer, tokenizer
+from .tokens import Tokens
+
+FORMAT = 1
+SPLITS = ("train", "val", "test")
+UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
+CHUNK = 1 << 20
+META = 1 << 24  # bytes; nanoGPT's meta.pkl has a few thousand
+
+Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
+
+
+def file_name(split: str, number: int, layout: str) -> str:
+    return f"{split}.bin" if layout == "nanogpt" else f"{split}-{number:05d}.bin"
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+# reading
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened folder. Sizes and the tokenizer were compared with the manifest; `verify` reads every byte."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Prepared:
+        """UserError where there is none, or where it is unfinished, cut short or at odds with itself."""
+        path = Path(folder).expanduser()
+        if not (path / "manifest.json").exists():
+            return cls(path, _nanogpt_manifest(path))
+        manifest = read_json(path / "manifest.json")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path} has format {found}, but this version reads format {FORMAT}; prepare it again")
+        opened = cls(path, manifest)
+        try:
+            opened._compare()
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path / 'manifest.json'} lacks parts; prepare the folder again") from None
+        return opened
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.manifest["splits"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """UserError where it is not the one that made the ids."""
+        if "format" not in self.manifest:
+            return _nanogpt_tokenizer(self.path)
+        found = tokenizer(self.path)
+        if found.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
+            raise UserError(
+                f"{self.path / 'tokenizer.json'} is not the tokenizer that made these ids (the manifest has another "
+                "fingerprint); bring the old file back, or prepare the folder again"
+            )
+        return found
+
+    def split(self, name: str) -> Tokens:
+        """One split, memory-mapped. UserError names the splits there are."""
+        split = self.manifest["splits"][choose(f"split of {self.path}", name, self.splits)]
+        dtype = np.dtype(self.manifest["dtype"])
+        parts = [
+            np.memmap(self.path / shard["file"], dtype, "r") if shard["tokens"] else np.empty(0, dtype)
+            for shard in split["shards"]
+        ]
+        if "index" not in split:
+            return Tokens(parts, lambda: _starts_after(parts, self.tokenizer.end))
+        documents = np.fromfile(self.path / split["index"]["file"], "<i8")
+        if documents[0] != 0 or not (np.diff(documents) > 0).all() or documents[-1] > split["tokens"]:
+            raise UserError(f"{self.path / split['index']['file']} is damaged; prepare the folder again")
+        sums = [shard["sha256"] for shard in [*split["shards"], split["index"]]]
+        return Tokens(parts, documents, hashlib.sha256(" ".join(sums).encode()).hexdigest())
+
+    def verify(self, progress: Progress = lambda what, done, of: None) -> None:
+        """Read every byte. UserError names the file whose checksum the manifest does not have."""
+        files = [
+            file for split in self.manifest["splits"].values() for file in [*split["shards"], split.get("index", {})]
+        ]
+        known = [(self.path / file["file"], file["sha256"]) for file in files if "sha256" in file]
+        for number, (path, expected) in enumerate(known):
+            progress(path.name, number, len(known))
+            if checksum(path).hexdigest() != expected:
+                raise UserError(f"{path} has changed since it was written; prepare the folder again")
+
+    def _compare(self) -> None:
+        width = np.dtype(self.manifest["dtype"]).itemsize
+        for name, split in self.manifest["splits"].items():
+            if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
+                raise UserError(
+                    f"{self.path / 'manifest.json'} says that {name} has {split['tokens']} tokens, but its shards have "
+                    f"{sum(shard['tokens'] for shard in split['shards'])}; prepare the folder again"
+                )
+            sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
+            for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
+                held = (self.path / file).stat().st_size if (self.path / file).exists() else None
+                if held != expected:
+                    why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"
+                    raise UserError(f"{self.path / file} {why}; bring the whole file back, or prepare the folder again")
+        self.tokenizer  # noqa: B018
+
+
+def checksum(path: Path) -> Any:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest
+
+
+def _starts_after(parts: list[np.ndarray], end: int | None) -> np.ndarray:
+    """Where documents begin in a row that says so only by the token that ends one."""
+    starts, at, length = [np.zeros(1, np.int64)], 0, sum(map(len, parts))
+    for part in parts if end is not None else []:
+        for first in range(0, len(part), CHUNK):
+            ends = np.flatnonzero(part[first : first + CHUNK] == end)
+            starts.append(at + first + ends + 1)
+        at += len(part)
+    found = np.concatenate(starts)
+    return found[(found < length) | (found == 0)]
+
+
+# nanoGPT's folders
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Numbers, strings and containers; anything that would have to be imported is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise UserError(f"asks for {module}.{name}")
+
+
+def _nanogpt_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest of such a folder would say; it has no "format"."""
+    if path.with_name(path.name + UNFINISHED).exists():
+        raise UserError(f"{path} is not finished: run the attnlab prepare that began it again, and it will go on")
+    found = {split: path / f"{split}.bin" for split in ("train", "val") if (path / f"{split}.bin").exists()}
+    if "train" not in found:
+        why = "has neither manifest.json nor train.bin" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {why}, so it is not a prepared corpus; give the --out folder of 'attnlab prepare'")
+    splits = {}
+    for split, file in found.items():
+        if (size := file.stat().st_size) % 2:
+            raise UserError(f"{file} has {size} bytes, which are no whole number of 2-byte ids: it was cut short")
+        splits[split] = {"tokens": size // 2, "shards": [{"file": file.name, "tokens": size // 2}]}
+    return {"layout": "nanogpt", "dtype": "<u2", "splits": splits}
+
+
+def _nanogpt_tokenizer(path: Path) -> Tokenizer:
+    """Characters where there is a meta.pkl, GPT-2's where there is none: nanoGPT's own rule."""
+    meta = path / "meta.pkl"
+    if (path / "tokenizer.json").exists():
+        return tokenizer(path)
+    return CharTokenizer(read_meta(meta)) if meta.exists() else gpt2()
+
+
+def read_meta(path: Path) -> str:
+    """The characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
+    try:
+        if path.stat().st_size > META:
+            raise UserError("is larger than such a file can be")
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        letters = {int(i): str(letter) for i, letter in meta["itos"].items()}
+        chars = "".join(letters[i] for i in range(meta["vocab_size"]))
+        if list(chars) != sorted(set(chars)) or len(chars) != len(letters):
+            raise UserError("has an alphabet that is not in order")
+    except UserError as error:
+        raise UserError(f"{path} {error}: only nanoGPT's own layout is read; put a tokenizer.json beside it") from None
+    except Exception:  # a pickle can fail in any way
+        raise UserError(
+            f"{path} is not nanoGPT's meta.pkl (vocab_size, itos, stoi); put a tokenizer.json beside it"
+        ) from None
+    return chars
+
+
+def write_meta(path: Path, made: Tokenizer) -> None:
+    """What nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos)."""
+    meta: dict[str, Any] = {"vocab_size": made.vocab_size}
+    if isinstance(made, CharTokenizer):
+        meta["itos"] = dict(enumerate(made.chars))
+        meta["stoi"] = {letter: i for i, letter in enumerate(made.chars)}
+    path.write_bytes(pickle.dumps(meta))
+
+
+# writing
+
+
+class SplitWriter:
+    """Appends to the files of one split. What `commit` returns is on the disk by then, and enough to go on from: given
+    as `state`, with counts lowered if need be, everything behind it is cut off.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, layout: str, state: Any = None):
+        state = state or {"tokens": 0, "documents": 0, "shards": []}
+        self.folder, self.split, self.dtype, self.layout = folder, split, dtype, layout
+        self.shard_tokens = shard_tokens if layout == "shards" else sys.maxsize
+        self.tokens: int = state["tokens"]
+        self.documents: int = state["documents"]
+        self.index = folder / f"{split}.documents.bin"
+        self._whole = state["shards"][: self.tokens // self.shard_tokens]
+        self._held = 0  # tokens in the shard being written
+        self._shard: BinaryIO | None = None
+        self._starts = _cut_to(self.index, self.documents * 8)
+        if self.tokens % self.shard_tokens:
+            self._open(self.tokens % self.shard_tokens)
+        number = len(self._whole) + (self._shard is not None)
+        while (behind := folder / file_name(split, number, layout)).exists() and (layout == "shards" or not number):
+            behind.unlink()
+            number += 1
+
+    def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Token ids, and which of them, counted from the first of `ids`, begin a document."""
+        _write(self._starts, (starts + self.tokens).astype("<i8"))
+        self.documents += len(starts)
+        self.tokens += len(ids)
+        while len(ids):
+            if self._shard is None:
+                self._open(0)
+            now, ids = np.split(ids, [self.shard_tokens - self._held])
+            data = now.astype(self.dtype)
+            _write(self._shard, data)
+            self._digest.update(data)
+            self._held += len(now)
+            if self._held == self.shard_tokens:
+                self._whole.append(self._close())
+
+    def commit(self) -> dict[str, Any]:
+        for file in filter(None, (self._starts, self._shard)):
+            os.fsync(file.fileno())
+        shards = [*self._whole, *([self._entry()] if self._shard else [])]
+        return {"tokens": self.tokens, "documents": self.documents, "shards": shards}
+
+    def close(self) -> None:
+        self._starts.close()
+        if self._shard:
+            self._shard.close()
+
+    def _open(self, held: int) -> None:
+        path = self.folder / file_name(self.split, len(self._whole), self.layout)
+        self._shard = _cut_to(path, held * self.dtype.itemsize)
+        self._held, self._digest = held, checksum(path)
+
+    def _entry(self) -> dict[str, Any]:
+        file = file_name(self.split, len(self._whole), self.layout)
+        return {"file": file, "tokens": self._held, "sha256": self._digest.hexdigest()}
+
+    def _close(self) -> dict[str, Any]:
+        assert self._shard is not None
+        os.fsync(self._shard.fileno())
+        self._shard.close()
+        entry = self._entry()
+        self._shard, self._held = None, 0
+        return entry
+
+
+def _cut_to(path: Path, size: int) -> BinaryIO:
+    """The file with its first `size` bytes, ready for more; unbuffered, so that a full disk is noticed where it is."""
+    file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+    if file.seek(0, os.SEEK_END) < size:
+        file.close()
+        raise UserError(f"{path} is shorter than when it was left; delete the unfinished folder and begin again")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _write(file: BinaryIO | None, data: np.ndarray) -> None:
+    assert file is not None
+    left = memoryview(data.tobytes())
+    while left:
+        left = left[file.write(left) :]
