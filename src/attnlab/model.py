@@ -14,6 +14,7 @@ from .cache import Cache
 from .config import ModelConfig
 from .documents import PLAIN, Documents
 from .kernels.drop import dropout
+from .kernels.linear import Linear, linear
 from .ops import note, with_loss
 from .spec import CAUSAL, AttentionConfig, Mask, UserError
 
@@ -25,6 +26,7 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
         "n_heads": config.n_heads,
         "head_dim": config.head_dim or config.d_model // config.n_heads,
         "rope_theta": config.rope_theta if config.positions == "rope" else None,
+        "rope_scaling": config.rope_scaling,
         "bias": config.bias,
         "dropout": config.dropout,
         "impl": config.impl,
@@ -43,18 +45,19 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
 def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that."""
     context = context or config.context
-    experts = config.experts_per_token if config.ff == "moe" else 1
-    router = 2 * config.d_model * config.n_experts if config.ff == "moe" else 0
-    matrices = 3 if config.ff == "swiglu" else 2
-    ff = 2 * matrices * config.d_model * config.resolved_ff_dim * experts + router
-    layers = sum(c.flops(context, context) / context + ff for c in attention_configs(config))
-    return layers + 2 * config.d_model * config.vocab_size
+    matrices = 3 if config.ff_kind == "swiglu" else 2
+    dense = 2 * matrices * config.d_model * config.resolved_ff_dim
+    used = config.experts_per_token + config.experts.shared
+    experts = 2 * config.d_model * (matrices * config.resolved_expert_dim * used + config.n_experts)
+    ff = sum(experts if config.has_experts(i) else dense for i in range(config.n_layers))
+    attending = sum(c.flops(context, context) / context for c in attention_configs(config))
+    return attending + ff + 2 * config.d_model * config.vocab_size
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(config.d_model, eps=1e-6)
-    return nn.LayerNorm(config.d_model, bias=config.bias)
+        return nn.RMSNorm(config.d_model, eps=1e-6 if config.norm_eps is None else config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=1e-5 if config.norm_eps is None else config.norm_eps, bias=config.bias)
 
 
 class Dropout(nn.Dropout):
@@ -64,38 +67,43 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
-class FeedForward(nn.Module):
-    """gelu: W_out gelu(W_in x). relu2: W_out relu(W_in x)^2 (So et al. 2021). swiglu: W_out (silu(W_gate x) * W_in x)
-    (Shazeer 2020)."""
+def activate(kind: str, x: Tensor) -> Tensor:
+    """gelu, exact or as GPT-2 approximates it; relu2: relu(x)^2 (So et al. 2021); swiglu: silu of the first half of x
+    times the second (Shazeer 2020)."""
+    if kind == "swiglu":
+        gate, x = x.chunk(2, -1)
+        return F.silu(gate) * x
+    return F.relu(x).square() if kind == "relu2" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class FeedForward(nn.Module):
+    """W_out activate(W_in x)."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.kind, width = config.ff, config.resolved_ff_dim
-        self.into = nn.Linear(config.d_model, width * (2 if self.kind == "swiglu" else 1), bias=config.bias)
-        self.out = nn.Linear(width, config.d_model, bias=config.bias)
+        self.kind = config.ff_kind
+        self.into = Linear(config.d_model, width * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.out = Linear(width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        if self.kind == "swiglu":
-            gate, x = x.chunk(2, -1)
-            return self.out(F.silu(gate) * x)
-        return self.out(F.relu(x).square() if self.kind == "relu2" else F.gelu(x))
+        return self.out(activate(self.kind, self.into(x)))
 
 
 class Experts(nn.Module):
-    """Mixture of experts: each token goes to its k best of E experts, weighted by softmax over the k logits. Dropless:
-    no expert has a capacity, so every token gets all k. Load is evened out by the loss E sum_i f_i p_i (Switch
-    Transformer, arXiv 2101.03961), or without a loss by a bias on the choice alone (arXiv 2408.15664)."""
+    """Mixture of experts: each token goes to its k best of E experts, weighted by softmax over the k logits, or as
+    `ExpertsConfig` says. Dropless: no expert has a capacity, so every token gets all k. Load is evened out by the loss
+    E sum_i f_i p_i (Switch Transformer, arXiv 2101.03961), or by a bias on the choice alone (arXiv 2408.15664)."""
 
     bias: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.k, self.balance = config.experts_per_token, config.balance
-        E, D, F_ = config.n_experts, config.d_model, config.resolved_ff_dim
-        self.router = nn.Linear(D, E, bias=False)
-        self.into = nn.Parameter(torch.empty(E, F_, D))
+        self.k, self.balance, self.options = config.experts_per_token, config.balance, config.experts
+        E, D, F_ = config.n_experts, config.d_model, config.resolved_expert_dim
+        self.router = Linear(D, E, bias=False)
+        self.into = nn.Parameter(torch.empty(E, F_ * (2 if config.ff_kind == "swiglu" else 1), D))
         self.out = nn.Parameter(torch.empty(E, D, F_))
+        self.shared = FeedForward(config, F_ * config.experts.shared) if config.experts.shared else None
         for weight in (self.into, self.out):
             nn.init.normal_(weight, std=0.02)
         self.register_buffer("bias", torch.zeros(E))  # moves an expert's chance to be chosen, not its weight
@@ -103,8 +111,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         logits = self.router(tokens)
-        chosen = (logits + self.bias.to(logits.dtype)).topk(self.k).indices
-        weight = logits.gather(1, chosen).softmax(-1)
+        chosen, weight = self.route(logits)
         E = len(self.into)
         expert, order = chosen.flatten().sort(stable=True)  # every (token, expert) pair, expert by expert
         counts = note("load", torch.bincount(expert, minlength=E))
@@ -113,10 +120,24 @@ class Experts(nn.Module):
         done = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])
         done = done * weight.flatten()[order, None].to(done.dtype)
         y = torch.zeros_like(tokens, dtype=done.dtype).index_add(0, token, done).view_as(x)
-        return self.even_out(y, logits, counts)
+        return self.even_out(y if self.shared is None else y + self.shared(x), logits, counts)
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts each token goes to, and their weights: T k."""
+        o = self.options
+        sigmoid = o.score == "sigmoid"
+        wish = (logits.sigmoid() if sigmoid else logits) + self.bias.to(logits.dtype)
+        if o.groups > 1:
+            grouped = wish.unflatten(-1, (o.groups, -1))
+            best = grouped.topk(o.group_best).values.sum(-1).topk(o.groups_kept).indices
+            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            wish = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
+        chosen = wish.topk(self.k).indices
+        weight = (F.logsigmoid(logits) if sigmoid else logits.log_softmax(-1)).gather(1, chosen)
+        return chosen, (weight.softmax(-1) if o.normalize else weight.exp()) * o.scale
 
     def expert(self, i: int, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, self.into[i])), self.out[i])
+        return linear(activate(self.options.kind, linear(x, self.into[i])), self.out[i])
 
     def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -130,11 +151,11 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, mixer: AttentionConfig, mechanism: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: AttentionConfig, mechanism: str, experts: bool = False) -> None:
         super().__init__()
         self.attention_norm, self.ff_norm = make_norm(config), make_norm(config)
         self.attention = attention.module(mechanism).Attention(mixer)
-        self.ff = Experts(config) if config.ff == "moe" else FeedForward(config)
+        self.ff = Experts(config) if experts else FeedForward(config, config.resolved_ff_dim)
         self.drop = Dropout(config.dropout)
 
     def forward(
@@ -159,9 +180,10 @@ class Decoder(nn.Module):
         self.place: nn.Embedding | None = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
         self.drop = Dropout(c.dropout)
         mixers = attention_configs(c)
-        self.layers = nn.ModuleList(Block(c, mixer, name) for mixer, name in zip(mixers, c.layers, strict=True))
+        layers = zip(mixers, c.layers, map(c.has_experts, range(c.n_layers)), strict=True)
+        self.layers = nn.ModuleList(Block(c, mixer, name, experts) for mixer, name, experts in layers)
         self.norm = make_norm(c)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.head = Linear(c.d_model, c.vocab_size, bias=False)
         self.init_weights()
         if c.tied:
             self.head.weight = self.embed.weight

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class UserError(ValueError):
@@ -88,6 +88,34 @@ class CacheSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary pairs are slowed so that a model reaches further than it was first trained: `factor` times as slow, all
+    of them (linear), or those that turn fewer than `slow` times over the `original` context, with a ramp up to those
+    that turn more than `fast` times and stay. The ramp is even in turns (llama3) or in the pair's number (yarn, Peng et
+    al. 2023, arXiv 2309.00071)."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original: int = 8192  # tokens
+    slow: float = 1.0
+    fast: float = 4.0
+    whole: bool = True  # yarn: the ramp begins and ends at whole pairs
+    magnitude: float = 1.0  # of what has been turned
+    sharpness: float = 1.0  # of all scores, in mechanisms that turn only a part of each head (mla)
+
+    def __post_init__(self) -> None:
+        choose("kind of rope scaling", self.kind, ("none", "linear", "llama3", "yarn"))
+        if self.factor <= 0 or self.original < 1 or not 0 < self.slow < self.fast:
+            raise UserError(
+                f"rope scaling has factor {self.factor}, original {self.original}, slow {self.slow} and fast "
+                f"{self.fast}: give a factor above 0, at least one token, and a slow above 0 and below fast"
+            )
+
+
+UNSCALED = RopeScaling()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """The fields that fix a mechanism's input and output shapes; subclasses add their own.
 
@@ -98,6 +126,7 @@ class AttentionConfig:
     n_heads: int = 4
     head_dim: int = 16
     rope_theta: float | None = 10_000.0  # None: no rotary embedding; the model adds learned positions
+    rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
     dropout: float = 0.0  # on attention weights, while training
     impl: str = "sdpa"  # which kernel; never changed silently
@@ -110,6 +139,7 @@ class AttentionConfig:
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # ways to compute the same thing: name -> field overrides
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
+    carries: ClassVar[str] = "qkvo"  # its projections that mean what they do in multi-head attention
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
 
     def __init_subclass__(cls) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import attend, ema, note, rope
+from ..ops import Linear, attend, ema, note, rope
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
+from .gqa import head_norms
 from .mka import make_gate
 
 
@@ -49,9 +50,10 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
-        self.q = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
-        self.kv = nn.Linear(c.d_model, 2 * c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        self.q = Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
+        self.kv = Linear(c.d_model, 2 * c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.q_norm, self.k_norm = head_norms(c)
+        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=bool(c.o_bias))
         self.gate = make_gate(c, c.gate_width, 2)
         half_lives = torch.logspace(1, 7, c.d_model, base=2)  # 2 to 128 tokens
         self.decay = nn.Parameter(torch.logit(0.5 ** (1 / half_lives)))
@@ -63,7 +65,8 @@ class Attention(nn.Module):
         weight = note("gate", self.gate(q).softmax(-1).to(x.dtype))
         mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
         k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
-        q, k = rope(q.unflatten(-1, (-1, c.head_dim)), positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        q, k = self.q_norm(q.unflatten(-1, (-1, c.head_dim))), self.k_norm(k)
+        q, k = (rope(heads, positions, c.rope_theta, (), c.rope_scaling) for heads in (q, k))
         seen, cache = extend(before, positions, k=k, v=v)
         dropout = c.dropout if self.training else 0.0
         y = attend(q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=c.impl, dropout=dropout)

@@ -15,13 +15,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import attend, rope
+from ..ops import Linear, RMSNorm, attend, rope
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
     n_kv_heads: int = 0  # 0: n_heads / 4, at least 1
+    qk_norm: float = 0.0  # epsilon of an RMSNorm over each query and key head (Qwen3); 0: none
+    o_bias: bool | None = None  # of the output projection; None: as `bias`
 
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
     source = "Ainslie et al. 2023, arXiv 2305.13245"
@@ -31,6 +33,9 @@ class Config(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.set("o_bias", self.bias if self.o_bias is None else self.o_bias)
+        if self.qk_norm < 0:
+            raise UserError(f"qk_norm is {self.qk_norm}: give a small number such as 1e-6, or 0 for no norm")
         if not self.n_kv_heads:
             self.set("n_kv_heads", self.default_kv_heads)
         if self.n_kv_heads < 0 or self.n_heads % self.n_kv_heads:
@@ -53,18 +58,32 @@ class Config(AttentionConfig):
         return projections + 4 * queries * keys * self.n_heads * self.head_dim
 
 
+def head_norms(config: Config) -> list[nn.Module]:
+    """Of queries, and of keys."""
+    return [RMSNorm(config.head_dim, eps=config.qk_norm) if config.qk_norm else nn.Identity() for _ in "qk"]
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.bias)
-        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        self.qkv = Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.bias)
+        self.q_norm, self.k_norm = head_norms(c)
+        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=bool(c.o_bias))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: B L D -> queries B L N H, keys B L K H, values B L K H, not yet rotated."""
+        c = self.config
+        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 2)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
+        return rope(heads, positions, self.config.rope_theta, (), self.config.rope_scaling)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: B L D -> rotated queries B L N H, rotated keys B L K H, values B L K H."""
-        c = self.config
-        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 2)
-        return rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta), v
+        q, k, v = self.heads(x)
+        return self.turn(q, positions), self.turn(k, positions), v
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c = self.config

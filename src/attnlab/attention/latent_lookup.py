@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
+from ..ops import Linear
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
 
 
@@ -50,8 +51,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = c = config
         heads = c.n_heads * c.head_dim
-        self.q, self.k, self.v = (nn.Linear(c.d_model, heads, bias=c.bias) for _ in range(3))
-        self.o = nn.Linear(heads, c.d_model, bias=c.bias)
+        self.q, self.k, self.v = (Linear(c.d_model, heads, bias=c.bias) for _ in range(3))
+        self.o = Linear(heads, c.d_model, bias=c.bias)
         self.latents = nn.Parameter(torch.randn(c.n_heads, c.n_latents, c.head_dim) * c.head_dim**-0.5)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:

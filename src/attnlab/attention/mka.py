@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import attend, chunk_sums, newest, note, rope, spread
+from ..ops import Linear, attend, chunk_sums, linear, newest, note, spread
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import gqa
 
@@ -73,11 +72,11 @@ def gate_width(config: Config) -> int:
 
 def make_gate(config: gqa.Config, width: int, sources: int) -> nn.Sequential:
     """MLP from a token's query to the logits of its sources; source 0 starts with nearly all the weight."""
-    last = nn.Linear(width, sources)
+    last = Linear(width, sources)
     nn.init.normal_(last.weight, std=0.01)
     with torch.no_grad():
         last.bias.copy_(torch.tensor([5.0] + [0.0] * (sources - 1)))
-    return nn.Sequential(nn.Linear(config.n_heads * config.head_dim, width), nn.GELU(), last)
+    return nn.Sequential(Linear(config.n_heads * config.head_dim, width), nn.GELU(), last)
 
 
 class Attention(gqa.Attention):
@@ -89,9 +88,9 @@ class Attention(gqa.Attention):
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c, before, own = self.config, cache, positions // self.config.chunk
-        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 2)
+        q, k, v = self.heads(x)
         logits = self.gate(q.flatten(2))
-        q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        q, k = self.turn(q, positions), self.turn(k, positions)
         seen, cache = extend(cache, positions, k=k, v=v)
         chunks, cache = self.summarise(x, positions, before, cache)
         keep = self.recall(q, own, chunks, seen)
@@ -116,7 +115,7 @@ class Attention(gqa.Attention):
         sums, which = sums[:, :count], which[:, :count]
         bias = None if self.qkv.bias is None else self.qkv.bias[q_size:]
         k, v = linear(sums / c.chunk, self.qkv.weight[q_size:], bias).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
-        k = rope(k, which * c.chunk + c.chunk - 1, c.rope_theta)
+        k = self.turn(self.k_norm(k), which * c.chunk + c.chunk - 1)
         chunks, kept = extend(before and before.beside["chunks"], which, L, k=k, v=v)
         return chunks, after and kept and replace(after.with_state(sum=still_open), beside={"chunks": kept})
 

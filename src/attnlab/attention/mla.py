@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import RMSNorm, attend, note, rope
+from ..ops import Linear, RMSNorm, attend, note, rope
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError, choose
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
@@ -36,7 +36,7 @@ class Config(AttentionConfig):
 
     formula = "o[n] = softmax([W_q x; rope] [W_uk c; rope]^T / sqrt(H + r)) W_uv c,  c = norm(W_dkv x)"
     source = "DeepSeek-V2 2024, arXiv 2405.04434"
-    caches = "one latent of R floats and one rotary key"
+    caches, carries = "one latent of R floats and one rotary key", "o"
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
     cache_width = "kv_rank"
@@ -55,10 +55,6 @@ class Config(AttentionConfig):
             raise UserError(f"rope_dim is {self.rope_dim}: give an even number, and 0 where positions are learned")
         choose("norm", self.norm, NORMS)
         choose("mode", self.mode, ("auto", *self.modes))
-
-    @property
-    def scale(self) -> float:
-        return (self.head_dim + self.rope_dim) ** -0.5 * self.rope_scaling.sharpness
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -85,14 +81,14 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
+        self.scale = (c.head_dim + c.rope_dim) ** -0.5 * c.rope_scaling.sharpness
         if c.q_rank:
-            self.q_down, self.q_norm = nn.Linear(c.d_model, c.q_rank, bias=c.bias), NORMS[c.norm](c.q_rank, eps=1e-6)
-        self.q = nn.Linear(c.q_rank or c.d_model, c.n_heads * (c.head_dim + c.rope_dim), bias=c.bias)
-        self.down = nn.Linear(c.d_model, c.kv_rank + c.rope_dim, bias=c.bias)
-        self.norm = NORMS[c.norm](c.kv_rank, eps=1e-6)
-        self.k_up = nn.Linear(c.kv_rank, c.n_heads * c.head_dim, bias=False)
-        self.v_up = nn.Linear(c.kv_rank, c.n_heads * c.v_dim, bias=False)
-        self.o = nn.Linear(c.n_heads * c.v_dim, c.d_model, bias=c.bias)
+            self.q_down, self.q_norm = Linear(c.d_model, c.q_rank, bias=c.bias), NORMS[c.norm](c.q_rank, eps=1e-6)
+        self.q = Linear(c.q_rank or c.d_model, c.n_heads * (c.head_dim + c.rope_dim), bias=c.bias)
+        self.down, self.norm = Linear(c.d_model, c.kv_rank + c.rope_dim, c.bias), NORMS[c.norm](c.kv_rank, eps=1e-6)
+        self.k_up = Linear(c.kv_rank, c.n_heads * c.head_dim, bias=False)
+        self.v_up = Linear(c.kv_rank, c.n_heads * c.v_dim, bias=False)
+        self.o = Linear(c.n_heads * c.v_dim, c.d_model, bias=c.bias)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x: B L D -> queries B L N (H + rope_dim), and what to remember: B L (R + rope_dim)."""
@@ -113,10 +109,10 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, keep: Tensor | None = None) -> Tensor:
         """Queries B L N (H + rope_dim) over what is stored -> B L N V."""
-        c, absorbed = self.config, self.config.absorbs(q.shape[1], seen.positions.shape[1])
+        c, dropout = self.config, self.config.dropout if self.training else 0.0
+        absorbed = c.absorbs(q.shape[1], seen.positions.shape[1])
         q, k, v = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
-        scale, dropout = c.scale, c.dropout if self.training else 0.0
-        y = attend(q, k, v, positions, seen.positions, mask, scale, impl=c.impl, dropout=dropout, keep=keep)
+        y = attend(q, k, v, positions, seen.positions, mask, self.scale, impl=c.impl, dropout=dropout, keep=keep)
         return torch.einsum("blnr,nvr->blnv", y, self.v_up.weight.unflatten(0, (c.n_heads, -1))) if absorbed else y
 
     def expand(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..cache import Cache, Output
+from ..ops import Linear
 from ..spec import CAUSAL, Mask
 from . import mha
 
@@ -22,6 +23,7 @@ class Config(mha.Config):
     formula = "y = LayerNorm(x + mha(W_2 gelu(W_1 x)))"
     source = "the MKA project's baseline, after arXiv 2603.20586"
     caches = "keys and values of all N heads"
+    carries = ""  # its heads read the expansion, not x
 
     def flops(self, queries: int, keys: int) -> int:
         return super().flops(queries, keys) + 8 * queries * self.d_model**2
@@ -32,7 +34,7 @@ class Attention(mha.Attention):
         super().__init__(config)
         D = config.d_model
         self.latent = nn.Sequential(
-            nn.Linear(D, 2 * D, bias=config.bias), nn.GELU(), nn.Linear(2 * D, D, bias=config.bias)
+            Linear(D, 2 * D, bias=config.bias), nn.GELU(), Linear(2 * D, D, bias=config.bias)
         )
         self.norm = nn.LayerNorm(D)
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache import Cache, Output, Seen, extend
 from ..kernels import one_row
-from ..ops import attention_weights, kl, newest, rope, with_loss
+from ..ops import Linear, attention_weights, kl, newest, rope, with_loss
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import mla
 
@@ -77,15 +77,15 @@ class Attention(mla.Attention):
 
     def __init__(self, config: Config) -> None:
         super().__init__(c := config)
-        self.index_q = nn.Linear(c.d_model, c.index_heads * c.index_dim, bias=False)
-        self.index_k = nn.Linear(c.d_model, c.index_dim, bias=False)
-        self.index_w = nn.Linear(c.d_model, c.index_heads, bias=False)
+        self.index_q = Linear(c.d_model, c.index_heads * c.index_dim, bias=False)
+        self.index_k = Linear(c.d_model, c.index_dim, bias=False)
+        self.index_w = Linear(c.d_model, c.index_heads, bias=False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # in training
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c, still = self.config, x.detach()
         q, latent = self.project(x, positions)
-        index_k = rope(self.index_k(still)[:, :, None], positions, c.rope_theta)[:, :, 0]
+        index_k = rope(self.index_k(still)[:, :, None], positions, c.rope_theta, (), c.rope_scaling)[:, :, 0]
         seen, cache = extend(cache, positions, latent=latent, index=index_k)
         with torch.no_grad():
             keep = self.select(still, seen, positions, mask)
@@ -101,7 +101,7 @@ class Attention(mla.Attention):
     def score(self, x: Tensor, seen: Seen, positions: Tensor) -> Tensor:
         """The indexer's opinion of every stored token: B L S."""
         c = self.config
-        q = rope(self.index_q(x).unflatten(-1, (c.index_heads, -1)), positions, c.rope_theta)
+        q = rope(self.index_q(x).unflatten(-1, (c.index_heads, -1)), positions, c.rope_theta, (), c.rope_scaling)
         match = torch.einsum("blje,bse->bjls", q, seen.rows["index"].to(q.dtype)).relu()
         weight = self.index_w(x) * (c.index_heads * c.index_dim) ** -0.5
         return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -124,7 +124,7 @@ class Attention(mla.Attention):
         c, every = self.config, self.config.learn_every
         x, q, positions, keep = (t[:, (t.shape[1] - 1) % every :: every] for t in (x, q, positions, keep))
         with torch.no_grad():
-            (q, k, _), scale = self.absorb(q, seen.rows["latent"]), (c.head_dim + c.rope_dim) ** -0.5
-            weights = attention_weights(q, k, positions, seen.positions, CAUSAL, scale, keep=keep[:, None])
+            q, k, _ = self.absorb(q, seen.rows["latent"])
+            weights = attention_weights(q, k, positions, seen.positions, CAUSAL, self.scale, keep=keep[:, None])
         scores = self.score(x, seen, positions)
         return kl(weights.mean(1, dtype=scores.dtype), scores, keep, positions >= 0)
