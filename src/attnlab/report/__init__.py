@@ -14,7 +14,7 @@ from string import Template
 
 from ..results import write_bytes
 from ..spec import need
-from . import figures, sections
+from . import figures, inside, sections
 from .folder import Findings, read
 from .headline import headline
 from .html import Html, script_json, tag
@@ -46,6 +46,7 @@ def page(found: Findings, plotly: str) -> str:
         sections.trade(found, look, drawn),
         sections.decoding(found, look, drawn),
         sections.laws(found, look),
+        inside.heads(found, look, drawn),
         sections.attention(found),
         sections.samples(found, look),
         sections.costs(found, look),
@@ -80,7 +81,7 @@ def page(found: Findings, plotly: str) -> str:
 
 def _contents(body: list[Html]) -> Html:
     """Links to the sections, read off their markup."""
-    found = [str(part).split('<h2 id="')[1].split("</h2>")[0].split('-title">') for part in body]
+    found = [str(part).split('<h2 id="')[1].split("</h2>")[0].split('-title">') for part in body if part]
     return tag("ol", [tag("li", tag("a", Html(title), href=f"#{anchor}")) for anchor, title in found])
 
 

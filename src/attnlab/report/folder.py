@@ -14,7 +14,7 @@ from typing import Any
 from ..results import FORMAT, BenchRecord, LawResult, RunResult, read_json
 from ..spec import UserError
 
-FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json")
+FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json", "heads.json")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Findings:
     bench: list[BenchRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     attention: list[Maps] = field(default_factory=list)
+    heads: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def baseline(self) -> str:
@@ -115,6 +116,7 @@ def read(path: Path) -> Findings:
         bench=load("bench.json", lambda data: [BenchRecord.from_dict(x) for x in data]) or [],
         samples=load("samples.json", lambda data: [dict(x) | {"text": str(x["text"])} for x in data]) or [],
         attention=load("attention.json", lambda data: [_maps(x) for x in data]) or [],
+        heads=load("heads.json", lambda data: [_heads(x) for x in data]) or [],
     )
     if not found.mechanisms:
         files = ", ".join(FILES)
@@ -186,3 +188,19 @@ def _maps(data: dict[str, Any]) -> Maps:
         raise ValueError(f"{len(tokens)} tokens for {shape[0]} rows of attention")
     layers = [[packed(head) for head in layer] for layer in data["layers"]]
     return Maps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers)
+
+
+def _heads(data: dict[str, Any]) -> dict[str, Any]:
+    """Checked as far as the figures rely on it."""
+    scores, marked = data["scores"]["scores"], data["scores"]["marked"]
+    for name in ("induction", "previous token", "copying"):
+        for row in scores[name]:
+            [float(value) for value in row]
+    if [len(row) for row in marked["induction"]] != [len(row) for row in scores["induction"]]:
+        raise ValueError("marks and scores differ in shape")
+    if "emergence" in data:
+        curve = data["emergence"]
+        lengths = {len(curve["steps"]), len(curve["first_half"]), len(curve["second_half"])}
+        if len(lengths | {len(by_step) for by_step in curve["scores"].values()}) != 1:
+            raise ValueError("the curves differ in length")
+    return data | {"mechanism": str(data["mechanism"]), "seed": int(data["seed"])}

@@ -1,0 +1,249 @@
+"""What heads became, in figures: emergence over training, scores of every head, cause beside pattern, latent paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from ..spec import need
+from .figures import Series, View, _bands, _over_seeds, _steps, figure, plain
+from .folder import Findings
+from .html import Html, table
+from .look import MUTED, Look
+from .sections import Figures, named, plot, section
+
+Heads = dict[str, Any]  # one entry of heads.json
+SCORES = {
+    "induction": "share of attention on the token that followed an earlier copy of this one",
+    "previous token": "share of attention on the token before",
+    "copying": "share of the vocabulary that a head raises less than the token it reads; 0.5 by chance",
+}
+
+
+def strongest(entry: Heads, score: str) -> float:
+    """The score of the head that has most of it."""
+    return max(value for row in entry["scores"]["scores"][score] for value in row)
+
+
+def by_mechanism(found: Findings) -> dict[str, list[Heads]]:
+    return {m: own for m in found.mechanisms if (own := [e for e in found.heads if e["mechanism"] == m])}
+
+
+def emergence(found: Findings, look: dict[str, Look]) -> list[View]:
+    """Curves over training, a band from the lowest seed to the highest."""
+    curves: dict[str, tuple[str, Callable[[Heads, int], float], str]] = {
+        "induction": ("induction score of the strongest head", _best("induction"), "reaches 1 where one head does it"),
+        "previous token": (
+            "previous-token score of the strongest head",
+            _best("previous token"),
+            "a head of this kind comes first, because induction reads what it wrote",
+        ),
+        "gain": (
+            "loss before the repeat minus loss on it (nats per token)",
+            lambda curve, i: curve["first_half"][i] - curve["second_half"][i],
+            "above 0, the model predicts the repeat of random tokens better than the tokens themselves",
+        ),
+    }
+    views = []
+    for name, (label, value, meaning) in curves.items():
+        lines = {
+            m: [_line(e["emergence"], value) for e in own if "emergence" in e] for m, own in by_mechanism(found).items()
+        }
+        series: dict[str, Series] = {m: s for m, own in lines.items() if (s := _over_seeds(own))}
+        if series:
+            caption = (
+                f"{label[0].upper()}{label[1:]} at every checkpoint: {meaning}. "
+                "Line: mean over seeds; band: lowest to highest."
+            )
+            drawn = figure(
+                _bands(series, look, ":.3f"), _steps(series), {"title": {"text": label}}, hovermode="x unified"
+            )
+            views.append(View(f"When: {name}", caption, drawn))
+    return views
+
+
+def _best(score: str) -> Callable[[Heads, int], float]:
+    return lambda curve, i: max(value for row in curve["scores"][score][i] for value in row)
+
+
+def _line(curve: Heads, value: Callable[[Heads, int], float]) -> list[list[float]]:
+    return [[step, value(curve, i)] for i, step in enumerate(curve["steps"])]
+
+
+def scores(found: Findings) -> list[View]:
+    """Every head of every layer of each mechanism's first seed as a heat map, one view per score."""
+    go = need("plotly.graph_objects", "report")
+    first = {m: own[0] for m, own in by_mechanism(found).items()}
+    views = []
+    for score, meaning in SCORES.items():
+        rows, labels, hover = [], [], []
+        width = max(len(row) for entry in first.values() for row in entry["scores"]["scores"][score])
+        for mechanism, entry in first.items():
+            marks = entry["scores"]["marked"].get(score)
+            for layer, row in enumerate(entry["scores"]["scores"][score]):
+                rows.append(row + [None] * (width - len(row)))
+                labels.append(plain(f"{mechanism}, layer {layer + 1}"))
+                hover.append(
+                    [
+                        plain(f"{mechanism}, layer {layer + 1}, head {head + 1}: {value:.3f}")
+                        + (" (above both nulls)" if marks and marks[layer][head] else "")
+                        for head, value in enumerate(row)
+                    ]
+                    + [""] * (width - len(row))
+                )
+        trace = go.Heatmap(
+            z=rows,
+            x=[str(head + 1) for head in range(width)],
+            y=labels,
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            colorscale="Cividis",
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": "score", "font": {"size": 11}}, "thickness": 10, "outlinewidth": 0, "len": 0.8},
+        )
+        y = {"title": {"text": ""}, "autorange": "reversed", "showgrid": False}
+        drawn = figure(
+            [trace],
+            {"title": {"text": "head"}, "type": "category", "showgrid": False},
+            y,
+            height=max(320, 60 + 24 * len(rows)),
+        )
+        seed = next(iter(first.values()))["seed"]
+        views.append(
+            View(f"Where: {score}", f"{score.capitalize()}: {meaning}. One cell per head, of seed {seed}.", drawn)
+        )
+    return views
+
+
+def causes(found: Findings, look: dict[str, Look]) -> list[View]:
+    """Does a head that looks like an induction head also matter? One point per head, all seeds."""
+    go = need("plotly.graph_objects", "report")
+    traces = []
+    for mechanism, own in by_mechanism(found).items():
+        places = [
+            (
+                value,
+                entry["ablation"]["change"][layer][head],
+                f"layer {layer + 1}, head {head + 1}, seed {entry['seed']}",
+            )
+            for entry in own
+            if "ablation" in entry
+            for layer, row in enumerate(entry["scores"]["scores"]["induction"])
+            for head, value in enumerate(row)
+        ]
+        if places:
+            x, y, where = zip(*places, strict=True)
+            style = look[mechanism]
+            traces.append(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="markers",
+                    name=plain(mechanism),
+                    legendgroup=mechanism,
+                    meta=mechanism,
+                    customdata=where,
+                    marker={"symbol": style.marker, "size": 7, "color": style.color, "opacity": 0.75},
+                    hovertemplate=f"<b>{plain(mechanism)}</b>, %{{customdata}}<br>"
+                    "score %{x:.3f}, change %{y:+.3f}<extra></extra>",
+                )
+            )
+    if not traces:
+        return []
+    axis = {
+        "title": {"text": "change of the loss on the repeat (nats per token)"},
+        "zeroline": True,
+        "zerolinecolor": MUTED[0],
+    }
+    caption = (
+        "Pattern against cause: how much each head looks like an induction head, and how much worse the model predicts "
+        "repeated tokens when what that head says is replaced by its mean."
+    )
+    return [View("Cause", caption, figure(traces, {"title": {"text": "induction score"}}, axis))]
+
+
+def latents(found: Findings) -> list[View]:
+    """Where the tokens of one sequence lie on the first two principal axes of each layer's latent."""
+    go = need("plotly.graph_objects", "report")
+    views = []
+    for mechanism, own in by_mechanism(found).items():
+        layers = [layer for layer in own[0].get("inside", ()) if layer["path"]]
+        traces = [
+            go.Scatter(
+                x=[point[0] for point in layer["path"]],
+                y=[point[1] if len(point) > 1 else 0.0 for point in layer["path"]],
+                mode="lines+markers",
+                marker={
+                    "size": 7,
+                    "color": list(range(len(layer["path"]))),
+                    "colorscale": "Cividis",
+                    "showscale": number == 0,
+                    "colorbar": {"title": {"text": "position"}, "thickness": 10, "outlinewidth": 0, "len": 0.8},
+                    "symbol": ("circle", "square", "diamond", "cross")[number % 4],
+                },
+                line={"width": 0.6, "color": MUTED[0]},
+                customdata=[f"layer {layer['layer'] + 1}, token {t + 1}" for t in range(len(layer["path"]))],
+                hovertemplate="%{customdata}<extra></extra>",
+            )
+            for number, layer in enumerate(layers)
+        ]
+        if traces:
+            ranks = ", ".join(f"layer {x['layer'] + 1}: {x['effective_rank']:.1f} of {x['rank']}" for x in layers)
+            caption = (
+                f"Latents of {mechanism} while it reads a segment of random tokens and its repeat: each point a token, "
+                f"a symbol per layer. Effective rank, {ranks}."
+            )
+            x, y = ({"title": {"text": f"principal axis {i} (units of the latent)"}} for i in (1, 2))
+            views.append(View(f"Latents of {mechanism}", caption, figure(traces, x, y)))
+    return views
+
+
+def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    if not found.heads:  # only a comparison that was asked for it has it
+        return Html("")
+    drawn["inside"] = [*emergence(found, look), *scores(found), *causes(found, look), *latents(found)]
+    rows = []
+    for mechanism, own in by_mechanism(found).items():
+        marked = [sum(m for row in e["scores"]["marked"]["induction"] for m in row) for e in own]
+        gain = [e["ablation"]["first_half"] - e["ablation"]["second_half"] for e in own if "ablation" in e]
+        effect = [max(c for row in e["ablation"]["change"] for c in row) for e in own if "ablation" in e]
+        rows.append(
+            [
+                named(mechanism, look),
+                str(len(own)),
+                _mean_range([strongest(e, "induction") for e in own]),
+                _mean_range([float(m) for m in marked], ".1f"),
+                _mean_range([strongest(e, "previous token") for e in own]),
+                _mean_range(gain),
+                _mean_range(effect),
+            ]
+        )
+    scored = found.heads[0]["scores"]
+    note = (
+        f"Means over seeds, lowest to highest in brackets. {scored['sequences']} sequences of random tokens a length: "
+        f"a segment of {', '.join(map(str, scored['segments']))} tokens and its repeat. A head counts as marked where "
+        "its score is above that of the same places in sequences without a repeat, and above an untrained model's, at "
+        f"{scored['alpha']} after Holm's correction over all heads and scores."
+    )
+    head = [
+        "mechanism",
+        "seeds",
+        "induction",
+        "marked heads",
+        "previous token",
+        "gain on the repeat, nats",
+        "worst ablation, nats",
+    ]
+    return section(
+        "inside", "Inside the heads", plot(drawn["inside"], "inside", "What the heads do"), table(note, head, rows)
+    )
+
+
+def _mean_range(values: list[float], digits: str = ".2f") -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
