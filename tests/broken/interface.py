@@ -71,6 +71,22 @@ class AttendsToPads(gqa.Attention):
         return super().forward(x, shown.clamp(min=0) if cache is None else shown, cache, mask)
 
 
+class PadsStandLeft(gqa.Attention):
+    """Counts the pads and takes the first tokens of the row for them."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        if cache is None:
+            positions = (torch.arange(x.shape[1]) - (positions < 0).sum(1, keepdim=True)).clamp(min=-1)
+        return super().forward(x, positions, cache, mask)
+
+
+class SharesItsBatch(gqa.Attention):
+    """Subtracts what the rows of a batch have in common."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        return super().forward(x - x.mean(0) if len(x) > 1 else x, positions, cache, mask)
+
+
 class Decompresses(mla.Attention):
     """Declares a latent and stores every head's keys and values beside it."""
 

@@ -52,6 +52,7 @@ LAWS: dict[str, Law] = {
         Law("fork", "interface", interface.fork),
         Law("left padding", "interface", interface.left_padding),
         Law("masked rows", "interface", interface.masked_rows),
+        Law("isolated documents", "interface", interface.isolated_documents),
         Law("cache size", "interface", interface.cache_size),
         Law("held rows", "interface", interface.held_rows),
         Law("plain path", "interface", interface.plain_path),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import Cache
+from ..documents import Documents
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
-from .subject import Broken, NotApplicable, Subject, finite, movement, plain, same, scale, shaken
+from .subject import Broken, NotApplicable, Subject, by, finite, movement, plain, same, scale, shaken
 
 BUDGET = 4  # bfloat16 roundings that follow one another: projections, rotation, scores, weights, values, output
 
@@ -122,6 +123,36 @@ def masked_rows(s: Subject) -> str:
     y, _ = s.module(x, torch.where(torch.arange(len(x))[:, None] == 1, whole_row, positions))
     finite(y, "with a sequence that is all padding")
     return f"{int(pad.sum())} pads give finite outputs and gradients"
+
+
+def isolated_documents(s: Subject) -> str:
+    """Documents that share a row, taken apart for attention, give what each gives alone; none moves another."""
+    total = s.lengths[-1]
+    rows = ((total,), (1, 2, total // 2), (total // 3, 5, total - total // 3 - 5))  # lengths; the second has padding
+    spans = [(r, sum(n[:i]), sum(n[: i + 1])) for r, n in enumerate(rows) for i in range(len(n))]
+    documents = torch.full((len(rows), total), -1)
+    for number, (row, start, stop) in enumerate(spans):
+        documents[row, start:stop] = number
+    packed = Documents.of(documents)
+    x = s.x(total, batch=len(rows)).masked_fill((documents < 0)[..., None], math.nan)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return packed.unpacked(packed.attend(s.module, packed.packed(x)))
+
+    y = run(x)
+    for number, (row, start, stop) in enumerate(spans):
+        what = f"document {number}, of length {stop - start}, one of {len(spans)} in {len(rows)} rows"
+        same(y[row : row + 1, start:stop], s(x[row : row + 1, start:stop]), s.tolerance, what)
+    for number in range(len(spans)):
+        own = (documents == number)[..., None]
+        moved = torch.where(own, 0, run(torch.where(own, x + 3 * noise, x)) - y)
+        if float(moved.abs().max()) > s.tolerance * scale(y):
+            other = int(documents[moved.abs().amax(2) == moved.abs().max()][0])
+            raise Broken(f"document {other} {by(moved.abs().max())} when document {number} changes")
+    lengths = ", ".join(str(stop - start) for _, start, stop in spans)
+    return f"documents of {lengths} tokens in {len(rows)} rows agree with each alone, and none moves another"
 
 
 def cache_size(s: Subject) -> str:
