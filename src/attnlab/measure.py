@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: i
 
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
     with counter:
         call()
@@ -49,14 +50,20 @@ def _forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs
     return sdpa_flop_count(q, k, v)
 
 
+def _linear(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-_CPU_ATTENTION = {  # PyTorch's counter knows the GPU kernels only
+_CPU_KERNELS: dict[Any, Any] = {  # PyTorch's counter knows what runs on a GPU only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
+if torch.backends.mkldnn.is_available():
+    _CPU_KERNELS[torch.ops.mkldnn._linear_pointwise] = _linear
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
