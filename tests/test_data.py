@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 
 from attnlab import data
 from attnlab.config import DataConfig
+from attnlab.data import packing
 from attnlab.spec import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
@@ -43,7 +46,7 @@ def test_shakespeare_is_nanogpts(shakespeare):
 def test_the_packaged_text_is_checked(monkeypatch):
     from attnlab.data import corpus
 
-    corpus._shakespeare.cache_clear()
+    corpus.shakespeare.cache_clear()
     monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", "0" * 64)
     with pytest.raises(UserError, match="sha256"):
         data.load(DataConfig())
@@ -198,3 +201,98 @@ def test_corpus_shorter_than_a_window(fraction, part):
     for read in (lambda: corpus.batch(0, 0, 1, short), lambda: corpus.windows(1, short), lambda: corpus.check(short)):
         with pytest.raises(UserError, match=rf"the {part} part of 'mine' has {short} tokens.*at most {short - 1}"):
             read()
+
+
+# -- prepared folders and mixtures -----------------------------------------------------------------------------------
+
+
+def prepared(folder, texts, val=("and this is held out, all of it",)) -> str:
+    """A folder as nanoGPT leaves it, with bytes for tokens and their end-of-document token."""
+    folder.mkdir()
+    byte = data.tokenizer("byte")
+    for split, parts in (("train", texts), ("val", val)):
+        ids = [i for text in parts for i in (*byte.encode(text), byte.end)]
+        np.array(ids, "<u2").tofile(folder / f"{split}.bin")
+    (folder / "tokenizer.json").write_text(json.dumps(byte.to_json()))
+    return f"prepared:{folder}"
+
+
+def test_a_prepared_folder_is_a_corpus(tmp_path):
+    source = prepared(tmp_path / "a", ["first document", "the second one"])
+    corpus = data.load(DataConfig(source=source))
+    assert (corpus.vocab_size, len(corpus.train), corpus.train.documents.tolist()) == (257, 30, [0, 15])
+    x, y, _ = corpus.batch(0, 0, 4, 8)
+    assert torch.equal(x[:, 1:], y[:, :-1]) and corpus.windows(1, 10).x[0].tolist() == list(b"and this i")
+    assert data.load(DataConfig(source=source, tokenizer="byte")).fingerprint == corpus.fingerprint
+    other = prepared(tmp_path / "b", ["first document", "the second two"])
+    assert data.load(DataConfig(source=other)).fingerprint != corpus.fingerprint
+    with pytest.raises(UserError, match=r"prepared with another tokenizer than data\.tokenizer 'char'"):
+        data.load(DataConfig(source=source, tokenizer="char"))
+    (tmp_path / "a" / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"has no validation part \(it has train\)"):
+        data.load(DataConfig(source=source))
+
+
+def mixture(tmp_path, weights=("0.75", "0.25"), pack="stream") -> data.Corpus:
+    texts = {"a": ["a" * 40 + "A" * 21, "a" * 30], "b": ["b" * 9, "bB" * 8, "b" * 50]}
+    sources = [prepared(tmp_path / name, texts[name], [name * 40]) for name in texts if not (tmp_path / name).exists()]
+    sources = sources or [f"prepared:{tmp_path / name}" for name in texts]
+    named = "+".join(f"{weight}*{source}" for weight, source in zip(weights, sources, strict=True))
+    return data.load(DataConfig(source=named, pack=pack))
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_a_mixture_takes_from_each_by_weight(tmp_path, pack):
+    corpus = mixture(tmp_path, ("3", "1"), pack)
+    rows = torch.cat([corpus.batch(2, step, 8, 12).x for step in range(40)])
+    from_b = (rows == ord("b")).any(1)
+    assert not ((rows == ord("a")).any(1) & from_b).any() and from_b.sum() == 80  # a quarter of 320
+    assert all(abs(int(from_b[at : at + 8].sum()) - 2) <= 1 for at in range(0, 320, 8))
+    if pack == "documents":  # whose rows are the same in every epoch: each corpus goes through its own, in order
+        epoch = len(packing.plan(np.array([0, 10, 27]), 78, 12))
+        epochs = [sorted(map(tuple, rows[from_b][at : at + epoch].tolist())) for at in range(0, 5 * epoch, epoch)]
+        assert all(each == epochs[0] for each in epochs)
+    shown = corpus.windows(16, 12).x
+    assert int((shown == ord("b")).any(1).sum()) == 4
+    whole = corpus.batch(2, 7, 10, 12)
+    for world in (2, 3):
+        parts = [corpus.batch(2, 7, 10, 12, rank, world) for rank in range(world)]
+        assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
+
+
+def test_a_mixture_is_its_parts_and_their_weights(tmp_path):
+    corpus = mixture(tmp_path)
+    one, two = (data.load(DataConfig(source=f"prepared:{tmp_path / name}")) for name in "ab")
+    assert ids_of(corpus)[: len(one.train)] == one.train.read(0, len(one.train)).tolist()
+    assert len(corpus.train) == len(one.train) + len(two.train) and len(corpus.val) == 82
+    assert corpus.train.documents.tolist() == [0, 62, 93, 103, 120]
+    assert corpus.fingerprint not in (one.fingerprint, two.fingerprint)
+    (tmp_path / "b" / "train.bin").write_bytes((tmp_path / "a" / "train.bin").read_bytes())
+    assert mixture(tmp_path).fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("0*shakespeare+1*text:{}", "the weight 0 in the mixture"),
+        ("0.5*shakespeare+0.5.1*text:{}", r"the weight 0\.5\.1 in the mixture"),
+        ("0.5*shakespeare+0.5*text:{}", "different tokenizers, and a mixture needs one"),
+        ("0.5*shakespeare+0.5*books", "data source 'books' is unknown"),
+        ("0.5*shakespeare+shakespeare", r"'shakespeare\+shakespeare' is unknown"),
+        ("prepared:nowhere", "nowhere does not exist, so it is not a prepared corpus"),
+    ],
+)
+def test_a_mixture_that_cannot_be(tmp_path, source, said):
+    (tmp_path / "a+b.txt").write_text(TEXT)
+    with pytest.raises(UserError, match=said):
+        data.load(DataConfig(source=source.format(tmp_path / "a+b.txt")))
+    assert len(data.load(DataConfig(source=f"text:{tmp_path / 'a+b.txt'}")).train) == 356  # a plus is only a plus
+
+
+def test_a_split_with_nothing_in_it(tmp_path):
+    source = prepared(tmp_path / "a", ["some text"], val=())
+    for pack in ("stream", "documents"):
+        with pytest.raises(UserError, match=r"the validation part of .* has 0 tokens and nothing to predict"):
+            data.load(DataConfig(source=source, pack=pack)).check(4)
+    with pytest.raises(UserError, match=r"data.pack 'docs'.*stream, documents"):
+        DataConfig(pack="docs")  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..spec import UserError
 from . import packing, sampler
+from .shards import Prepared
 from .tokenizer import CharTokenizer, Tokenizer
 from .tokenizer import tokenizer as named_tokenizer
 from .tokens import Tokens
@@ -182,9 +183,11 @@ class Mixture(Corpus):
 def _joined(parts: Sequence[Tokens]) -> Tokens:
     """One row after another, without a copy of any."""
     starts = np.cumsum([0, *map(len, parts)])
-    documents = np.unique(np.concatenate([start + part.documents for start, part in zip(starts, parts, strict=False)]))
-    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
-    return Tokens([array for part in parts for array in part.parts], documents, digest)
+
+    def documents() -> np.ndarray:
+        return np.unique(np.concatenate([start + part.documents for start, part in zip(starts, parts, strict=False)]))
+
+    return Tokens([array for part in parts for array in part.parts], documents)
 
 
 def _merged(found: Sequence[tuple[np.ndarray, Batch]]) -> Batch:
@@ -220,7 +223,9 @@ def _one(config: DataConfig, source: str) -> Corpus:
     if kind == "text" and path:
         texts = read_texts(Path(path).expanduser())
     elif source == SHAKESPEARE:
-        texts = [_shakespeare()]
+        texts = [shakespeare()]
+    if kind == "prepared" and path:
+        return _prepared(config, source, Prepared.open(path))
     else:
         raise UserError(
             f"data source {source!r} is unknown; allowed are {SHAKESPEARE!r}, 'text:PATH' (a UTF-8 file or a folder of "
@@ -233,6 +238,24 @@ def _one(config: DataConfig, source: str) -> Corpus:
 def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
     """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
     return from_texts([text], source, val_fraction)
+
+def _prepared(config: DataConfig, source: str, folder: Prepared) -> Corpus:
+    made, asked = folder.tokenizer, config.tokenizer
+    if asked == CharTokenizer.kind:
+        fits = made.kind == asked
+    else:
+        fits = asked == "auto" or named_tokenizer(asked).fingerprint == made.fingerprint
+    if not fits:
+        raise UserError(
+            f"{source!r} was prepared with another tokenizer than data.tokenizer {asked!r}; leave that at auto, or "
+            "prepare the text again with it"
+        )
+    if "val" not in folder.splits:
+        raise UserError(
+            f"{source!r} has no validation part (it has {', '.join(folder.splits)}); prepare it again with one"
+        )
+    return Corpus(source, made, folder.split("train"), folder.split("val"), config.pack)
+
 
 
 def from_texts(
@@ -261,7 +284,7 @@ def read_texts(path: Path) -> list[str]:
     """The same, file by file."""
     if not path.exists():
         raise UserError(f"{path} does not exist; text:PATH needs a UTF-8 text file or a folder of such files")
-    found = [path] if path.is_file() else sorted(_visible_files(path), key=lambda file: file.relative_to(path).parts)
+    found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
     texts = [text for text in map(_read_file, found) if text]
     if not texts:
         what = "is empty" if path.is_file() else f"has no text in it ({len(found)} files, all empty)"
@@ -270,7 +293,7 @@ def read_texts(path: Path) -> list[str]:
     return [text if text.endswith("\n") else text + "\n" for text in texts[:-1]] + texts[-1:]
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     def hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -293,7 +316,7 @@ def _read_file(path: Path) -> str:
 
 
 @lru_cache(maxsize=1)
-def _shakespeare() -> str:
+def shakespeare() -> str:
     content = (files(__package__) / "tinyshakespeare.txt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHAKESPEARE_SHA256:
