@@ -261,3 +261,14 @@ def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
     assert work.baseline == "mla" and list(work.matched) == ["gqa"]
     assert work.cells[0].config.model.ff_dim is None
     assert parameters(work.cells[1].config.model) == pytest.approx(parameters(work.cells[0].config.model), rel=0.01)
+
+
+def test_heads_of_every_finished_run_when_asked(preset, tmp_path):
+    kept = replace(preset, train=replace(preset.train, keep=0, save_every=2, steps=6))
+    compare(kept, ["mha", "mla"], 2, tmp_path, jobs=1, extras=("heads",), quiet=True)
+    found = json.loads((tmp_path / "heads.json").read_text())
+    assert [(e["mechanism"], e["seed"]) for e in found] == [("mha", 5), ("mha", 6), ("mla", 5), ("mla", 6)]
+    assert all(e["emergence"]["steps"] == [2, 4, 6] for e in found)
+    before = (tmp_path / "heads.json").stat().st_mtime_ns
+    compare(kept, ["mha", "mla"], 2, tmp_path, jobs=1, extras=("heads",), quiet=True)
+    assert (tmp_path / "heads.json").stat().st_mtime_ns == before, "what is fresh stays"

@@ -15,7 +15,7 @@ import browser as chromium
 import report_fixture as fixture
 
 from attnlab import TrainConfig, UserError, presets
-from attnlab.heads.whole import of_run
+from attnlab.compare import heads_of_run
 from attnlab.report import render, write_report
 from attnlab.train import train
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in (0, 1):
             model = replace(quick.model, n_layers=2, d_model=16, n_heads=2, context=16, mechanisms=(mechanism,))
             train(replace(quick, seed=seed, model=model, train=steps), out / f"{mechanism}{seed}")
-            entries += of_run(mechanism, seed, out / f"{mechanism}{seed}")
+            entries += heads_of_run(mechanism, seed, out / f"{mechanism}{seed}")
     (made / "heads.json").write_text(json.dumps(entries))
     return made
 

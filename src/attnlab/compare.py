@@ -20,6 +20,7 @@ from . import data, ops
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
 from .decode import sample_run
+from .heads import whole
 from .laws import check_mechanism
 from .match import Matched, Options, What, match, parameters, variant
 from .model import Block
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 BASELINE = "mha"  # where it is compared; else the first
-EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file
+EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file; also: "heads"
 WINDOW = 32  # tokens whose attention is kept
 SAMPLE = 240  # tokens of text
 
@@ -264,21 +265,21 @@ def table(found: Mapping[str, Any]) -> RenderableType:
 
 
 def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
-    """The laws of every mechanism, and a sample and attention maps of each one's first finished run. A file that is
-    newer than all those runs stays as it is."""
-    first: dict[str, Cell] = {}
-    for cell in work.cells:
-        if cell.label not in first and (result := cell.result()) is not None and result.status == "done":
-            first[cell.label] = cell
+    """The laws of every mechanism, a sample and attention maps of each one's first finished run, and, where they are
+    asked for, the heads of every finished run. A file that is newer than all those runs stays as it is."""
+    done = [cell for cell in work.cells if (result := cell.result()) is not None and result.status == "done"]
+    first = {cell.label: cell for cell in reversed(done)}
     names = dict.fromkeys(name for label in work.mechanisms for name in label.split("+"))
     runs = {label: (label, cell.seed, cell.folder) for label, cell in first.items()}
     wanted: dict[str, dict[str, Call]] = {
         "laws": {name: (laws_of, (name,)) for name in names},
         "samples": {label: (sample_of, arguments) for label, arguments in runs.items()},
         "attention": {label: (attention_of, arguments) for label, arguments in runs.items()},
+        "heads": {str(cell): (heads_of_run, (cell.label, cell.seed, cell.folder)) for cell in done},
     }
-    newest = max((_changed(cell.folder / "result.json") for cell in first.values()), default=0.0)
-    stale = [file for file in files if not _fresh(out / f"{file}.json", newest, wanted[file])]
+    newest = max((_changed(cell.folder / "result.json") for cell in done), default=0.0)
+    order = [*work.mechanisms, *(name for name in names if name not in work.mechanisms)]
+    stale = [file for file in files if not _fresh(out / f"{file}.json", newest, order)]
     calls = [(file, whose, call) for file in stale for whose, call in wanted[file].items()]
     entries: dict[str, list[dict[str, Any]]] = {file: [] for file in stale}
 
@@ -290,19 +291,26 @@ def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, fi
             progress.say(f"{file} of {whose}: {value}")
 
     if calls:
-        progress.say("laws, samples and attention maps")
+        progress.say(f"looking into what was trained: {', '.join(stale)}")
     workers.run([call for _, _, call in calls], tell)
     for file, own in entries.items():
-        own.sort(key=lambda entry: list(wanted[file]).index(entry["mechanism"]))
+        own.sort(key=lambda entry: (order.index(entry["mechanism"]), entry.get("seed", 0)))
         write_bytes(out / f"{file}.json", (json.dumps(own, allow_nan=False) + "\n").encode())
 
 
-def _fresh(path: Path, newest: float, wanted: Mapping[str, Call]) -> bool:
-    return _changed(path) > newest and {entry["mechanism"] for entry in read_json(path)} <= wanted.keys()
+def _fresh(path: Path, newest: float, mechanisms: Sequence[str]) -> bool:
+    return _changed(path) > newest and {entry["mechanism"] for entry in read_json(path)} <= set(mechanisms)
 
 
 def _changed(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
+
+
+def heads_of_run(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """What each head attends to, copies and is needed for; over training too, where checkpoints were kept."""
+    steps = RunFolder.open(folder).steps()
+    found = whole(load_model(folder)[0], run=folder if len(steps) > 2 else None)
+    return [{"mechanism": label, "seed": seed} | found]
 
 
 def laws_of(name: str, report: Any = None) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import RunFolder, load_model
 from ..model import Decoder
 from .ablate import ablate
 from .emergence import emergence
@@ -37,9 +36,3 @@ def whole(
     if run is not None:
         found["emergence"] = emergence(run, sequences=sequences, segment=segment, seed=seed, tell=tell).to_dict()
     return found
-
-
-def of_run(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
-    """The heads of a trained run of a comparison, and their emergence where it kept more than two checkpoints."""
-    run = folder if len(RunFolder.open(folder).steps()) > 2 else None
-    return [{"mechanism": label, "seed": seed} | whole(load_model(folder)[0], run=run)]

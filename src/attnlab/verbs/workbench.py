@@ -171,6 +171,7 @@ def compare(
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
+    heads: Flag = False,
     json_: Json = False,
 ) -> int:
     """Train mechanisms with paired seeds, and say what can be told apart.
@@ -184,6 +185,7 @@ def compare(
         data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         jobs: Runs side by side.
+        heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
         json_: Print compare.json instead of the table.
     """
     from .. import compare as comparison
@@ -197,6 +199,7 @@ def compare(
         jobs=jobs,
         options=options_of_mechanisms("--options", options),
         command=this_command(),
+        extras=(*comparison.EXTRAS, "heads") if heads else comparison.EXTRAS,
         quiet=json_,
     )
     if json_:
