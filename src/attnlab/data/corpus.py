@@ -200,7 +200,11 @@ def _merged(found: Sequence[tuple[np.ndarray, Batch]]) -> Batch:
 
 def load(config: DataConfig) -> Corpus:
     """The corpus that `config.source` names: "shakespeare"; "text:PATH", a UTF-8 file or a folder of them;
-    "prepared:DIR", what `attnlab prepare` made; or a mixture, "0.7*prepared:A+0.3*text:B"."""
+    "prepared:DIR", what `attnlab prepare` made; a mixture, "0.7*prepared:A+0.3*text:B"; or "task:NAME"."""
+    if config.source.startswith("task:"):
+        from ..tasks import Endless
+
+        return Endless.of(config.source.removeprefix("task:"))
     found = list(ONE_PART.finditer(config.source))
     if not found or "".join(part.group() for part in found) != config.source:
         return _one(config, config.source)
@@ -220,24 +224,21 @@ def _weight(text: str, source: str) -> float:
 
 def _one(config: DataConfig, source: str) -> Corpus:
     kind, _, path = source.partition(":")
+    if kind == "prepared" and path:
+        return _prepared(config, source, Prepared.open(path))
     if kind == "text" and path:
         texts = read_texts(Path(path).expanduser())
     elif source == SHAKESPEARE:
         texts = [shakespeare()]
-    if kind == "prepared" and path:
-        return _prepared(config, source, Prepared.open(path))
     else:
         raise UserError(
             f"data source {source!r} is unknown; allowed are {SHAKESPEARE!r}, 'text:PATH' (a UTF-8 file or a folder of "
-            "such files), 'prepared:DIR' (what attnlab prepare made) and mixtures such as '0.7*prepared:A+0.3*text:B'"
+            "such files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, "
+            "alone, 'task:NAME'"
         )
     made = None if config.tokenizer in ("auto", CharTokenizer.kind) else named_tokenizer(config.tokenizer)
     return from_texts(texts, source, config.val_fraction, made, config.pack)
 
-
-def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
-    """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
-    return from_texts([text], source, val_fraction)
 
 def _prepared(config: DataConfig, source: str, folder: Prepared) -> Corpus:
     made, asked = folder.tokenizer, config.tokenizer
@@ -256,6 +257,10 @@ def _prepared(config: DataConfig, source: str, folder: Prepared) -> Corpus:
         )
     return Corpus(source, made, folder.split("train"), folder.split("val"), config.pack)
 
+
+def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
+    """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
+    return from_texts([text], source, val_fraction)
 
 
 def from_texts(

@@ -1,0 +1,295 @@
+"""Synthetic tasks: what was seen must be found again, which tells mechanisms apart where a loss on text does not.
+
+A task is a corpus without an end. Each sequence is made of random numbers that (seed, step) alone decide; held-out ones
+come from a stream that no seed reaches; what belongs to what is drawn anew for each, so there is nothing to learn by
+heart. A target of -1 is a place where nothing is asked. Every answer follows from earlier tokens and from no less: the
+current token and its position leave all answers equally likely, and their number gives the level of chance.
+
+Training begins with sequences of a quarter of the context, then of half of it: two layers that must work together find
+each other sooner where there is less to confuse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .data.corpus import Batch, Corpus
+from .data.tokenizer import CharTokenizer
+from .data.tokens import Tokens
+from .spec import UserError, choose
+
+HELD_OUT = 2**63  # seeds stay below it
+STAGES = ((500, 4), (1000, 2))  # before this step, how many sequences share the context
+
+# Symbols are characters, so that a sequence can be read; a token's id is the place of its character among them.
+NOISE, LETTERS, MARK = ".", "abcdefghijklmnopqrstuvwxyz", "|"
+KEYS = "".join(map(chr, range(0x410, 0x450)))  # Cyrillic
+MANY = "".join(map(chr, range(0x100, 0x200)))
+LETTER, MARKED, KEY = 1, 1 + len(LETTERS), 1 + len(LETTERS)  # ids of the first letter, of the mark, of the first key
+BLOCK = 8
+
+
+class Dice:
+    """The random numbers of some sequences, int64 [rows, many], used up from left to right."""
+
+    def __init__(self, raw: np.ndarray):
+        self.raw = raw
+        self.used = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.raw)
+
+    def below(self, limit: int, count: int) -> np.ndarray:
+        """[rows count], each from 0 to limit - 1."""
+        return (self._take(count) % np.uint64(limit)).astype(np.int64)
+
+    def chosen(self, many: int, count: int) -> np.ndarray:
+        """[rows count], different ones of 0 .. many - 1, in random order."""
+        return self._take(many).argsort(axis=1, kind="stable")[:, :count]
+
+    def _take(self, count: int) -> np.ndarray:
+        self.used += count
+        assert self.used <= self.raw.shape[1], "a sequence needs more random numbers than it was given"
+        return self.raw[:, self.used - count : self.used]
+
+
+Sequences = tuple[np.ndarray, np.ndarray]  # tokens and targets, [rows length]
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    tests: str  # what, in a sentence
+    symbols: str  # in ascending order
+    answers: int  # equally likely to a reader of the current token alone
+    make: Callable[[Dice, int], Sequences]
+    shortest: int = 8  # tokens that a sequence needs
+    longest: int | None = None
+    depth: Callable[[np.ndarray], np.ndarray] | None = None  # of the answer: 0 at the start, 1 just before the question
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of whoever sees the current token and its position, but nothing before it."""
+        return 1 / self.answers
+
+    def check(self, length: int) -> None:
+        if length < self.shortest:
+            raise UserError(f"{self.name} needs at least {self.shortest} tokens, and {length} were given: give more")
+        if self.longest is not None and length > self.longest:
+            raise UserError(
+                f"{self.name} has symbols for {self.longest} tokens at most, and {length} were given: give fewer"
+            )
+
+    def sequences(self, seed: int, step: int, count: int, length: int) -> Sequences:
+        """A pure function of its arguments; the first rows of a larger batch are the rows of a smaller one."""
+        self.check(length)
+        # raw counter output, because NumPy promises that stream, but not its distributions, to be stable for ever
+        raw = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(count * (2 * length + len(MANY)))
+        return self.make(Dice(raw.reshape(count, -1)), length)
+
+    def held_out(self, count: int, length: int) -> Sequences:
+        """Always the same sequences, in a stream that no training seed reaches."""
+        return self.sequences(HELD_OUT, length, count, length)
+
+
+def _blank(rows: int, length: int) -> Sequences:
+    return np.zeros((rows, length), np.int64), np.full((rows, length), -1)
+
+
+def _recall(dice: Dice, length: int) -> Sequences:
+    """length / 8 pairs of key and value; from then on every token is one of the keys, and its value is asked."""
+    pairs = length // 8
+    tokens, targets = _blank(dice.rows, length)
+    keys, values = KEY + dice.chosen(len(KEYS), pairs), LETTER + dice.below(len(LETTERS), pairs)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    asked = dice.below(pairs, length - 2 * pairs)
+    tokens[:, 2 * pairs :] = np.take_along_axis(keys, asked, 1)
+    targets[:, 2 * pairs :] = np.take_along_axis(values, asked, 1)
+    return tokens, targets
+
+
+def _induction(dice: Dice, length: int) -> Sequences:
+    """Different symbols in blocks of 8, then the same blocks in another order: what followed, follows again."""
+    blocks = length // (2 * BLOCK)
+    half = blocks * BLOCK
+    tokens, targets = _blank(dice.rows, length)
+    first = 1 + dice.chosen(len(MANY), half).reshape(dice.rows, blocks, BLOCK)
+    second = np.take_along_axis(first, dice.chosen(blocks, blocks)[:, :, None], 1)
+    following = np.full_like(second, -1)
+    following[:, :, :-1] = second[:, :, 1:]  # which block comes next cannot be known, and is not asked
+    tokens[:, :half], tokens[:, half : 2 * half] = (part.reshape(dice.rows, half) for part in (first, second))
+    targets[:, half : 2 * half] = following.reshape(dice.rows, half)
+    return tokens, targets
+
+
+def _copying(dice: Dice, length: int) -> Sequences:
+    """Random letters, a mark, and the same letters once more."""
+    count = length // 2
+    tokens, targets = _blank(dice.rows, length)
+    letters = LETTER + dice.below(len(LETTERS), count)
+    tokens[:, :count], tokens[:, count], tokens[:, count + 1 : 2 * count] = letters, MARKED, letters[:, :-1]
+    targets[:, count : 2 * count] = letters
+    return tokens, targets
+
+
+def _selective(dice: Dice, length: int) -> Sequences:
+    """length / 8 letters lost in noise, then as many marks: at the n-th mark the n-th letter is asked."""
+    count = length // 8
+    tokens, targets = _blank(dice.rows, length)
+    letters = LETTER + dice.below(len(LETTERS), count)
+    np.put_along_axis(tokens, np.sort(dice.chosen(length - count, count), axis=1), letters, 1)
+    tokens[:, length - count :], targets[:, length - count :] = MARKED, letters
+    return tokens, targets
+
+
+def _needle(dice: Dice, length: int) -> Sequences:
+    """A key and its value at any depth in a haystack of other keys and values; at the end the key comes once more."""
+    tokens, targets = _blank(dice.rows, length)
+    key, value = dice.below(len(KEYS), 1), LETTER + dice.below(len(LETTERS), 1)
+    hay = dice.below(len(LETTERS) + len(KEYS) - 1, length)  # any letter, or any key but this one
+    other = KEY + (key + 1 + hay - len(LETTERS)) % len(KEYS)
+    tokens[:] = np.where(hay < len(LETTERS), LETTER + hay, other)
+    place = dice.below(length - 2, 1)
+    np.put_along_axis(tokens, place, KEY + key, 1)
+    np.put_along_axis(tokens, place + 1, value, 1)
+    tokens[:, -1:], targets[:, -1:] = KEY + key, value
+    return tokens, targets
+
+
+def _needle_depth(tokens: np.ndarray) -> np.ndarray:
+    return (tokens == tokens[:, -1:]).argmax(1) / max(1, tokens.shape[1] - 3)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "mqar",
+            "Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): what value came with this key?",
+            NOISE + LETTERS + KEYS,
+            len(LETTERS),
+            _recall,
+            longest=8 * len(KEYS),
+        ),
+        Task(
+            "induction",
+            "Induction (Olsson et al. 2022, arXiv 2209.11895): what followed this symbol the last time?",
+            NOISE + MANY,
+            len(MANY) - 1,
+            _induction,
+            shortest=2 * BLOCK,
+            longest=2 * len(MANY),
+        ),
+        Task(
+            "copying",
+            "Copying (Jelassi et al. 2024, arXiv 2402.01032): the whole text again, letter by letter.",
+            NOISE + LETTERS + MARK,
+            len(LETTERS),
+            _copying,
+        ),
+        Task(
+            "selective",
+            "Selective copying (Gu and Dao 2023, arXiv 2312.00752): the letters again, without the noise between them.",
+            NOISE + LETTERS + MARK,
+            len(LETTERS),
+            _selective,
+        ),
+        Task(
+            "needle",
+            "Needle in a haystack: the one value of a key, at any depth of a text full of other keys and values.",
+            NOISE + LETTERS + KEYS,
+            len(LETTERS),
+            _needle,
+            depth=_needle_depth,
+        ),
+    )
+}
+
+
+def task(name: str) -> Task:
+    return TASKS[choose("task", name, TASKS)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Endless(Corpus):
+    """A task as a corpus. It has no text, only batches and held-out rows."""
+
+    task: Task
+
+    @classmethod
+    def of(cls, name: str) -> Endless:
+        found, nothing = task(name), Tokens.of(np.zeros(0, np.int32))
+        return cls(
+            source=f"task:{name}", tokenizer=CharTokenizer(found.symbols), train=nothing, val=nothing, task=found
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the symbols and of some sequences: it changes when what is asked does."""
+        digest = hashlib.sha256(self.task.symbols.encode())
+        for length in (64, 67):
+            for rows in self.task.sequences(0, 0, 64, length):
+                digest.update(rows.astype("<i4").data)
+        return digest.hexdigest()
+
+    def check(self, context: int) -> None:
+        """UserError where the context, or the part of it that training begins with, is too short or too long."""
+        self.task.check(context)
+        self.task.check(context // STAGES[0][1])
+
+    def batch(self, seed: int, step: int, batch_size: int, context: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rows of one sequence each, or in early steps of several short ones, as documents; see `Corpus.batch`."""
+        self.check(context)
+        many = next((many for before, many in STAGES if step < before), 1)
+        own = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+        tokens, targets = self.task.sequences(seed, step, batch_size * many, context // many)
+        x, y = (torch.from_numpy(part.reshape(batch_size, -1)[own]) for part in (tokens, targets))
+        if many == 1:
+            return Batch(x, y)
+        document = torch.arange(many).repeat_interleave(context // many).expand_as(x)
+        pad = (0, context % many)
+        return Batch(F.pad(x, pad), F.pad(y, pad, value=-1), F.pad(document, pad, value=-1))
+
+    def windows(self, count: int, context: int, split: str = "val") -> Batch:
+        return Batch(*map(torch.from_numpy, self.task.held_out(count, context)))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model gets right on held-out sequences of one length."""
+
+    right: np.ndarray  # [sequences], the share of each sequence's questions
+    depth: np.ndarray | None  # [sequences], where the task has one
+
+    @property
+    def accuracy(self) -> float:
+        """Over all questions: every sequence of one length asks equally many."""
+        return fmean(self.right.tolist())
+
+    @property
+    def exact(self) -> float:
+        """The share of sequences without a mistake. For copying, that is what greedy decoding gets right as a whole."""
+        return fmean((self.right == 1).tolist())
+
+
+@torch.inference_mode()
+def score(logits: Callable[[Tensor], Tensor], name: str, length: int, count: int = 256, batch: int = 64) -> Score:
+    """Put `count` held-out sequences to a model: `logits` is from token ids [B T] to [B T V]."""
+    tokens, targets = task(name).held_out(count, length)
+    right = []
+    for x, y in zip(*(torch.from_numpy(part).split(batch) for part in (tokens, targets)), strict=True):
+        asked = y >= 0
+        hits = (logits(x).argmax(-1) == y) & asked
+        right.append((hits.sum(1) / asked.sum(1)).numpy())
+    depth = task(name).depth
+    return Score(np.concatenate(right), None if depth is None else depth(tokens))

@@ -1,0 +1,168 @@
+"""Tasks: an oracle solves them, whoever sees no earlier token cannot, and nothing leaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from attnlab import data, tasks
+from attnlab.config import DataConfig
+from attnlab.spec import UserError
+
+LENGTHS = (16, 37, 64, 128)
+NAMES = sorted(tasks.TASKS)
+
+
+def text(name: str, ids: list[int]) -> str:
+    return data.CharTokenizer(tasks.task(name).symbols).decode(ids)
+
+
+# Solvers in plain Python. Each reads the tokens up to the question, and nothing after it.
+
+
+def follow(seen: str) -> str:
+    return seen[seen.index(seen[-1]) + 1]
+
+
+def copy(seen: str) -> str:
+    return seen[len(seen) - 1 - seen.index("|")]
+
+
+def select(seen: str) -> str:
+    return seen.replace(".", "")[seen.count("|") - 1]
+
+
+ORACLES = {"mqar": follow, "induction": follow, "copying": copy, "selective": select, "needle": follow}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_oracle_that_sees_only_earlier_tokens_is_always_right(name: str, length: int) -> None:
+    tokens, targets = tasks.task(name).held_out(50, length)
+    assert tokens.shape == targets.shape == (50, length)
+    asked = 0
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        assert 0 <= min(row) and max(row) < len(tasks.task(name).symbols)
+        for place, target in enumerate(wanted):
+            if target >= 0:
+                asked += 1
+                assert ORACLES[name](text(name, row[: place + 1])) == text(name, [target])
+    assert asked and asked % 50 == 0, "each sequence of one length asks equally many questions"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_current_token_and_its_place_say_nothing(name: str) -> None:
+    """The best table from (place, token) to answer, learnt from many sequences, stays at chance on others."""
+    task = tasks.task(name)
+    length = 24 if name != "induction" else 32
+    counts: dict[tuple[int, int], Counter[int]] = {}
+    for seed in range(10):
+        for row, wanted in zip(*(part.tolist() for part in task.sequences(seed, 0, 400, length)), strict=True):
+            for place, target in enumerate(wanted):
+                if target >= 0:
+                    for seen in ((place, row[place]), (-1, row[place]), (place, -1)):
+                        counts.setdefault(seen, Counter())[target] += 1
+    tokens, targets = task.held_out(1000, length)
+    for view in (lambda p, t: (p, t), lambda p, t: (-1, t), lambda p, t: (p, -1)):
+        right = [
+            counts.get(view(p, row[p]), Counter({0: 1})).most_common(1)[0][0] == target
+            for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True)
+            for p, target in enumerate(wanted)
+            if target >= 0
+        ]
+        error = 4 * (task.chance / len(right)) ** 0.5
+        assert abs(np.mean(right) - task.chance) < error + 0.004
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_spread_evenly(name: str) -> None:
+    task = tasks.task(name)
+    _, targets = task.sequences(3, 9, 4000, 64)
+    counts = np.array(list(Counter(targets[targets >= 0].tolist()).values()))
+    assert len(counts) == task.answers + (name == "induction")  # a symbol is never followed by itself
+    assert abs(counts / counts.mean() - 1).max() < 6 / counts.mean() ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_a_pure_function_and_a_larger_one_begins_with_it(name: str) -> None:
+    corpus = data.load(DataConfig(source=f"task:{name}"))
+    late = tasks.STAGES[-1][0]
+    one, two = corpus.batch(5, late, 6, 64), corpus.batch(5, late, 9, 64)
+    assert one.x.shape == (6, 64) and one.x.dtype == torch.int64
+    assert torch.equal(one.x, two.x[:6]) and torch.equal(one.y, two.y[:6])
+    for other in (corpus.batch(6, late, 6, 64), corpus.batch(5, late + 1, 6, 64), corpus.windows(6, 64)):
+        assert not torch.equal(one.x, other.x)
+    halves = [corpus.batch(5, late, 6, 64, rank, 2) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half.x for half in halves]), one.x)
+    assert torch.equal(corpus.windows(4, 64).x, corpus.windows(9, 64).x[:4])
+
+
+def test_the_stream_never_changes() -> None:
+    """Runs of different versions must have seen the same sequences; a change here needs a new name for the task."""
+    found = {name: data.load(DataConfig(source=f"task:{name}")).fingerprint[:12] for name in NAMES}
+    assert found == {
+        "copying": "cb1c40bc108b",
+        "induction": "898493afb7ef",
+        "mqar": "d40f1bc8e619",
+        "needle": "4d796cfb1c65",
+        "selective": "00a54e8bc6a3",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_can_be_learnt_by_heart(name: str) -> None:
+    """No held-out sequence, and hardly any of its answers together, was ever trained on."""
+    task = tasks.task(name)
+    held = {row.tobytes() for row in task.held_out(500, 32)[0]}
+    trained = {row.tobytes() for step in range(50) for row in task.sequences(0, step, 64, 32)[0]}
+    assert len(held) == 500 and not held & trained
+
+
+def test_training_begins_with_short_sequences_that_share_a_row() -> None:
+    corpus = data.load(DataConfig(source="task:needle"))
+    for step, many in ((0, 4), (499, 4), (500, 2), (999, 2), (1000, 1), (10**6, 1)):
+        x, y, documents = corpus.batch(0, step, 3, 67)
+        assert x.shape == y.shape == (3, 67) and ((y >= 0).sum(1) == many).all()
+        if many == 1:
+            assert documents is None
+            continue
+        assert documents is not None and (documents == documents[0]).all()
+        assert documents[0].tolist() == [place // (67 // many) if place < 67 - 67 % many else -1 for place in range(67)]
+        own = tasks.task("needle").sequences(0, step, 3 * many, 67 // many)
+        assert torch.equal(x[:, : 67 - 67 % many].reshape(3 * many, -1), torch.from_numpy(own[0]))
+        assert (y[:, 67 - 67 % many :] == -1).all()
+
+
+def test_needles_lie_at_every_depth() -> None:
+    task = tasks.task("needle")
+    tokens, _ = task.held_out(4000, 33)
+    assert task.depth is not None
+    depth = task.depth(tokens)
+    assert depth.min() == 0 and depth.max() == 1 and abs(depth.mean() - 0.5) < 0.03
+    for row, at in zip(tokens[:50].tolist(), (depth[:50] * 30).round().astype(int), strict=True):
+        assert row.count(row[-1]) == 2 and row[at] == row[-1]
+
+
+def test_marks_noise_and_letters_are_what_they_look_like() -> None:
+    shown = {name: text(name, tasks.task(name).held_out(1, 32)[0][0].tolist()) for name in NAMES}
+    assert shown["copying"][16] == "|" and shown["copying"][:15] == shown["copying"][17:]
+    assert shown["selective"].endswith("||||") and shown["selective"].count(".") == 24
+    assert len(set(shown["induction"])) == 16
+    assert shown["mqar"][1:8:2].isascii() and not shown["mqar"][::2].isascii()
+
+
+@pytest.mark.parametrize(
+    ("source", "context", "said"),
+    [
+        ("task:mqa", 64, "unknown task 'mqa': expected one of mqar, .* did you mean 'mqar'"),
+        ("task:mqar", 16, "mqar needs at least 8 tokens, and 4 were given"),
+        ("task:mqar", 1024, "mqar has symbols for 512 tokens at most, and 1024 were given"),
+        ("task:induction", 1024, "induction has symbols for 512 tokens"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(source: str, context: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        data.load(DataConfig(source=source)).check(context)
