@@ -32,6 +32,7 @@ _HOME = {
     "check_attention": "laws",
     "load_model": "checkpoint",
     "generate": "decode",
+    "patch": "hf.patch",
 }
 _MODULES = ("attention", "laws", "ops", "presets", "spec")
 

@@ -1,0 +1,130 @@
+"""Our Decoder as a model of transformers: `AutoModelForCausalLM` loads what `attnlab export` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..config import ModelConfig, from_dict, to_dict
+from ..hub.families import attnlab as form
+from ..model import Decoder
+from ..spec import UserError
+from .memory import furnish, locate
+
+
+class AttnlabConfig(PretrainedConfig):
+    """A ModelConfig under the names that transformers expects; `attnlab` holds it whole, as JSON."""
+
+    model_type = "attnlab"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, attnlab: Mapping[str, Any] | None = None, use_cache: bool = True, **fields: Any) -> None:
+        config = from_dict(ModelConfig, attnlab or {})
+        super().__init__(**{**form.from_model_config(config), "use_cache": use_cache, **fields, "attnlab": attnlab})
+        self.attnlab = to_dict(config)
+
+    @property
+    def decoder(self) -> ModelConfig:
+        """The ModelConfig; `vocab_size` is this config's, which resize_token_embeddings changes."""
+        return replace(from_dict(ModelConfig, self.attnlab), vocab_size=self.vocab_size)
+
+
+class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any Decoder, with any mechanism in any layer.
+
+    Its caches are the mechanisms' own. Without gradients they are used as `config.use_cache` says; with gradients,
+    which caches written in place do not have, only where `use_cache=True` is given.
+    """
+
+    config_class = AttnlabConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}
+
+    def __init__(self, config: AttnlabConfig) -> None:
+        super().__init__(config)
+        self.model = Decoder(config.decoder)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The Decoder has done it."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.model.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids B L, attention_mask B S over all tokens so far; labels B L, -100 where there is none, are shifted
+        here. Raises `UserError` for what the Decoder has no answer to: inputs_embeds, output_attentions, a mask of more
+        dimensions, several documents in one row."""
+        if input_ids is None:
+            raise UserError("there are no input_ids: attnlab's Decoder reads token ids, not embeddings")
+        refuse(kwargs, "inputs_embeds", "output_attentions", "output_hidden_states")
+        if cached(use_cache, self.config, past_key_values):
+            past_key_values = DynamicCache() if past_key_values is None else past_key_values
+            blocks = self.model.blocks()
+            memories = furnish(past_key_values, [(i, b.attention.config) for i, b in enumerate(blocks)])
+        else:
+            past_key_values, memories = None, []
+        place = locate(input_ids, memories, attention_mask, position_ids)
+        if not place.mask.plain:
+            self.model._check_length(int(place.positions.max()) + 1)
+        like = self.model.embed.weight[:1, :1].expand(*input_ids.shape)  # of the dtype and device of what is remembered
+        x, kept = self.model.hidden(
+            input_ids,
+            None if place.mask.plain else place.positions,
+            [memory.ready(like, place) for memory in memories] or None,
+        )
+        for memory, cache in zip(memories, kept or [], strict=True):
+            memory.cache = cache
+        at = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(x[:, at])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def cached(use_cache: bool | None, config: PretrainedConfig, past_key_values: object) -> bool:
+    """Whether this call remembers."""
+    if past_key_values is not None or use_cache is not None:
+        return past_key_values is not None or bool(use_cache)
+    return config.use_cache and not torch.is_grad_enabled()
+
+
+def refuse(kwargs: Mapping[str, Any], *names: str) -> None:
+    """What models of transformers can be asked for and this one cannot."""
+    for name in names:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise UserError(
+                f"{name} was given, which attnlab's models cannot do: see attnlab.record_attention for maps"
+            )
