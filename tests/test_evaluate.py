@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from attnlab import UserError
-from attnlab.config import ModelConfig
+from attnlab import UserError, cli, data, hub, load_model
+from attnlab.checkpoint import RunFolder
+from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
-from attnlab.evaluate import binned, evaluate, ratio_error, text_bytes, windows
+from attnlab.evaluate import binned, evaluate, evaluate_source, ratio_error, seen_share, text_bytes, windows
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
 
@@ -105,10 +107,8 @@ def test_the_end_of_a_document_stands_before_the_first_token_and_is_not_predicte
         assert found.loss == pytest.approx(np.mean(np.concatenate(wanted)), abs=1e-6)
         assert found.tokens == sum(map(len, documents))
         assert found.documents == 5
-    one = [[loss for losses in wanted for loss in losses][0]]  # a document of one token
-    assert evaluate(model, [documents[0][:1]], stride=stride, tokenizer=tokenizer).loss == pytest.approx(
-        one[0], abs=1e-6
-    )
+    single = evaluate(model, [documents[0][:1]], stride=stride, tokenizer=tokenizer)
+    assert single.loss == pytest.approx(wanted[0][0], abs=1e-6)
 
 
 MECHANISMS = ["mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding"]
@@ -227,3 +227,106 @@ def test_the_model_is_left_as_it_was_and_the_record_is_json() -> None:
     assert model.training and first.loss == second.loss
     again = EvalResult.from_dict(json.loads(json.dumps(first.to_dict())))
     assert again == first
+
+
+VERSE = "".join(f"{n} bottles of beer on the wall, {n} bottles; take {n % 7} down. " for n in range(130))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, and a run that has learnt nothing of one of them."""
+    place = tmp_path_factory.mktemp("evaluate")
+    prose = np.random.default_rng(0).choice(list("abdef ,;."), 4000)
+    (place / "verse.txt").write_text(VERSE)
+    (place / "prose.txt").write_text("".join(prose))
+    (place / "half.txt").write_text(VERSE[:3000] + "".join(prose))
+    (place / "short.txt").write_text("take 5 down.")
+    save(place / "run", DataConfig(source=f"text:{place}/verse.txt"))
+    return place
+
+
+def save(path: Path, source: DataConfig) -> None:
+    corpus = data.load(source)
+    model = tiny(vocab_size=corpus.vocab_size)
+    folder = RunFolder.create(path, RunConfig(model=model.config, data=source), corpus)
+    folder.save(7, model, {}, {"seconds": 0.0, "interval": []})
+
+
+def test_a_run_is_evaluated_on_its_own_held_out_text(place: Path) -> None:
+    model, config = load_model(place / "run")
+    corpus = data.load(config.data)
+    found = evaluate_source(place / "run", device="cpu")
+    held_out = VERSE[int(len(VERSE) * 0.9) :]
+    assert (found.split, found.seen, found.step, found.mechanism) == ("val", 0, 7, "mha")
+    assert found.data == f"text:{place}/verse.txt" and found.model == f"{place}/run"
+    assert found.tokens == found.bytes == len(held_out) - 1
+    assert found.loss == evaluate(model, [corpus.tokenizer.encode(held_out)], tokenizer=corpus.tokenizer).loss
+    assert evaluate_source(place / "run", found.data, device="cpu").loss == found.loss
+    with pytest.raises(UserError, match=r"unknown split of .* 'test': expected one of val, train"):
+        evaluate_source(place / "run", split="test", device="cpu")
+    trained = evaluate_source(place / "run", split="train", device="cpu")
+    assert (trained.split, trained.seen) == ("train", None)
+    assert trained.tokens == int(len(VERSE) * 0.9) - 1
+
+
+def test_another_text_is_taken_whole_and_looked_for_in_the_training_part(place: Path) -> None:
+    assert evaluate_source(place / "run", f"text:{place}/prose.txt", device="cpu").seen == 0
+    (place / "same.txt").write_text(VERSE)
+    with pytest.raises(UserError, match=r"88% of the passages .* give text that it was not trained on$"):
+        evaluate_source(place / "run", f"text:{place}/same.txt", device="cpu")
+    (place / "new.txt").write_text(VERSE[-1200:])  # the held-out part lies in it
+    assert evaluate_source(place / "run", f"text:{place}/new.txt", device="cpu").split == "all"
+    found = evaluate_source(place / "run", f"text:{place}/short.txt", device="cpu")
+    assert (found.seen, found.tokens) == (None, 11)  # too short to be looked for
+    found = evaluate_source(place / "run", f"text:{place}/half.txt", device="cpu")
+    assert 0.2 < found.seen < 0.5
+    with pytest.raises(UserError, match="has no parts"):
+        evaluate_source(place / "run", f"text:{place}/short.txt", "test", device="cpu")
+
+
+def test_a_corpus_whose_validation_part_is_in_its_training_part_is_refused(place: Path) -> None:
+    (place / "twice.txt").write_text(VERSE[:2000] + VERSE[:2000])
+    save(place / "twice", DataConfig(source=f"text:{place}/twice.txt"))
+    with pytest.raises(UserError, match=r"are in the training part of .*, or say --split train"):
+        evaluate_source(place / "twice", device="cpu")
+    assert evaluate_source(place / "twice", split="train", device="cpu").split == "train"
+
+
+def test_passages_are_found_across_the_seams_of_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnlab.evaluate.CHUNK", 100)
+    draw = np.random.default_rng(0)
+    training, other = draw.integers(0, 50, 1000), draw.integers(0, 50, 1000)
+    assert seen_share(Tokens.of(training), Tokens.of(training)) == 1
+    assert seen_share(Tokens.of(other), Tokens.of(training)) == 0
+    documents = np.arange(0, 1000, 100)
+    half = np.where(np.arange(1000) // 100 % 2, training, other)
+    assert 0.3 < seen_share(Tokens.of(half, documents), Tokens.of(training)) < 0.7
+    assert seen_share(Tokens.of(training, np.arange(0, 1000, 50)), Tokens.of(training)) is None
+
+
+def test_an_exported_model_gives_the_same_numbers(place: Path) -> None:
+    exported = hub.save(hub.load(place / "run"), place / "exported")
+    found = evaluate_source(exported, f"text:{place}/verse.txt", device="cpu")
+    assert (found.seen, found.split) == (None, "all")
+    model, _ = load_model(place / "run")
+    tokenizer = RunFolder.open(place / "run").tokenizer()
+    assert found.loss == pytest.approx(evaluate(model, [tokenizer.encode(VERSE)], tokenizer=tokenizer).loss)
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        evaluate_source(exported, device="cpu")
+
+
+def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["eval", f"{place}/run", "--device", "cpu"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown and "bits per byte" in shown and "1 document" in shown and "5 to 8" in shown
+    assert cli.main([*words, "--json", "--stride", "3", "--batch-size", "2", "--out", f"{tmp_path}/eval.json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "eval.json").read_text())
+    assert (found["stride"], found["split"]) == (3, "val")
+    assert cli.main([*words, "--split", "train"]) == 0
+    said = capsys.readouterr()
+    assert "not held out" in said.err and "train" in said.out
+    assert cli.main([*words, "--stride", "99"]) == 2
+    assert "the stride is 99" in capsys.readouterr().err
+    assert cli.main([*words, "--split", "dev"]) == 2

@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,19 +26,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import data, hub
+from .checkpoint import RunFolder
+from .config import DataConfig
+from .data.corpus import read_texts
+from .data.shards import SPLITS, Prepared
 from .data.tokenizer import Tokenizer
 from .data.tokens import Tokens
 from .model import Decoder
 from .results import EvalResult
-from .spec import UserError
+from .spec import UserError, choose
+from .train import find_device
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once
 LOGITS = 1 << 24  # held at once: a long context times a large vocabulary would not fit
-PASSAGE, PASSAGES = 64, 32  # tokens, and how many are looked for in the training part
-SEARCHED = 1 << 27  # tokens of a training part beyond which nothing is looked for
+PASSAGE, PASSAGES = 64, 16  # tokens, and how many such passages are looked for in the training part
+CHUNK, SEARCHED = 1 << 22, 1 << 26  # tokens searched at once; a training part beyond which nothing is looked for
 
 Progress = Callable[[str, int, int], None]
+Ids = Sequence[int] | np.ndarray
 
 
 class Window(NamedTuple):
@@ -60,7 +69,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 class Documents:
     """Documents as they are predicted: an end-of-document token in front, where there is one, and none behind."""
 
-    def __init__(self, documents: Tokens | Sequence[Sequence[int]], end: int | None = None) -> None:
+    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None) -> None:
         self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
         self.end, self.starts = end, tokens.documents
         stops = np.append(self.starts[1:], len(tokens))
@@ -85,11 +94,10 @@ class Documents:
         return sum(map(partial(text_bytes, tokenizer, self.tokens), first.tolist(), (first + self.lengths).tolist()))
 
 
-def joined(documents: Sequence[Sequence[int]]) -> Tokens:
+def joined(documents: Iterable[Ids]) -> Tokens:
     """Token lists as one row. Empty ones have nothing to predict, and are left out."""
-    full = [np.asarray(ids, np.int64) for ids in documents if len(ids)]
-    starts = np.cumsum([0, *map(len, full[:-1])]) if full else None
-    return Tokens(full, starts)
+    full = [np.asarray(ids) for ids in documents if len(ids)]
+    return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 
 def text_bytes(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> int:
@@ -107,7 +115,7 @@ def text_bytes(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> i
 @torch.inference_mode()
 def evaluate(
     model: Decoder,
-    documents: Tokens | Sequence[Sequence[int]],
+    documents: Tokens | Iterable[Ids],
     *,
     context: int | None = None,
     stride: int | None = None,
@@ -143,8 +151,7 @@ def evaluate(
             by_seen += [np.bincount(columns, weight, context) for weight in (losses, np.ones_like(losses))]
             done += len(losses)
             if progress is not None:
-                rate = done / (time.perf_counter() - began)
-                progress(f"{rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left", done, total)
+                progress("tokens predicted", done, total)
     finally:
         model.train(training)
     seconds = time.perf_counter() - began
@@ -241,3 +248,104 @@ def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
             bins.append([first + 1, last, int(count), float(losses[first:last].sum() / count)])
         first = last
     return bins
+
+
+def evaluate_source(
+    source: str | Path,
+    data_source: str | None = None,
+    split: str = "val",
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    checkpoint: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> EvalResult:
+    """`evaluate` for whatever `hub.load` opens, on what `data_source` names (None: what a run was trained on).
+
+    `split` is "val", "test" or "train"; a text file that the run was not trained on has no parts and is taken whole.
+    Raises `UserError` where most of the text is found in what the run was trained on, unless that was asked for.
+    """
+    choose("split", split, SPLITS)
+    where = find_device(device)
+    loaded = hub.load(source, checkpoint=checkpoint, device=where)
+    if loaded.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer, so no text can be given to it: put its tokenizer.json beside it")
+    own = RunFolder.open(source).config.data if loaded.family == hub.RUN else None
+    if data_source is None and own is None:
+        raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
+    config = own if own and data_source in (None, own.source) else DataConfig(source=data_source or "")
+    tokens, part = in_tokens(config, split, loaded.tokenizer, whole=config is not own)
+    seen = None if own is None or split == "train" else seen_share(tokens, data.load(own).train)
+    if seen is not None and seen > 0.5:
+        way = ", or say --split train" if config is own else ""
+        raise UserError(
+            f"{seen:.0%} of the passages looked for in {config.source!r} are in the training part of {source}: give "
+            f"text that it was not trained on{way}"
+        )
+    found = evaluate(
+        loaded.model,
+        tokens,
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
+        tokenizer=loaded.tokenizer,
+        progress=progress,
+    )
+    return replace(
+        found,
+        model=str(source),
+        mechanism="+".join(dict.fromkeys(loaded.model.config.mechanisms)),
+        step=loaded.about.get("step"),
+        data=config.source,
+        split=part,
+        seen=seen,
+    )
+
+
+def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool = False) -> tuple[Tokens, str]:
+    """(a part of the text that `config` names, in the tokens of `tokenizer`; which part it is)."""
+    kind, _, path = config.source.partition(":")
+    if whole and kind == "text":
+        if split != "val":
+            raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
+        return encoded(read_texts(Path(path).expanduser()), tokenizer), "all"
+    corpus: Prepared | data.Corpus = Prepared.open(path) if kind == "prepared" else data.load(config)
+    if isinstance(corpus, data.Corpus):
+        choose(f"split of {config.source}", split, ("val", "train"))
+    tokens = corpus.split(split)
+    if corpus.tokenizer.fingerprint == tokenizer.fingerprint:
+        return tokens, split
+    pages = Documents(tokens, corpus.tokenizer.end)
+    stops = np.append(pages.starts[1:], len(tokens))
+    texts = (corpus.tokenizer.decode(tokens.read(*at).tolist()) for at in zip(pages.starts, stops, strict=True))
+    return encoded(texts, tokenizer), split
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """Texts as documents in a row."""
+    return joined(tokenizer.encode_array(text) for text in texts)
+
+
+def seen_share(tokens: Tokens, training: Tokens) -> float | None:
+    """Share of passages of 64 tokens, taken evenly from all of `tokens`, that occur in `training`. None where no
+    document is that long, or the training part is so large that looking would take longer than evaluating."""
+    stops = np.append(tokens.documents[1:], len(tokens))
+    long = np.flatnonzero(stops - tokens.documents >= PASSAGE)
+    if not len(long) or len(training) > SEARCHED:
+        return None
+    picked = np.linspace(0, len(long) - 1, PASSAGES)
+    depth = (
+        picked % 1 if len(long) > 1 else np.linspace(0, 1, PASSAGES)
+    )  # one document: from its first passage to its last
+    starts = tokens.documents[long[picked.astype(int)]]
+    room = stops[long[picked.astype(int)]] - starts - PASSAGE
+    passages = {
+        row.astype("<i4").tobytes() for row in tokens.gather(starts + (depth * room).astype(int), PASSAGE).numpy()
+    }
+    found: set[bytes] = set()
+    for at in range(0, len(training), CHUNK):
+        chunk = training.read(at, min(at + CHUNK + PASSAGE, len(training))).numpy().astype("<i4").tobytes()
+        found |= {passage for passage in passages - found if passage in chunk}
+    return len(found) / len(passages)

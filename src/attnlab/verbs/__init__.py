@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import workbench
+from . import evaluate, heads, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
     "list": workbench.list_,
     "train": workbench.train,
     "sample": workbench.sample,
+    "eval": evaluate.evaluate,
     "compare": workbench.compare,
     "bench": workbench.bench,
     "audit": workbench.audit,
+    "heads": heads.heads,
     "report": workbench.report,
 }

@@ -1,0 +1,69 @@
+"""eval: how well a trained model predicts text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from .. import screen
+from .options import Json
+
+
+def evaluate(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    *,
+    data: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    split: Literal["val", "test", "train"] = "val",
+    context: Annotated[int | None, arg(metavar="INT")] = None,
+    stride: Annotated[int | None, arg(metavar="INT")] = None,
+    batch_size: int = 8,
+    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    device: str = "auto",
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
+    json_: Json = False,
+) -> int:
+    """Loss per token, perplexity and bits per byte of a trained model, on held-out text.
+
+    Args:
+        model: A run folder, an exported or a Hugging Face folder, or a name on the Hugging Face hub.
+        data: text:PATH, prepared:DIR or shakespeare; what a run was trained on if left out.
+        split: The part of the text; what was trained on only if you say so.
+        context: The longest window, in tokens (the model's if left out).
+        stride: How far a window ends from the one before it, in tokens; fewer show more of the past (the context if
+            left out).
+        batch_size: Windows side by side; it changes the speed and nothing else.
+        checkpoint: A step that has a checkpoint; the newest if left out.
+        device: "cpu", "cuda", "mps", or "auto" for the best one there.
+        out: A JSON file to write the result to as well.
+        json_: Print one JSON object.
+    """
+    from ..evaluate import evaluate_source
+    from ..results import write_json
+
+    with screen.working() as tell:
+        found = evaluate_source(
+            model,
+            data,
+            split,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            checkpoint=checkpoint,
+            device=device,
+            progress=tell,
+        )
+    if out is not None:
+        write_json(out, found.to_dict())
+    if found.split == "train":
+        print("this is what the model was trained on, not held out", file=sys.stderr)
+    if found.seen:
+        print(f"{found.seen:.0%} of the passages looked for are in its training part", file=sys.stderr)
+    if json_:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        screen.console().print(screen.evaluation(found))
+    return 0
