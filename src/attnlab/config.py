@@ -48,7 +48,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = UNSCALED
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float | None = None  # None: 1e-5 for layer, 1e-6 for rms
+    norm_eps: float | None = None  # None: 1e-5 of a LayerNorm, 1e-6 of an RMSNorm
     ff: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "moe"] = "gelu"
     ff_dim: int | None = None  # None: 4 d_model; swiglu: 8/3 d_model up to a multiple of 8
     n_experts: int = 8
@@ -97,6 +97,10 @@ class ModelConfig:
         e, size = self.experts, self.n_experts // max(self.experts.groups, 1)
         whole = e.groups >= 1 and size * e.groups == self.n_experts and 1 <= e.group_best <= size
         return whole and 1 <= e.groups_kept <= e.groups and self.experts_per_token <= e.groups_kept * size
+
+    @property
+    def resolved_norm_eps(self) -> float:
+        return {"layer": 1e-5, "rms": 1e-6}[self.norm] if self.norm_eps is None else self.norm_eps
 
     @property
     def ff_kind(self) -> str:

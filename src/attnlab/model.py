@@ -56,8 +56,8 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
 
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(config.d_model, eps=1e-6 if config.norm_eps is None else config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=1e-5 if config.norm_eps is None else config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(config.d_model, eps=config.resolved_norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.resolved_norm_eps, bias=config.bias)
 
 
 class Dropout(nn.Dropout):

@@ -8,9 +8,10 @@ names (see `table.py`).
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from .. import data
 from ..checkpoint import RunFolder, load_model
 from ..config import ModelConfig, to_dict
-from ..model import Decoder
+from ..model import Decoder, attention_configs
 from ..spec import UserError, choose
 from . import card, families, files, table
 
@@ -67,12 +68,15 @@ def load(
         return _load_run(path, str(source), checkpoint, dtype, device)
     if checkpoint is not None:
         raise UserError(f"{source} is not a run folder, so it has no checkpoint {checkpoint}; leave the checkpoint out")
-    path = path if path.is_dir() else files.download(str(source))
-    about = files.about(path)
+    if path.is_file():
+        about, found, vocabulary = *files.nanogpt(path, trust), None
+    else:
+        path = path if path.is_dir() else files.download(str(source))
+        about, found, vocabulary = files.about(path), files.tensors(path, trust), files.tokenizer(path)
     known = {kind: name for name in names() for kind in module(name).MODEL_TYPES}
-    family = known[choose(f"model type in {path / 'config.json'}:", str(about["config"].get("model_type")), known)]
-    model = build(module(family), about["config"], files.tensors(path, trust), str(source), dtype)
-    return Loaded(model.to(device), files.tokenizer(path), str(source), family, about)
+    family = known[choose(f"model_type in {path}:", str(about["config"].get("model_type")), known)]
+    model = build(module(family), about["config"], found, str(source), dtype)
+    return Loaded(model.to(device), vocabulary, str(source), family, about)
 
 
 def _load_run(path: Path, source: str, step: int | None, dtype: torch.dtype, device: str | torch.device) -> Loaded:
@@ -89,8 +93,13 @@ def build(
     family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, files.Stored], source: str, dtype: torch.dtype
 ) -> Decoder:
     """The Decoder of a family's config and tensors, in evaluation mode."""
-    model = empty(family.to_model_config(hf))
-    rows = list(family.table(model))
+    if hf.get("quantization_config"):
+        raise UserError(f"{source} is quantized; bring it as float32, float16 or bfloat16")
+    try:
+        model = empty(family.to_model_config(hf))
+    except KeyError as missing:
+        raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
+    rows = table.rows(family, model)
     stored = table.check(table.expected(rows, table.ours(model)), found, family, source)
     model.load_state_dict(table.read(rows, stored, dtype), strict=False, assign=True)
     if model.config.tied:
@@ -110,13 +119,55 @@ def save(
     """Write the model as `family` does: safetensors, config.json, the tokenizer's files and a model card, whole or not
     at all. transformers reads what is written for a family of its own. Raises `UserError` where the family cannot
     express the model, saying which fields differ, and where `folder` holds something already."""
-    theirs, config = module(family), loaded.model.config
-    hf = {**theirs.from_model_config(config), **_tokens(loaded), "dtype": _name(loaded.model)}
-    state = table.write(theirs.table(empty(config)), table.ours(loaded.model))
+    theirs = module(family)
+    hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _name(loaded.model)}
+    state = table.write(table.rows(theirs, loaded.model), table.ours(loaded.model))
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
     return files.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about.get("chat_template"))
+
+
+def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:
+    """The config.json of this model in `family`. UserError where reading it would not give the same model again."""
+    if not hasattr(theirs, "from_model_config"):
+        raise UserError(f"family {family!r} can only be read; write attnlab, gpt2 or another one instead")
+    strange = [name for name in dict.fromkeys(config.layers) if theirs.MECHANISMS and name not in theirs.MECHANISMS]
+    if strange:
+        raise UserError(
+            f"{family} cannot express this model: they differ in mechanisms ({', '.join(theirs.MECHANISMS)} there, "
+            f"{', '.join(strange)} here); write family 'attnlab', or convert the model first"
+        )
+    hf = theirs.from_model_config(config)
+    mine, again = facts(config), facts(theirs.to_model_config(hf))
+    wrong = [name for name in {**mine, **again} if differ(mine.get(name), again.get(name))]
+    if wrong:
+        shown = ", ".join(f"{name} ({again.get(name)} there, {mine.get(name)} here)" for name in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+        raise UserError(f"{family} cannot express this model: they differ in {shown}{more}; write family 'attnlab'")
+    return hf
+
+
+def facts(config: ModelConfig) -> dict[str, Any]:
+    """All that the logits depend on, by name."""
+    names = ["vocab_size", "context", "n_layers", "d_model", "positions", "norm", "ff", "bias", "tied"]
+    experts = ["n_experts", "experts_per_token"] if config.ff == "moe" else []
+    found: dict[str, Any] = {name: getattr(config, name) for name in names + experts}
+    found |= {"norm_eps": config.resolved_norm_eps, "ff_dim": config.resolved_ff_dim}
+    if experts:
+        found |= {f"experts.{name}": value for name, value in asdict(config.experts).items()}
+        found["experts.width"] = config.resolved_expert_dim
+    for i, each in enumerate(attention_configs(config)):
+        found |= {f"{name} of layer {i}": v for name, v in asdict(each).items() if name not in ("impl", "dropout")}
+    return found
+
+
+def differ(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() != b.keys() or any(differ(a[name], b[name]) for name in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return not math.isclose(a, b, rel_tol=1e-9)
+    return bool(a != b)
 
 
 def _name(model: Decoder) -> str:

@@ -115,6 +115,20 @@ def stored(state: Any, path: Path) -> dict[str, Stored]:
     return {str(name): one(tensor) for name, tensor in state.items()}
 
 
+def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """What nanoGPT's ckpt.pt says of itself, and its tensors. Its tokenizer, a pickle elsewhere, is left alone."""
+    held = unpickle(path, trust)
+    if not isinstance(held, dict) or not {"model", "model_args"} <= set(held):
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; give a model's folder")
+    about: dict[str, Any] = {"config": {**held["model_args"], "model_type": "nanogpt"}}
+    if "iter_num" in held:
+        about["step"] = int(held["iter_num"])
+    if "best_val_loss" in held:
+        about["results"] = {"best validation loss, nats per token": float(held["best_val_loss"])}
+    state = stored(held["model"], path)
+    return about, {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
 def unpickle(path: Path, trust: bool) -> Any:
     """What torch.save wrote. Only plain tensors, numbers and containers of them, unless `trust`."""
     try:

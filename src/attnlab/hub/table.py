@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,61 @@ def transposed(ours: str, theirs: str) -> Row:
 def fused(ours: str, theirs: Sequence[str], sizes: Sequence[int]) -> Row:
     """One of ours holds several of theirs, `sizes` rows of each."""
     return Row([ours], theirs, lambda *parts: [torch.cat(parts)], lambda x: x.split(list(sizes)))
+
+
+def stacked(ours: str, theirs: Sequence[str], count: int) -> Row:
+    """One of ours holds `count` matrices, each made of as many of theirs as there are for each."""
+    return Row(
+        [ours],
+        theirs,
+        lambda *parts: [torch.cat(parts).unflatten(0, (count, -1))],
+        lambda x: x.flatten(0, 1).chunk(len(theirs)),
+    )
+
+
+def permuted(ours: str, theirs: str, order: Tensor) -> Row:
+    """Row i of ours is row `order[i]` of theirs."""
+    back = order.argsort()
+    return Row([ours], [theirs], lambda x: [x[order]], lambda x: [x[back.to(x.device)]])
+
+
+def split_heads(ours: Sequence[str], theirs: str, heads: int, sizes: Sequence[int]) -> Row:
+    """Theirs holds, head by head, `sizes` rows of each of ours."""
+
+    def read(x: Tensor) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in x.unflatten(0, (heads, -1)).split(list(sizes), 1)]
+
+    def write(*parts: Tensor) -> list[Tensor]:
+        return [torch.cat([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)]
+
+    return Row(ours, [theirs], read, write)
+
+
+def absent(ours: str, size: int) -> Row:
+    """A vector that they do not have: zero here, or it cannot be written."""
+
+    def write(x: Tensor) -> list[Tensor]:
+        if not x.is_meta and bool(x.any()):
+            raise UserError(f"{ours} is not zero, and this family has no place for it; write family 'attnlab' instead")
+        return []
+
+    return Row([ours], [], lambda: [torch.zeros(size)], write)
+
+
+def only(hf: Mapping[str, Any], **values: Any) -> None:
+    """UserError where the config asks for something else than the one value that we compute."""
+    for name, value in values.items():
+        if hf.get(name, value) not in (value, None):
+            raise UserError(f"config.json says {name} = {hf[name]!r}, and attnlab computes only {value!r}")
+
+
+def rows(family: ModuleType, model: Decoder) -> list[Row]:
+    """The family's table without the lines for what this model does not have."""
+    has = ours(model)
+    found = [row for row in family.table(model) if set(row.ours) <= set(has)]
+    left = set(has) - {name for row in found for name in row.ours}
+    assert not left, f"the table of {family.__name__} lacks {sorted(left)}"
+    return found
 
 
 def ours(model: Decoder) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ...spec import UserError
 from ..table import Row, ours, same
 
 MODEL_TYPES = ("attnlab",)
+MECHANISMS: tuple[str, ...] = ()  # any
 PREFIX = "model."
 EXTRA = r"(?!)"  # nothing
 

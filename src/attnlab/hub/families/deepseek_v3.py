@@ -1,0 +1,42 @@
+"""DeepSeek-V3: V2 whose experts are scored one by one, chosen with a bias, from groups of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...config import ModelConfig
+from ...model import Decoder
+from ..table import Row, only
+from . import deepseek_v2 as v2
+from .deepseek_v2 import PREFIX
+
+__all__ = ["PREFIX"]
+
+MODEL_TYPES = ("deepseek_v3",)
+MECHANISMS = v2.MECHANISMS
+EXTRA = rf"{v2.EXTRA}|^model\.layers\.61\."  # the layer that guesses a second token ahead
+
+
+def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    only(hf, rope_interleave=True, topk_method="noaux_tc", scoring_func="sigmoid")
+    groups = {"groups": hf.get("n_group") or 1, "groups_kept": hf.get("topk_group") or 1, "group_best": 2}
+    return v2.plan(hf, v2.experts_config(hf, score="sigmoid", normalize=hf.get("norm_topk_prob", True), **groups))
+
+
+def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    e = config.experts
+    return {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **v2.fields(config),
+        "norm_topk_prob": e.normalize,
+        "n_group": e.groups,
+        "topk_group": e.groups_kept,
+        "rope_interleave": True,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def table(model: Decoder) -> Iterator[Row]:
+    return v2.table(model, choice="gate.e_score_correction_bias")

@@ -1,0 +1,35 @@
+"""nanoGPT's ckpt.pt: GPT-2 with exact gelu, matrices as they are used, biases or none, and the head beside its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...config import ModelConfig
+from ...model import Decoder
+from ..table import Row, same
+from . import gpt2
+from .gpt2 import EXTRA, PREFIX
+
+__all__ = ["EXTRA", "PREFIX"]
+
+MODEL_TYPES = ("nanogpt",)
+
+
+def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=hf["vocab_size"] or 50304,  # what it means by None
+        context=hf["block_size"],
+        n_layers=hf["n_layer"],
+        d_model=hf["n_embd"],
+        n_heads=hf["n_head"],
+        positions="learned",
+        norm="layer",
+        ff="gelu",
+        bias=hf.get("bias", True),
+        dropout=hf.get("dropout", 0.0),
+    )
+
+
+def table(model: Decoder) -> Iterator[Row]:
+    return gpt2.table(model, matrix=same)

@@ -1,0 +1,47 @@
+"""Our own tokenizers as a tokenizer.json of Hugging Face's, so that whoever loads an exported model can give it text;
+and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import data
+from ..data.bpe import END, byte_letters, byte_level
+from ..data.tokenizer import ByteTokenizer, CharTokenizer
+
+
+def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives the same ids. A character that ours does not know is an error there
+    too, because no token stands for it."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return byte_level(byte_letters(), [], {END: tokenizer.end})
+    if isinstance(tokenizer, CharTokenizer):
+        words = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        vocabulary = {"vocab": {letter: i for i, letter in enumerate(tokenizer.chars)}, "unk_token": "<unknown>"}
+        return {
+            **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": words,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", **vocabulary},
+        }
+    return tokenizer.to_json()
+
+
+def read(held: Mapping[str, Any]) -> data.Tokenizer:
+    """The tokenizer in a tokenizer.json, one of ours where `written` made it."""
+    if "model" not in held:
+        return data.from_json(held)
+    letters = [piece for piece in held["model"].get("vocab", ()) if isinstance(piece, str) and len(piece) == 1]
+    own: tuple[data.Tokenizer, ...] = ByteTokenizer(), CharTokenizer("".join(sorted(letters)))
+    return next((tokenizer for tokenizer in own if written(tokenizer) == held), None) or data.from_json(held)
+
+
+def config(tokenizer: data.Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer_config.json."""
+    held = written(tokenizer)
+    end = next((token["content"] for token in held["added_tokens"] if token["id"] == tokenizer.end), None)
+    named = {} if end is None else {"bos_token": end, "eos_token": end}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
