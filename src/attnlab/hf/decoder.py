@@ -27,11 +27,11 @@ class AttnlabConfig(PretrainedConfig):
 
     def __init__(self, attnlab: Mapping[str, Any] | None = None, use_cache: bool = True, **fields: Any) -> None:
         config = from_dict(ModelConfig, attnlab or {})
-        super().__init__(**{**form.from_model_config(config), "use_cache": use_cache, **fields, "attnlab": attnlab})
-        self.attnlab = to_dict(config)
+        super().__init__(**{**form.from_model_config(config), **fields})
+        self.attnlab, self.use_cache = to_dict(config), use_cache
 
     @property
-    def decoder(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig:
         """The ModelConfig; `vocab_size` is this config's, which resize_token_embeddings changes."""
         return replace(from_dict(ModelConfig, self.attnlab), vocab_size=self.vocab_size)
 
@@ -52,7 +52,7 @@ class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AttnlabConfig) -> None:
         super().__init__(config)
-        self.model = Decoder(config.decoder)
+        self.model = Decoder(config.model_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
