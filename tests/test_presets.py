@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 
 from attnlab import Decoder, UserError, cli, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.data.prepare import Plan, prepare
+from attnlab.evaluate import evaluate_source
 from attnlab.forecast import FLOAT, forecast, matrix_rate
 from attnlab.match import parameters
 from attnlab.screen import span
+from attnlab.train import learning_rate, train
 
 RECIPES = [name for name in presets.names() if presets.get(name).data.source.startswith("prepared:")]
 
@@ -63,12 +67,10 @@ def test_members_of_a_family_differ_in_their_attention_alone() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_warm_up_is_real_and_the_rate_falls(name: str) -> None:
-    from attnlab.train import learning_rate
-
-    train = presets.get(name).train
-    rates = [learning_rate(train, step) for step in (0, train.warmup // 2, train.warmup, train.steps - 1)]
-    assert rates[0] < rates[1] < rates[2] == train.lr > rates[3]
-    assert rates[3] == pytest.approx(train.min_lr, rel=0.01)
+    config = presets.get(name).train
+    rates = [learning_rate(config, step) for step in (0, config.warmup // 2, config.warmup, config.steps - 1)]
+    assert rates[0] < rates[1] < rates[2] == config.lr > rates[3]
+    assert rates[3] == pytest.approx(config.min_lr, rel=0.01)
 
 
 SMALL = RunConfig(
@@ -108,6 +110,47 @@ def test_times_are_said_in_the_unit_that_fits() -> None:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small stand-in for every corpus: forty stories, prepared."""
+    place = tmp_path_factory.mktemp("corpus")
+    stories = [f"Once upon a time, {n} mice met a cat. The cat had {n * n % 17} friends.\n\n" for n in range(40)]
+    (place / "stories.txt").write_text("".join(stories))
+    prepare(
+        Plan(source=f"text:{place}/stories.txt", tokenizer="byte", documents="blank"), place / "prepared", workers=1
+    )
+    return place / "prepared"
+
+
+def small(name: str, corpus: Path) -> RunConfig:
+    """The preset with little of everything: the same mechanism, form of options, schedule and kind of corpus."""
+    config = presets.get(name)
+    options = {
+        mechanism: {key: min(value, 16) if isinstance(value, int) else value for key, value in fields.items()}
+        for mechanism, fields in config.model.options.items()
+    }
+    shape = {"vocab_size": 257, "context": 32, "n_layers": 2, "d_model": 32, "n_heads": 4}
+    train = {"steps": 6, "batch_size": 2, "warmup": 2, "eval_every": 3, "eval_batches": 2, "save_every": 6}
+    return replace(
+        config,
+        model=replace(config.model, options=options, **shape),
+        train=replace(config.train, accumulate=min(config.train.accumulate, 2), device="cpu", **train),
+        data=replace(config.data, source=f"prepared:{corpus}"),
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_end_to_end(name: str, corpus: Path, tmp_path: Path) -> None:
+    config = small(name, corpus)
+    result = train(config, tmp_path / "run")
+    assert (result.status, result.steps) == ("done", 6)
+    assert result.val_loss is not None and result.val_loss < 7
+    found = evaluate_source(tmp_path / "run", device="cpu")
+    assert (found.split, found.documents) == ("val", 4)
+    assert found.perplexity == pytest.approx(math.exp(found.loss)) and found.stderr is not None
+    assert result.parameters == forecast(config, 1.0).parameters
+
+
 Said = Callable[..., tuple[int, str, str]]
 
 
@@ -129,10 +172,30 @@ def test_a_dry_run_says_what_a_run_would_take(said: Said, tmp_path: Path) -> Non
         assert fact in out
     assert "1.3 days at 100,000 GFLOP/s (as given)" in out
     assert "Mended" in out
-    assert "Training would stop here" in out and "data/openwebtext" in out
+    assert "Training would stop here: data/openwebtext is not there; make it with attnlab prepare openwebtext" in out
     code, out, _ = said("train", "quick", "--mechanism", "mla", "--dry-run")
     assert code == 0 and "a matrix product here" in out and "would stop" not in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_that_make_a_missing_corpus_are_said_and_would_be_taken(
+    name: str, said: Said, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, error = said("train", name)
+    assert code == 2 and not list(tmp_path.iterdir())
+    source = presets.get(name).data.source.removeprefix("prepared:")
+    commands = error.strip().removeprefix(f"attnlab: {source} is not there; make it with ").split(" and then ")
+    assert f"--out {source}" in commands[-1]
+    for command in commands:
+        program, verb, *words = command.split()
+        cli.parsed(verb, words)  # its options exist; nothing is fetched
+        assert (program, capsys.readouterr().err) == ("attnlab", "")
+
+
+def test_compare_says_them_too(said: Said) -> None:
+    code, _, error = said("compare", "wikitext2-gpt2-mka", "--mechanisms", "mha,mka")
+    assert code == 2 and "data/wikitext-2 is not there; make it with attnlab prepare wikitext-2" in error
 
 
 def test_a_dry_run_knows_the_text_that_is_there(said: Said, tmp_path: Path) -> None:

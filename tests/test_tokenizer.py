@@ -147,7 +147,7 @@ def test_the_files_are_openais() -> None:
     assert table is not None and {table[i]: i for i in range(50_256)} == ranks
 
 
-def test_gpt2_is_gpt2s(gpt2: bpe.BPETokenizer) -> None:
+def test_gpt2is_gpt2s(gpt2: bpe.BPETokenizer) -> None:
     assert (gpt2.kind, gpt2.vocab_size, gpt2.end) == ("bpe", 50_257, 50_256)
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]  # as text

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from .spec import choose
+from .spec import UserError, choose
 
 
 def quick() -> RunConfig:
@@ -100,7 +101,8 @@ def tinystories_gpt2_msla() -> RunConfig:
         steps=1000, batch_size=4, lr=3e-4, min_lr=3e-5, warmup=50, betas=(0.9, 0.95), eval_every=100, save_every=100
     )
     model = replace(base.model, mechanisms=("msla",), options=options)
-    return RunConfig(name="tinystories-gpt2-msla", model=model, data=prepared("tinystories-2000"), train=train)
+    data = replace(prepared("tinystories-2000"), pack="documents")  # a story sees no other
+    return RunConfig(name="tinystories-gpt2-msla", model=model, data=data, train=train)
 
 
 def wikitext103_35m(mechanism: str) -> RunConfig:
@@ -143,13 +145,39 @@ def wikitext2_gpt2(mechanism: str) -> RunConfig:
     return RunConfig(name=f"wikitext2-gpt2-{mechanism}", model=model, data=prepared("wikitext-2"), train=train)
 
 
+def task(name: str) -> RunConfig:
+    """A synthetic task, two layers and a minute or two on one core (docs/tasks.md)."""
+    model = ModelConfig(vocab_size=28, context=64, n_layers=2, d_model=64, n_heads=2)
+    train = TrainConfig(steps=2000, batch_size=32, eval_every=500, eval_batches=4, save_every=1000, precision="fp32")
+    return RunConfig(name=name, model=model, data=DataConfig(source=f"task:{name}"), train=train)
+
+
 def used(options: Mapping[str, Mapping[str, Any]], *mechanisms: str) -> dict[str, Mapping[str, Any]]:
     """The options of these mechanisms alone."""
     return {name: fields for name, fields in options.items() if name in mechanisms}
 
 
+CORPORA = {  # and the commands that make them
+    "tinystories-2000": ["attnlab prepare tinystories --max-documents 2000 --out data/tinystories-2000"],
+    "openwebtext": ["attnlab prepare openwebtext --out data/openwebtext"],
+    "wikitext-103-10k": [
+        "attnlab tokenizer train wikitext-103 --vocab-size 10000 --out bpe-10k.json",
+        "attnlab prepare wikitext-103 --tokenizer bpe-10k.json --out data/wikitext-103-10k",
+    ],
+    "wikitext-2": ["attnlab prepare wikitext-2 --out data/wikitext-2"],
+}
+
+
 def prepared(name: str) -> DataConfig:
+    assert name in CORPORA
     return DataConfig(source=f"prepared:data/{name}")
+
+
+def check_corpus(config: RunConfig) -> None:
+    """UserError where a corpus of these presets is not there, with the commands that make it."""
+    path = Path(config.data.source.removeprefix("prepared:"))
+    if config.data.source.startswith("prepared:") and path.name in CORPORA and not path.exists():
+        raise UserError(f"{path} is not there; make it with {' and then '.join(CORPORA[path.name])}")
 
 
 _ALL: tuple[Callable[[], RunConfig], ...] = (
@@ -163,6 +191,7 @@ _ALL: tuple[Callable[[], RunConfig], ...] = (
     *(partial(openwebtext_124m, name) for name in ("mha", "mla")),
     *(partial(wikitext103_35m, name) for name in ("mha", "mqa", "mla")),
     *(partial(wikitext2_gpt2, name) for name in ("mha", "mqa", "gqa", "mla", "mka", "fast_mka")),
+    *(partial(task, name) for name in ("mqar", "induction", "copying", "selective", "needle")),
 )
 _PRESETS = {preset().name: preset for preset in _ALL}
 

@@ -59,11 +59,12 @@ class Progress:
         self._runs.clear()
         self._bars.stop()
 
-    def begin(self, name: str, steps: int) -> Callable[[Mapping[str, Any]], None]:
-        """Show a run of `steps` steps. Returns where its events go: what `train` takes as `progress`."""
-        self._runs[name] = _Run(self._bars.add_task(name, total=steps, rate="", losses=""), steps)
+    def begin(self, name: str, steps: int | None, unit: str = "steps") -> Callable[[Mapping[str, Any]], None]:
+        """Show a run of `steps` steps, or of something else; None where nobody knows how many. Returns where its events
+        go: what `train` takes as `progress`."""
+        self._runs[name] = _Run(self._bars.add_task(name, total=steps, rate="", losses=""), steps, unit)
         if not self.live:
-            self.say(f"{name}: starts, {steps} steps")
+            self.say(f"{name}: starts" if steps is None else f"{name}: starts, {steps} {unit}")
         return lambda event: self.update(name, event)
 
     def update(self, name: str, event: Mapping[str, Any]) -> None:
@@ -79,7 +80,7 @@ class Progress:
         self._bars.update(run.bar, completed=step, rate=rate, losses=run.losses())
         if not self.live and (validated or now - run.spoken > PATIENCE):
             run.spoken = now
-            self.say("  ".join(filter(None, (f"{name}: step {step}/{run.steps}", run.losses(), rate, run.left(now)))))
+            self.say("  ".join(filter(None, (f"{name}: {run.place()}", run.losses(), rate, run.left(now)))))
 
     def end(self, name: str, text: str) -> None:
         """The run is over; `text` stays on the screen."""
@@ -138,11 +139,16 @@ class Meter:
 
 
 class _Run:
-    def __init__(self, bar: Any, steps: int) -> None:
-        self.bar, self.steps, self.counted = bar, steps, 0
+    def __init__(self, bar: Any, steps: int | None, unit: str) -> None:
+        self.bar, self.steps, self.unit, self.counted = bar, steps, unit, 0
         self.seen: dict[str, Any] = {}
         self.spoken = self.began = time.monotonic()
         self.first: int | None = None
+
+    def place(self) -> str:
+        if self.unit == "steps":
+            return f"step {self.counted}/{self.steps}"
+        return f"{self.counted:,}{'' if self.steps is None else f' of {self.steps:,}'} {self.unit}"
 
     def losses(self) -> str:
         shown = (("loss", "loss"), ("val_loss", "val"))
@@ -153,7 +159,9 @@ class _Run:
         if self.first is None:
             self.first, self.began = self.counted, now
         done = self.counted - self.first
-        return f"{(now - self.began) / done * (self.steps - self.counted):.0f} s left" if done else ""
+        if not done or self.steps is None:
+            return ""
+        return f"{(now - self.began) / done * (self.steps - self.counted):.0f} s left"
 
 
 def _short(number: float) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..results import read_json
 from ..spec import UserError, choose
-from .bpe import gpt2
+from .bpe import BPETokenizer, gpt2
 from .tokenizer import CharTokenizer, Tokenizer, tokenizer
 from .tokens import Tokens
 
@@ -209,7 +209,10 @@ def read_meta(path: Path) -> str:
 
 
 def write_meta(path: Path, made: Tokenizer) -> None:
-    """What nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos)."""
+    """What nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos); nothing for GPT-2's
+    tokenizer, which is what it takes a folder without the file to have."""
+    if isinstance(made, BPETokenizer) and made.is_gpt2:
+        return
     meta: dict[str, Any] = {"vocab_size": made.vocab_size}
     if isinstance(made, CharTokenizer):
         meta["itos"] = dict(enumerate(made.chars))

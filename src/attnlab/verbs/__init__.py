@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import evaluate, heads, workbench
+from . import evaluate, heads, prepare, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
     "list": workbench.list_,
+    "prepare": prepare.prepare,
+    "tokenizer": prepare.tokenizer,
     "train": workbench.train,
     "sample": workbench.sample,
     "eval": evaluate.evaluate,

@@ -1,4 +1,4 @@
-"""The workbench: train, sample, compare, bench, audit, report, demo, list."""
+"""The workbench: train, compare, bench, audit, report, demo, list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from .. import presets, screen
 from ..config import RunConfig
@@ -51,7 +51,8 @@ def train(
     Args:
         preset: A complete run to start from; every field of it can be overridden below.
         mechanism: The attention of every layer, or one per layer, repeated: sliding,sliding,sliding,mla.
-        data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
+        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
+            mixture: 0.7*prepared:A+0.3*text:B.
         out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
         resume: Go on from the newest checkpoint in the run folder.
         dry_run: Train nothing; print parameters, tokens, FLOPs, cache and expected time.
@@ -64,6 +65,7 @@ def train(
         return foresee(preset, config, flops)
     if flops is not None:
         raise UserError("--flops is for --dry-run alone: give both or neither")
+    presets.check_corpus(config)
     out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
     from ..train import train as run
 
@@ -95,6 +97,7 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     if rate is not None and not 0 < rate < float("inf"):
         raise UserError(f"--flops is {rate}: give FLOPs per second, such as 100e12")
     try:
+        presets.check_corpus(config)
         config = resolve(config)[0]  # the vocabulary grows to that of the text, where it is there
         missing = ""
     except UserError as error:
@@ -102,61 +105,6 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     print(f"{presets.about(preset)}\n")
     screen.console().print(screen.forecast(forecast(config, rate)))
     print(missing, end="\n" if missing else "")
-    return 0
-
-
-def sample(
-    run: Annotated[Positional[Path], arg(metavar="RUN")],
-    *,
-    prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: Annotated[int | None, arg(metavar="INT")] = None,
-    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    seed: int = 0,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
-    device: str = "auto",
-    json_: Json = False,
-) -> int:
-    r"""Continue a prompt with a trained model, as it decodes.
-
-    Args:
-        run: A run folder: the --out of attnlab train.
-        prompt: What to continue; give it several times for a batch. A line break if left out.
-        tokens: How many tokens to add.
-        temperature: 0 always takes the likeliest token; higher is wilder.
-        top_k: Choose among this many likeliest tokens only.
-        top_p: Choose among the likeliest tokens that together have this probability only.
-        seed: The same seed gives the same text.
-        checkpoint: A step that has a checkpoint; the newest if left out.
-        device: "cpu", "cuda", "mps", or "auto" for the best one there.
-        json_: Print one JSON object at the end instead of the text.
-    """
-    from ..decode import sample_run
-
-    prompts = prompt or ["\n"]
-    begun = False
-
-    def tell(number: int, text: str) -> None:
-        nonlocal begun
-        if number == 0 and not json_:  # one text is streamed; its neighbours follow whole
-            print(text if begun else prompts[0] + text, end="", flush=True)
-            begun = True
-
-    found = sample_run(
-        run, prompts, tokens, temperature, top_k, top_p, seed, checkpoint=checkpoint, device=device, on_text=tell
-    )
-    if json_:
-        print(json.dumps(found.to_dict(), indent=1))
-        return 0
-    print()
-    for text, rest in zip(found.prompts[1:], found.texts[1:], strict=True):
-        print(f"\n{'-' * 20}\n{text}{rest}")
-    print(
-        f"{found.mechanism}, step {found.step}: {found.tokens} tokens at {found.tokens_per_s:,.0f} tokens/s, "
-        f"live cache {found.cache_bytes:,} bytes",
-        file=sys.stderr,
-    )
     return 0
 
 
@@ -182,7 +130,8 @@ def compare(
         seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
-        data: "shakespeare", or text:PATH for a UTF-8 file or a folder of them.
+        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
+            mixture: 0.7*prepared:A+0.3*text:B.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         jobs: Runs side by side.
         heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
@@ -190,8 +139,10 @@ def compare(
     """
     from .. import compare as comparison
 
+    config = with_choices(config, None, data)
+    presets.check_corpus(config)
     found = comparison.compare(
-        with_choices(config, None, data),
+        config,
         listed(mechanisms),
         seeds,
         out or Path("compare") / preset,

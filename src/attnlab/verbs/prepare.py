@@ -1,0 +1,187 @@
+"""Corpora and tokenizers: prepare, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from ..spec import UserError
+from .options import Json, listed, this_command
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def prepare(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    *,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None,
+    val: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    test: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    val_fraction: Annotated[float | None, arg(metavar="SHARE")] = None,
+    documents: Annotated[str | None, arg(metavar="RULE")] = None,
+    tokens: Annotated[str | None, arg(metavar="COUNT")] = None,
+    max_documents: Annotated[int | None, arg(metavar="COUNT")] = None,
+    end: bool = True,
+    format: Literal["shards", "nanogpt"] = "shards",
+    shard_tokens: Annotated[str, arg(metavar="COUNT")] = "100M",
+    revision: Annotated[str | None, arg(metavar="REV")] = None,
+    workers: Annotated[int | None, arg(metavar="COUNT")] = None,
+) -> int:
+    """Turn text into a folder of token ids to train on: --data prepared:DIR.
+
+    Interrupted, the same command goes on where it stopped; given again, it reads the folder and compares every byte.
+
+    Args:
+        source: shakespeare-char, shakespeare, tinystories, wikitext-2, wikitext-103, openwebtext, fineweb-edu,
+            hf:NAME[/CONFIG] (of the Hugging Face hub, or a folder that datasets reads), text:PATH, jsonl:PATH#FIELD or
+            parquet:PATH#FIELD.
+        out: The folder to make (data/SOURCE if left out, for a source with a name).
+        tokenizer: char, byte, gpt2, a tokenizer.json or a folder with one (what the source is known by, or gpt2).
+        val: Another source to validate on (the source's own part, or the end of its training part).
+        test: Another source to test on.
+        val_fraction: What share of the documents to keep for validation where the source has no part for it (0.1).
+        documents: What a document is: each (file or record), line, blank (between empty lines) or wikitext (article).
+        tokens: Stop after the document that reaches so many training tokens: 100M, 1.5B.
+        max_documents: Stop after so many training documents.
+        end: Put the end-of-document token after each document, where the tokenizer has one.
+        format: shards, or nanogpt: train.bin, val.bin and meta.pkl, on which nanoGPT's train.py trains.
+        shard_tokens: Tokens in one file.
+        revision: Of the hub's data set: a commit, a branch or refs/pr/N (the newest commit).
+        workers: Threads that encode (one for each core).
+    """
+    from ..data import prepare as preparing
+    from ..data.sources import NAMES
+    from ..progress import Progress
+
+    if out is None:
+        if source not in NAMES:
+            raise UserError(f"--out is needed for {source}: name the folder to make, such as --out data/mine")
+        out = Path("data") / source
+    plan = preparing.Plan(
+        source=source,
+        val=val,
+        test=test,
+        tokenizer=tokenizer,
+        documents=documents,
+        val_fraction=val_fraction,
+        max_tokens=None if tokens is None else count("--tokens", tokens),
+        max_documents=max_documents,
+        shard_tokens=count("--shard-tokens", shard_tokens),
+        layout=format,
+        end=end,
+        revision=revision,
+    )
+    try:
+        with Progress() as bars:
+            made = preparing.prepare(plan, out, command=this_command(), workers=workers, progress=told(bars))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; the same command goes on with {out}") from None
+    print(f"{out}: {described(made.manifest['tokenizer'])}")
+    for name, split in made.manifest["splits"].items():
+        print(f"  {name:<5} {split['tokens']:>14,} tokens {split['documents']:>11,} documents  ({split['rule']})")
+    print(f"train on it with --data prepared:{out}")
+    return 0
+
+
+def tokenizer(
+    action: Annotated[Positional[Literal["train", "show"]], arg(metavar="train|show")],
+    name: Annotated[Positional[str], arg(metavar="SOURCE|TOKENIZER")],
+    *,
+    vocab_size: int = 4096,
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
+    special: Annotated[str, arg(metavar="NAME[,NAME]")] = "",
+    documents: Annotated[str | None, arg(metavar="RULE")] = None,
+    max_documents: Annotated[int | None, arg(metavar="COUNT")] = None,
+    text: Annotated[str | None, arg(metavar="TEXT")] = None,
+    json_: Json = False,
+) -> int:
+    """Learn a tokenizer from text, or show one.
+
+    Args:
+        action: train: learn byte-pair encoding from a source, into a tokenizer.json that transformers reads too; show:
+            say what a tokenizer is.
+        name: For train a source, as for attnlab prepare; for show byte, gpt2, a tokenizer.json or a folder with one.
+        vocab_size: For train: how many tokens, the 256 bytes and the special ones among them.
+        out: For train: the file to write.
+        special: For train: special tokens of your own, besides <|endoftext|>.
+        documents: For train: what a document is, as for attnlab prepare.
+        max_documents: For train: learn from so many documents.
+        text: For show: text to cut into tokens.
+        json_: For show: print JSON.
+    """
+    from .. import data
+
+    if action == "show":
+        return show(data.tokenizer(name), text, json_)
+    if out is None:
+        raise UserError("attnlab tokenizer train needs --out FILE: where to write the tokenizer, such as bpe.json")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
+    from ..data import bpe, sources
+    from ..progress import Progress
+    from ..results import write_json
+
+    split = sources.open_source(name, documents).splits["train"]
+    with Progress() as bars:
+        tell, characters = told(bars), 0
+
+        def texts() -> Any:
+            nonlocal characters
+            blocks = split.read(0)
+            for block in blocks if max_documents is None else sources.first(blocks, max_documents):
+                characters += len(block.text)
+                tell({"split": "reading", "done": block.done, "of": split.total, "unit": split.unit})
+                yield block.text
+
+        made = bpe.train(texts(), vocab_size, listed(special))
+    if not characters:
+        raise UserError(f"{name} has no text in it; give a source that has")
+    write_json(out, made.to_json())
+    print(f"{out}: {described(vars(made))}, learned from {characters:,} characters")
+    return 0
+
+
+def show(made: Any, text: str | None, json_: bool) -> int:
+    ids = None if text is None else made.encode(text)
+    pieces = None if ids is None else [made.decode([i]) for i in ids]
+    about = {name: getattr(made, name) for name in ("kind", "vocab_size", "end", "fingerprint")}
+    if json_:
+        print(json.dumps({**about, "ids": ids, "pieces": pieces}))
+        return 0
+    print(f"{described(about)}, fingerprint {made.fingerprint[:12]}")
+    if ids is not None and pieces is not None:
+        print(" ".join(f"{i}:{piece!r}" for i, piece in zip(ids, pieces, strict=True)))
+        print(f"{len(ids)} tokens")
+    return 0
+
+
+def described(about: Mapping[str, Any]) -> str:
+    ends = "no end of document" if about["end"] is None else f"end of document {about['end']}"
+    return f"{about['kind']} tokenizer, {about['vocab_size']:,} tokens, {ends}"
+
+
+def count(option: str, text: str) -> int:
+    """A number of tokens: 1500000, 100M, 1.5B."""
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        return round(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        raise UserError(f"{option} has {text!r}: give a number such as 1500000, 100M or 1.5B") from None
+
+
+def told(bars: Any) -> Callable[[Mapping[str, Any]], None]:
+    """Events of `prepare`, a bar for each part."""
+    tells: dict[str, Callable[[Mapping[str, Any]], None]] = {}
+
+    def tell(event: Mapping[str, Any]) -> None:
+        name = event["split"]
+        if name not in tells:
+            tells[name] = bars.begin(name, event["of"], event["unit"])
+        tells[name]({"step": event["done"], "tokens_per_s": event.get("tokens_per_s")})
+
+    return tell
