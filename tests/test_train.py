@@ -18,7 +18,7 @@ from torch import nn
 from attnlab import attention, checkpoint, data, ops
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from attnlab.decode import sample_run
+from attnlab.infer import sample_run
 from attnlab.spec import UserError
 from attnlab.train import (
     Diverged,

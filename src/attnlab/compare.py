@@ -19,7 +19,7 @@ import torch
 from . import data, ops
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
-from .decode import sample_run
+from .infer import sample_run
 from .heads import whole
 from .laws import check_mechanism
 from .match import Matched, Options, What, match, parameters, variant

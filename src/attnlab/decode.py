@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import Cache
-from .checkpoint import RunFolder, load_model
+from .measure import wait_for
 from .model import Decoder
 from .spec import UserError
-from .train import find_device
+from .train import check_compiler
 
 
 def prefill(
@@ -49,53 +48,110 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    *,
+    stop: Collection[int] = (),
+    compile: bool = False,
 ) -> list[list[int]]:
-    """The `n` tokens that follow each prompt, the prompt left out.
+    """The `n` tokens that follow each prompt, the prompt left out; fewer where one of `stop` comes, which ends its row.
 
     `temperature` 0 takes the likeliest token. `top_k` and `top_p` narrow the choice, in this order. A prompt's sample
     depends on `seed` and the prompt alone, not on its neighbours; a prompt given twice gets two samples. `on_token` is
-    told (number of the prompt, token) as tokens come. Raises `UserError` for an empty prompt, a token that the model
-    does not know, or a length that learned positions do not reach.
+    told (number of the prompt, token) as tokens come. `compile` runs the blocks through torch.compile, which takes a
+    minute before the second token and pays in the long run. Raises `UserError` for an empty prompt, a token that the
+    model does not know, or a length that learned positions do not reach.
     """
-    _check(model, prompts, n, temperature, top_k, top_p, seed)
-    if not prompts or not n:
-        return [[] for _ in prompts]
-    training = model.training
-    model.eval()
-    try:
-        return [row.tolist() for row in _generate(model, prompts, n, temperature, top_k, top_p, seed, on_token)[0]]
-    finally:
-        model.train(training)
+    check(model, prompts, n, temperature, top_k, top_p, seed)
+    how = (temperature, top_k, top_p, seed)
+    return continuation(model, prompts, n, *how, on_token=on_token, stop=stop, compile=compile).rows
 
 
-def _generate(
+@dataclass(frozen=True)
+class Continuation:
+    """What `generate` found, and what it took."""
+
+    rows: list[list[int]]
+    cache: list[Cache]  # after the last step
+    steps: int  # after the first token
+    prefill_seconds: float  # until every prompt has its first token
+    step_seconds: float  # all steps together
+
+
+@torch.inference_mode()
+def continuation(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     n: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    on_token: Callable[[int, int], None] | None,
-) -> tuple[Tensor, list[Cache]]:
-    """([B n], the cache after the last step)."""
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+    *,
+    stop: Collection[int] = (),
+    compile: bool = False,
+) -> Continuation:
+    """`generate`, unchecked, with its cache and its clock."""
+    if not prompts or not n:
+        return Continuation([[] for _ in prompts], [], 0, 0.0, 0.0)
+    going, out = set(range(len(prompts))), []
     device = next(model.parameters()).device
     tokens, positions = (part.to(device) for part in left_padded(prompts))
     lengths = positions[:, -1] + 1
     ragged = bool((positions < 0).any())
-    cache = model.empty_cache(len(prompts), tokens.shape[1] + n, ragged=ragged)
     draws = uniforms(prompts, n, seed).to(device) if temperature > 0 else None
-    logits, cache = prefill(model, tokens, cache, positions if ragged else None)
-    out = []
-    for i in range(n):
-        token = choose_token(logits, None if draws is None else draws[:, i], temperature, top_k, top_p)
-        out.append(token)
-        if on_token is not None:
-            for number, value in enumerate(token.tolist()):
-                on_token(number, value)
-        if i + 1 < n:
-            logits, cache = step(model, token, cache, lengths + i if ragged else None)
-    return torch.stack(out, 1), cache
+    began = time.perf_counter()
+    with evaluating(model):
+        cache = model.empty_cache(len(prompts), tokens.shape[1] + n, ragged=ragged)
+        logits, cache = prefill(model, tokens, cache, positions if ragged else None)
+        with compiled(model) if compile else nullcontext():
+            for i in range(n):
+                token = choose_token(logits, None if draws is None else draws[:, i], temperature, top_k, top_p)
+                out.append(token)
+                if on_token is not None or stop:  # else no step waits for the device
+                    for number in sorted(going):
+                        value = int(token[number])
+                        if on_token is not None:
+                            on_token(number, value)
+                        if value in stop:
+                            going.remove(number)
+                if not i:
+                    wait_for(device)
+                    read = time.perf_counter()
+                if not going or i + 1 == n:
+                    break
+                logits, cache = step(model, token, cache, lengths + i if ragged else None)
+    rows = [until(stop, row) for row in torch.stack(out, 1).tolist()]
+    return Continuation(rows, cache, i, read - began, time.perf_counter() - read)
+
+
+def until(stop: Collection[int], row: list[int]) -> list[int]:
+    """The row up to the first of `stop`, which is its last."""
+    return row[: next((i for i, token in enumerate(row, 1) if token in stop), None)]
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Inside, the model does not drop anything; afterwards it is in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def compiled(model: Decoder) -> Iterator[None]:
+    """Inside, a block is one compiled function, the same for all blocks that are alike, and so is the head."""
+    check_compiler("compile", next(model.parameters()).device)
+    parts = [*model.blocks(), model.head]
+    for part in parts:
+        part.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -136,72 +192,7 @@ def choose_token(
     return tokens.gather(-1, torch.minimum(at, likeliest_last))[:, 0]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What `sample_run` gives: texts in the order of the prompts, prompts left out, and what it took."""
-
-    prompts: list[str]
-    texts: list[str]
-    tokens: int  # generated, all prompts together
-    seconds: float  # prefill and decoding, model loading left out
-    tokens_per_s: float
-    cache_bytes: int  # live, all prompts and layers, after the last step
-    mechanism: str
-    step: int  # of the checkpoint
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@torch.inference_mode()
-def sample_run(
-    path: str | Path,
-    prompts: Sequence[str],
-    n: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    *,
-    checkpoint: int | None = None,
-    device: str = "auto",
-    on_text: Callable[[int, str], None] | None = None,
-) -> Samples:
-    """Continue `prompts` with the model in the run folder `path`; `checkpoint` is a step, None the newest.
-
-    `on_text` is told (number of the prompt, piece of text) as it comes. Raises `UserError` as `generate` does, for a
-    character that the run's tokenizer lacks, and for a folder that holds no whole run.
-    """
-    place = find_device(device)
-    folder = RunFolder.open(path)
-    tokenizer = folder.tokenizer()
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    model, config = load_model(path, checkpoint, place)
-    _check(model, ids, n, temperature, top_k, top_p, seed)
-    if not ids or not n:
-        raise UserError(f"there are {len(ids)} prompts and {n} tokens to sample; give at least one of each")
-
-    def tell(number: int, token: int) -> None:
-        if on_text is not None:
-            on_text(number, tokenizer.decode([token]))
-
-    began = time.perf_counter()
-    out, cache = _generate(model, ids, n, temperature, top_k, top_p, seed, tell if on_text else None)
-    texts = [tokenizer.decode(row) for row in out.tolist()]
-    seconds = time.perf_counter() - began
-    return Samples(
-        prompts=list(prompts),
-        texts=texts,
-        tokens=out.numel(),
-        seconds=seconds,
-        tokens_per_s=out.numel() / seconds,
-        cache_bytes=sum(layer.nbytes() for layer in cache),
-        mechanism=config.mechanism,
-        step=checkpoint if checkpoint is not None else folder.newest() or 0,
-    )
-
-
-def _check(
+def check(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     n: int,
@@ -210,6 +201,7 @@ def _check(
     top_p: float | None,
     seed: int,
 ) -> None:
+    """UserError where `generate` could not do what is asked."""
     config = model.config
     if seed < 0:
         raise UserError(f"the seed is {seed}; give a whole number from 0 up")

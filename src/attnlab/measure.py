@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
@@ -31,6 +32,19 @@ def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: i
         for key, call in timed.items():
             seconds[key].append(call())
     return seconds
+
+
+def read_speed(repeats: int = 5) -> float:
+    """Bytes per second that the processor reads from memory, all threads together: the fastest sum over a buffer that
+    no cache holds."""
+    buffer = torch.ones(2**26)
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        buffer.sum()
+        return time.perf_counter() - began
+
+    return buffer.nbytes / min(seconds() for _ in range(repeats))
 
 
 def counted_flops(call: Callable[[], object]) -> int:

@@ -431,7 +431,8 @@ def _accelerator(device: torch.device) -> Any:
     return accelerator
 
 
-def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+def check_compiler(option: str, device: torch.device) -> None:
+    """UserError where `option` asks torch.compile for what it cannot do on this machine."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -440,8 +441,12 @@ def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[...
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise UserError(
-                "train.compile needs a C++ compiler, and none was found; install g++ or clang++, or leave it off"
+                f"{option} needs a C++ compiler, and none was found; install g++ or clang++, or leave it off"
             ) from None
+
+
+def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    check_compiler("train.compile", device)
     return torch.compile(loss)
 
 

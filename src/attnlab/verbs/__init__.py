@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import evaluate, heads, prepare, workbench
+from . import evaluate, heads, infer, prepare, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
@@ -15,7 +15,8 @@ VERBS: dict[str, Callable[..., int]] = {
     "prepare": prepare.prepare,
     "tokenizer": prepare.tokenizer,
     "train": workbench.train,
-    "sample": workbench.sample,
+    "sample": infer.sample,
+    "infer": infer.infer,
     "eval": evaluate.evaluate,
     "compare": workbench.compare,
     "bench": workbench.bench,

@@ -1,0 +1,165 @@
+"""sample, infer: text from a trained model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from .options import Flag, Json
+
+if TYPE_CHECKING:
+    from ..infer import Samples
+
+Compile = Annotated[Flag, arg(name="compile")]  # of a parameter compile_
+
+
+def sample(
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    *,
+    prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: Annotated[int | None, arg(metavar="INT")] = None,
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    seed: int = 0,
+    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    device: str = "auto",
+    json_: Json = False,
+) -> int:
+    r"""Continue a prompt with a trained model, as it decodes.
+
+    Args:
+        run: A run folder: the --out of attnlab train.
+        prompt: What to continue; give it several times for a batch. A line break if left out.
+        tokens: How many tokens to add.
+        temperature: 0 always takes the likeliest token; higher is wilder.
+        top_k: Choose among this many likeliest tokens only.
+        top_p: Choose among the likeliest tokens that together have this probability only.
+        seed: The same seed gives the same text.
+        checkpoint: A step that has a checkpoint; the newest if left out.
+        device: "cpu", "cuda", "mps", or "auto" for the best one there.
+        json_: Print one JSON object at the end instead of the text.
+    """
+    from ..infer import sample_run
+
+    how = (tokens, temperature, top_k, top_p, seed)
+    prompts = prompt or ["\n"]
+    tell = None if json_ else stream(prompts[0])
+    found = sample_run(run, prompts, *how, checkpoint=checkpoint, device=device, on_text=tell)
+    return show(found, found.prompts, json_)
+
+
+def infer(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    *,
+    prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
+    chat: Flag = False,
+    system: Annotated[str | None, arg(metavar="TEXT")] = None,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: Annotated[int | None, arg(metavar="INT")] = None,
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    seed: int = 0,
+    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    compile_: Compile = False,
+    device: str = "auto",
+    trust: Flag = False,
+    json_: Json = False,
+) -> int:
+    r"""Continue prompts, or answer in a chat, with any model: how fast, and how much memory it takes.
+
+    A text ends where the model says so, or after --tokens.
+
+    Args:
+        source: A run folder, an exported or a Hugging Face folder, nanoGPT's ckpt.pt, or a name on the hub.
+        prompt: What to continue; give it several times for a batch. A line break if left out.
+        chat: Each prompt is what a user says, in the form of the model's chat template.
+        system: In a chat, what comes before it.
+        tokens: How many tokens to add at most.
+        temperature: 0 always takes the likeliest token; higher is wilder.
+        top_k: Choose among this many likeliest tokens only.
+        top_p: Choose among the likeliest tokens that together have this probability only.
+        seed: The same seed gives the same text.
+        checkpoint: A step that has a checkpoint, in a run folder; the newest if left out.
+        dtype: Of weights and cache; "auto" is fp32 on a CPU and bf16 elsewhere.
+        compile_: Run the layers through torch.compile: a minute of waiting, then faster steps, in bf16 above all.
+        device: "cpu", "cuda", "mps", or "auto" for the best one there.
+        trust: Open a pickle that is more than tensors: it may run any code.
+        json_: Print one JSON object at the end instead of the text.
+    """
+    import torch
+
+    from .. import hub
+    from ..infer import continue_texts
+    from ..train import find_device
+
+    place = find_device(device)
+    narrow = dtype == "bf16" or (dtype == "auto" and place.type != "cpu")
+    kind = torch.bfloat16 if narrow else torch.float32
+    loaded = hub.load(source, checkpoint=checkpoint, dtype=kind, device=place, trust=trust)
+    prompts = prompt or ([] if chat else ["\n"])
+    shown = [f"{text}\n" for text in prompts] if chat else prompts
+    found = continue_texts(
+        loaded,
+        prompts,
+        tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        chatting=chat,
+        system=system,
+        compile=compile_,
+        on_text=None if json_ or not shown else stream(shown[0]),
+    )
+    return show(found, shown, json_)
+
+
+def stream(prompt: str) -> Callable[[int, str], None]:
+    """Print the first text as it comes; its neighbours follow whole."""
+    begun = False
+
+    def tell(number: int, text: str) -> None:
+        nonlocal begun
+        if number == 0:
+            print(text if begun else prompt + text, end="", flush=True)
+            begun = True
+
+    return tell
+
+
+def show(found: Samples, prompts: Sequence[str], as_json: bool) -> int:
+    """What the stream has not told."""
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    print()
+    for prompt, text in zip(prompts[1:], found.texts[1:], strict=True):
+        print(f"\n{'-' * 20}\n{prompt}{text}")
+    print(summary(found), file=sys.stderr)
+    return 0
+
+
+def summary(found: Samples) -> str:
+    """One line: what, how fast, how much memory."""
+    from ..measure import read_speed
+
+    made = found.mechanism if found.step is None else f"{found.mechanism}, step {found.step}"
+    parts = [
+        f"{made}, {found.dtype}: read {found.prompt_tokens} tokens at {found.prefill_tokens_per_s:,.0f} tokens/s",
+        f"wrote {found.tokens}",
+        f"live cache {found.cache_bytes:,} bytes",
+    ]
+    if found.decode_tokens_per_s is not None:
+        parts[1] += f" at {found.decode_tokens_per_s:,.0f} tokens/s"
+    if found.read_bytes_per_s is not None and found.device == "cpu":
+        speed = read_speed()
+        share = found.read_bytes_per_s / speed
+        parts.append(f"{share:.0%} of the {speed / 1e9:.0f} GB/s that memory gives")
+    return ", ".join(parts)
