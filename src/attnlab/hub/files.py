@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import data
 from ..results import read_json, write_bytes, write_json
 from ..spec import UserError, need
+from . import vocabulary
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # of a model on the hub
@@ -71,10 +72,9 @@ def _template(folder: Path) -> str | None:
 
 
 def tokenizer(folder: Path) -> data.Tokenizer | None:
-    """The tokenizer in `folder`, if there is one that we read."""
+    """The tokenizer in `folder`, if there is one."""
     path = folder / "tokenizer.json"
-    held = read_json(path) if path.is_file() else {}
-    return data.from_json(held) if "kind" in held else None
+    return vocabulary.read(read_json(path)) if path.is_file() else None
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, Stored]:
@@ -150,7 +150,7 @@ def write(
     config: Mapping[str, Any],
     state: dict[str, Tensor],
     card: str,
-    vocabulary: data.Tokenizer | None,
+    tokenizer: data.Tokenizer | None,
     template: str | None,
 ) -> Path:
     """A folder in the form of the Hugging Face hub. It appears whole or not at all."""
@@ -166,8 +166,9 @@ def write(
         save_file(state, half / "model.safetensors", {"format": "pt"})
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
-        if vocabulary is not None:
-            write_json(half / "tokenizer.json", vocabulary.to_json())
+        if tokenizer is not None:
+            write_json(half / "tokenizer.json", vocabulary.written(tokenizer))
+            write_json(half / "tokenizer_config.json", vocabulary.config(tokenizer))
         if template is not None:
             write_bytes(half / "chat_template.jinja", template.encode())
         os.replace(half, folder)

@@ -9,6 +9,7 @@ from typing import Any
 from .. import data
 from ..data.bpe import END, byte_letters, byte_level
 from ..data.tokenizer import ByteTokenizer, CharTokenizer
+from ..spec import UserError
 
 
 def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
@@ -30,11 +31,12 @@ def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
     return tokenizer.to_json()
 
 
-def read(held: Mapping[str, Any]) -> data.Tokenizer:
+def read(held: Any) -> data.Tokenizer:
     """The tokenizer in a tokenizer.json, one of ours where `written` made it."""
-    if "model" not in held:
-        return data.from_json(held)
-    letters = [piece for piece in held["model"].get("vocab", ()) if isinstance(piece, str) and len(piece) == 1]
+    if not isinstance(held, Mapping):
+        raise UserError("tokenizer.json is not a JSON object; take the file that came with the model")
+    pieces = (held.get("model") or {}).get("vocab", ())
+    letters = [piece for piece in pieces if isinstance(piece, str) and len(piece) == 1]
     own: tuple[data.Tokenizer, ...] = ByteTokenizer(), CharTokenizer("".join(sorted(letters)))
     return next((tokenizer for tokenizer in own if written(tokenizer) == held), None) or data.from_json(held)
 
