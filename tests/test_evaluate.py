@@ -17,6 +17,7 @@ from attnlab import UserError, cli, data, hub, load_model
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
+from attnlab.data.prepare import Plan, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
 from attnlab.evaluate import binned, evaluate, evaluate_source, ratio_error, seen_share, text_bytes, windows
@@ -330,3 +331,77 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert cli.main([*words, "--stride", "99"]) == 2
     assert "the stride is 99" in capsys.readouterr().err
     assert cli.main([*words, "--split", "dev"]) == 2
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A tiny GPT-2 as transformers makes it, and the folder it saved itself into."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_positions": 17, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=256, eos_token_id=256, **shape)
+    theirs = GPT2LMHeadModel(config).eval()
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+@pytest.mark.parametrize("stride", [16, 6, 1])
+def test_strided_perplexity_is_that_of_transformers(gpt2: tuple[Any, Path], stride: int) -> None:
+    """The recipe of its guide on perplexity, but that a window's loss counts for all the tokens it is the mean of: the
+    guide takes one off in every window, as if each began at an unlabelled token, which only the first does."""
+    theirs, folder = gpt2
+    length, ids = 17, torch.randint(256, (1, 17 + 5 * stride), generator=torch.Generator().manual_seed(0))
+    total, count, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + length, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        with torch.no_grad():
+            loss = theirs(ids[:, begin:end], labels=labels).loss.double().item()
+        labelled = int((labels[:, 1:] != -100).sum())
+        total, count, before = total + loss * labelled, count + labelled, end
+        if end == ids.shape[1]:
+            break
+    found = evaluate(hub.load(folder).model, [ids[0].tolist()], context=length - 1, stride=stride)
+    assert (found.tokens, found.loss) == (count, pytest.approx(total / count, abs=1e-6))
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty short stories to train on, ten to validate, five to test, in bytes."""
+    place = tmp_path_factory.mktemp("prepared")
+    for split, numbers in (("train", range(20)), ("val", range(100, 110)), ("test", range(200, 205))):
+        (place / f"{split}.txt").write_text("\n".join(f"Story {n}: {'é' * n} met {n * n} cats.\n" for n in numbers))
+    sources = {split: f"text:{place}/{split}.txt" for split in ("val", "test")}
+    plan = Plan(source=f"text:{place}/train.txt", tokenizer="byte", documents="blank", **sources)
+    prepare(plan, place / "bytes", workers=1)
+    return place
+
+
+def test_the_documents_of_a_prepared_corpus(prepared: Path) -> None:
+    save(prepared / "run", DataConfig(source=f"prepared:{prepared}/bytes"))
+    for split, count in (("val", 10), ("test", 5), ("train", 20)):
+        found = evaluate_source(prepared / "run", split=split, device="cpu")
+        assert (found.split, found.documents) == (split, count)
+        assert found.tokens == found.bytes == len((prepared / f"{split}.txt").read_bytes())
+        assert found.stderr is not None
+    text = (prepared / "test.txt").read_text()
+    model, _ = load_model(prepared / "run")
+    whole = evaluate(model, [ByteTokenizer().encode(text)], tokenizer=ByteTokenizer())
+    found = evaluate_source(prepared / "run", f"text:{prepared}/test.txt", device="cpu")
+    assert (found.loss, found.split, found.documents) == (pytest.approx(whole.loss), "all", 1)
+
+
+def test_a_corpus_in_other_tokens_is_read_as_text(prepared: Path) -> None:
+    """The bytes stay the same, whatever the tokens: what bits per byte are there for."""
+    letters = "".join((prepared / f"{split}.txt").read_text() for split in ("train", "val", "test"))
+    (prepared / "letters.txt").write_text(letters)
+    save(prepared / "letters", DataConfig(source=f"text:{prepared}/letters.txt"))
+    found = evaluate_source(prepared / "letters", f"prepared:{prepared}/bytes", "train", device="cpu")
+    text = (prepared / "train.txt").read_text()
+    assert found.documents == 20
+    assert found.tokens == len(text) - 20  # characters, and of each document all but the first
+    assert found.bytes == len(text.encode()) - 20
