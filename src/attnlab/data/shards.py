@@ -240,7 +240,11 @@ class SplitWriter:
         self._shard: BinaryIO | None = None
         self._starts = _cut_to(self.index, self.documents * 8)
         if self.tokens % self.shard_tokens:
-            self._open(self.tokens % self.shard_tokens)
+            try:
+                self._open(self.tokens % self.shard_tokens)
+            except UserError:
+                self._starts.close()
+                raise
         number = len(self._whole) + (self._shard is not None)
         while (behind := folder / file_name(split, number, layout)).exists() and (layout == "shards" or not number):
             behind.unlink()
