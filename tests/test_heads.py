@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
-from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, watch
+from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.latent import angles
 from attnlab.stats import holm, welch
 
@@ -135,6 +135,32 @@ def test_the_pattern_is_what_moves_the_output(mechanism: str) -> None:
     wrote = block.attention.o(layers[0].wrote.flatten(2))
     if not hasattr(block.attention, "latent"):  # mlp_latent adds its input and a norm of its own after it
         torch.testing.assert_close(added[0], wrote)
+
+
+@pytest.mark.parametrize("mechanism", ["mha", "gqa", "mla", "msla", "sliding", "fast_mka"])
+def test_values_are_what_a_lone_look_writes(mechanism: str) -> None:
+    model, tokens = small(mechanism, n_layers=1).double(), repeated(40, 2, 9, 0)
+    with watch(model) as layers:
+        model(tokens)
+    sizes = value_sizes(model, layers)[0]
+    block, layer = model.blocks()[0], layers[0]
+    x = block.attention_norm(layer.residual)
+    if mechanism in ("mha", "gqa", "sliding"):  # written out: each query head's value through its own columns
+        c = layer.config
+        v = block.attention.project(x, torch.arange(18).expand(2, 18))[2].repeat_interleave(
+            c.n_heads // c.n_kv_heads, 2
+        )
+        columns = block.attention.o.weight.unflatten(1, (c.n_heads, -1))
+        written = [[(columns[:, n] @ v[b, t, n]).norm() for t in range(18)] for b in range(2) for n in range(c.n_heads)]
+        torch.testing.assert_close(sizes.flatten(0, 1), torch.tensor(written, dtype=torch.float64))
+    assert sizes.shape == (2, 4, 18) and sizes.min() > 0
+
+
+def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
+    model = small("mka")
+    with watch(model) as layers:
+        model(repeated(40, 1, 20, 0))
+    assert value_sizes(model, layers) == [None, None]
 
 
 def test_absorbed_maps_equal_expanded_maps() -> None:

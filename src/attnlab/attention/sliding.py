@@ -49,4 +49,5 @@ class Attention(gqa.Attention):
     config: Config
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
-        return super().forward(x, positions, cache, replace(mask, window=self.config.window))
+        window = min(self.config.window, mask.window or self.config.window)
+        return super().forward(x, positions, cache, replace(mask, window=window))

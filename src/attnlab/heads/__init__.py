@@ -4,7 +4,7 @@ from .ablate import ablate
 from .emergence import emergence
 from .latent import Inside, inside
 from .scores import head_scores, pattern_scores, repeated
-from .watch import Layer, heads_replaced, watch
+from .watch import Layer, heads_replaced, value_sizes, watch
 from .whole import whole
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "inside",
     "pattern_scores",
     "repeated",
+    "value_sizes",
     "watch",
     "whole",
 ]

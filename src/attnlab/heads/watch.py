@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model import Block, Decoder
-from ..spec import AttentionConfig, UserError
+from ..spec import AttentionConfig, Mask, UserError
 
 
 @dataclass(frozen=True)
@@ -128,3 +128,34 @@ def heads_replaced(model: Decoder, layer: int, change: Callable[[Tensor], Tensor
         yield
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def value_sizes(model: Decoder, layers: list[Layer]) -> list[Tensor | None]:
+    """How much each head adds to the residual stream when it looks at one token alone: per layer B N L, the length of
+    that token's value behind the output matrix. Weights times these are a value-weighted pattern.
+
+    Found by letting each query see itself alone; None where a mechanism has more in mind than what it may see.
+    """
+    found: list[Tensor | None] = []
+    for block, layer in zip(model.blocks(), layers, strict=True):
+        answers: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], answers: list[Tensor] = answers) -> None:
+            answers.append(inputs[0])
+
+        matrix = output_matrix(block.attention)
+        handle = matrix.register_forward_pre_hook(keep)
+        x = block.attention_norm(layer.residual)
+        with ops.record_attention() as maps:
+            block.attention(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), None, Mask(window=1))
+        handle.remove()
+        own = torch.eye(x.shape[1], device=x.device)
+        if len(maps) != 1 or maps[0].shape[-1] != x.shape[1] or bool(((maps[0] - own).abs() > 1e-5).any()):
+            found.append(None)
+            continue
+        heads = layer.config.n_heads
+        per_head = matrix.weight.unflatten(1, (heads, -1))
+        written = torch.einsum("blnv,dnv->bnld", answers[0].unflatten(-1, (heads, -1)), per_head)
+        found.append(written.norm(dim=-1))
+    return found
