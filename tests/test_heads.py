@@ -151,8 +151,8 @@ def test_values_are_what_a_lone_look_writes(mechanism: str) -> None:
             c.n_heads // c.n_kv_heads, 2
         )
         columns = block.attention.o.weight.unflatten(1, (c.n_heads, -1))
-        written = [[(columns[:, n] @ v[b, t, n]).norm() for t in range(18)] for b in range(2) for n in range(c.n_heads)]
-        torch.testing.assert_close(sizes.flatten(0, 1), torch.tensor(written, dtype=torch.float64))
+        written = [(columns[:, n] @ v[b, t, n]).norm() for b in range(2) for n in range(c.n_heads) for t in range(18)]
+        torch.testing.assert_close(sizes.flatten(0, 1), torch.stack(written).view(8, 18))
     assert sizes.shape == (2, 4, 18) and sizes.min() > 0
 
 
