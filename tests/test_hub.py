@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab import data, hub
-from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
-from attnlab.model import Decoder
+from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.model import Decoder, flops_per_token
 from attnlab.spec import RopeScaling, UserError
+from attnlab.train import train
 
 T = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attnlab[hf]'")
 
@@ -139,7 +140,7 @@ def randomise(model: torch.nn.Module) -> None:
     """No norm stays at one and no bias at zero."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" not in name:
+            if "inv_freq" not in name and tensor.is_floating_point():
                 tensor.normal_(std=0.2)
                 tensor += "norm" in name or ".ln_" in name
 
@@ -214,3 +215,328 @@ def test_what_we_write_transformers_reads(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             again(tokens, use_cache=False).logits, witness.logits(tokens, positions), rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("case", ["deepseek v2 yarn", "deepseek v3 plain queries, biased"])
+def test_both_ways_to_compute_latent_attention_agree(case: str, tmp_path: Path) -> None:
+    """Expanded for a whole text, absorbed for every step, and the other way round."""
+    witness = Witness(case, torch.float64, tmp_path)
+    loaded = hub.load(witness.folder, dtype=torch.float64)
+    tokens, positions = torch.randint(43, (2, 21)), torch.arange(21).expand(2, 21)
+    want = witness.logits(tokens, positions)
+    for mode in ("expanded", "absorbed"):
+        options = {"mla": {**loaded.model.config.options["mla"], "mode": mode}}
+        model = Decoder(replace(loaded.model.config, options=options)).double().eval()
+        model.load_state_dict(loaded.model.state_dict())
+        cache, parts = model.empty_cache(2, 21), []
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens)[0], want, rtol=1e-10, atol=1e-10)
+            for part in tokens.split([12] + [1] * 9, 1):
+                logits, cache = model(part, cache=cache)
+                parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
+
+
+SMALL = ModelConfig(vocab_size=41, context=48, n_layers=2, d_model=32, n_heads=4)
+
+
+def made(config: ModelConfig, tokenizer: data.Tokenizer | None = None) -> hub.Loaded:
+    torch.manual_seed(0)
+    model = Decoder(config).eval()
+    randomise(model)
+    return hub.Loaded(model, tokenizer, "made here", "run")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_exported_folder_is_the_model(tied: bool, tmp_path: Path) -> None:
+    mixed = replace(SMALL, mechanisms=("mla", "msla", "gqa"), options={"gqa": {"qk_norm": 1e-5}}, n_layers=3, tied=tied)
+    scaled = RopeScaling(kind="yarn", factor=4, original=16, fast=32, magnitude=1.2)
+    experts = ExpertsConfig(kind="swiglu", shared=1, dense_layers=1, score="sigmoid")
+    given = made(replace(mixed, rope_scaling=scaled, ff="moe", experts=experts), data.CharTokenizer("abc"))
+    folder = hub.save(given, tmp_path / "new" / "out", results={"validation loss": 1.25})
+    again = hub.load(folder)
+    assert (again.family, again.model.config) == ("attnlab", given.model.config)
+    assert again.tokenizer is not None and again.tokenizer.to_json() == {"kind": "char", "chars": "abc"}
+    assert not again.model.training
+    tokens = torch.randint(41, (2, 20))
+    assert torch.equal(again.model(tokens)[0], given.model(tokens)[0])
+    assert all(p.requires_grad for p in again.model.parameters())
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in folder.iterdir()} == files
+    card = (folder / "README.md").read_text()
+    per_token = (32 + 4) + (32 + 4 + 16) + 2 * 8  # mla, msla with its indexer, one key head
+    assert f"{per_token} floats, {4 * per_token} bytes" in card
+    assert f"{given.model.parameter_count():,} parameters" in card
+    assert "msla" in card and "1.2500" in card and str(tmp_path) not in card
+    assert hub.load(folder, dtype=torch.bfloat16).model.head.weight.dtype == torch.bfloat16
+
+
+def test_a_run_folder_opens_at_any_checkpoint(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a cat sat on a mat, that is that. " * 40)
+    config = RunConfig(
+        model=replace(SMALL, context=8, n_layers=1, vocab_size=64),
+        data=DataConfig(source=f"text:{text}"),
+        train=TrainConfig(steps=4, batch_size=2, eval_every=2, eval_batches=1, save_every=2, precision="fp32"),
+    )
+    train(config, tmp_path / "run")
+    newest, first = hub.load(tmp_path / "run"), hub.load(tmp_path / "run", checkpoint=2)
+    assert (newest.family, newest.about["step"], first.about["step"]) == ("run", 4, 2)
+    assert newest.tokenizer is not None and newest.tokenizer.decode(newest.tokenizer.encode("a mat")) == "a mat"
+    assert not torch.equal(newest.model.embed.weight, first.model.embed.weight)
+    again = hub.load(hub.save(newest, tmp_path / "out"))
+    assert torch.equal(again.model.embed.weight, newest.model.embed.weight)
+    assert "validation loss" in (tmp_path / "out" / "README.md").read_text()
+
+
+def nano(bias: bool, vocab: int) -> dict[str, Any]:
+    """What nanoGPT's train.py saves."""
+    torch.manual_seed(0)
+    D, state = 24, {}
+    shapes = {"transformer.wte": (vocab, D), "transformer.wpe": (16, D)}
+    for i in range(2):
+        layer = f"transformer.h.{i}"
+        shapes |= {f"{layer}.ln_1": (D,), f"{layer}.ln_2": (D,), f"{layer}.attn.c_attn": (3 * D, D)}
+        shapes |= {f"{layer}.attn.c_proj": (D, D), f"{layer}.mlp.c_fc": (4 * D, D), f"{layer}.mlp.c_proj": (D, 4 * D)}
+    shapes["transformer.ln_f"] = (D,)
+    for name, shape in shapes.items():
+        state[f"_orig_mod.{name}.weight"] = torch.randn(shape) * 0.3
+        if bias and "wte" not in name and "wpe" not in name:
+            state[f"_orig_mod.{name}.bias"] = torch.randn(shape[0]) * 0.3
+    state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
+    args = {"n_layer": 2, "n_head": 4, "n_embd": D, "block_size": 16, "bias": bias, "vocab_size": vocab, "dropout": 0.0}
+    return {"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {}}
+
+
+@pytest.mark.parametrize(("bias", "vocab"), [(True, 50304), (False, 43)])
+def test_nanogpt_checkpoints(bias: bool, vocab: int, tmp_path: Path) -> None:
+    """GPT-2 of transformers, with the matrices turned and zeros for biases, is the witness."""
+    held = nano(bias, vocab)
+    torch.save(held, tmp_path / "ckpt.pt")
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # never opened
+    loaded = hub.load(tmp_path / "ckpt.pt")
+    assert (loaded.family, loaded.about["step"], loaded.tokenizer) == ("nanogpt", 7, None)
+    shape = {**GPT2, "n_layer": 2, "n_positions": 16, "vocab_size": vocab}
+    witness = T.GPT2LMHeadModel(T.GPT2Config(**shape, activation_function="gelu")).eval()
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in held["model"].items()}
+    for name, tensor in witness.state_dict().items():
+        found = state.get(name, torch.zeros(()))
+        tensor.copy_(found.T if ".c_" in name and found.ndim == 2 else found)
+    tokens = torch.randint(vocab, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(tokens)[0], witness(tokens).logits, rtol=1e-5, atol=1e-5)
+    refuses(lambda: hub.save(loaded, tmp_path / "x", family="nanogpt"), "nanogpt", "only be read")
+    if bias:
+        again = hub.load(hub.save(loaded, tmp_path / "gpt2", family="gpt2"))
+        assert torch.equal(again.model(tokens)[0], loaded.model(tokens)[0])
+
+
+def refuses(call: Callable[[], Any], *words: str) -> None:
+    """In one sentence that says all of `words`."""
+    with pytest.raises(UserError) as error:
+        call()
+    text = str(error.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama in a folder, to be spoilt."""
+    return Witness("llama", torch.float32, tmp_path).folder
+
+
+def change(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "lama"}, ["'lama'", "did you mean 'llama'?"]),
+        ({"model_type": "gone"}, ["None", "llama"]),
+        ({"hidden_size": "gone"}, ["hidden_size", "lacks"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type", "'dynamic'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["low_freq_factor"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantized"]),
+        ({"num_hidden_layers": 4}, ["lacks the tensor", "model.layers.3", "and 8 more"]),
+        ({"num_hidden_layers": 2}, ["model.layers.2", "does not explain"]),
+        ({"intermediate_size": 21}, ["mlp.gate_proj.weight", "[20, 24]", "[21, 24]"]),
+        ({"num_attention_heads": 5}, ["n_heads", "5"]),
+        ({"attention_bias": True}, ["lacks the tensor", "q_proj.bias"]),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(fields: dict[str, Any], words: list[str], folder: Path) -> None:
+    change(folder, **fields)
+    refuses(lambda: hub.load(folder), *words)
+
+
+class Foreign:
+    """Unpickling it would run code."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("opened"),)
+
+
+def test_folders_and_files_that_are_no_models_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuses(lambda: hub.load(folder, checkpoint=3), "checkpoint 3", "not a run folder")
+    (tmp_path / "empty").mkdir()
+    refuses(lambda: hub.load(tmp_path / "empty"), "run.json", "config.json")
+    weights = folder / "model.safetensors"
+    state, whole = load_file(weights), weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    refuses(lambda: hub.load(folder), "model.safetensors", "damaged")
+    weights.unlink()
+    refuses(lambda: hub.load(folder), "no model.safetensors")
+
+    torch.save(state, folder / "pytorch_model.bin")
+    tokens = torch.randint(43, (1, 9))
+    plain = hub.load(folder).model(tokens)[0]
+    torch.save({**state, "extra": Foreign()}, folder / "pytorch_model.bin")
+    refuses(lambda: hub.load(folder), "pytorch_model.bin", "--trust")
+    assert not Path("opened").exists()
+    refuses(lambda: hub.load(folder, trust=True), "something else than named tensors")
+    assert Path("opened").exists()
+    (folder / "pytorch_model.bin").write_bytes(b"no archive at all")
+    refuses(lambda: hub.load(folder), "pytorch_model.bin")
+    torch.save({"weights": 3}, tmp_path / "ckpt.pt")
+    refuses(lambda: hub.load(tmp_path / "ckpt.pt"), "ckpt.pt", "nanoGPT")
+
+    (folder / "pytorch_model.bin").unlink()
+    names = sorted(state)
+    for part, some in (("a", names[::2]), ("b", names[1::2])):
+        save_file({name: state[name] for name in some}, folder / f"{part}.safetensors")
+    where = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(hub.load(folder).model(tokens)[0], plain)
+    (folder / "b.safetensors").unlink()
+    refuses(lambda: hub.load(folder), "b.safetensors", "missing")
+
+
+def test_names_that_are_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refuses(lambda: hub.load("nobody/nothing-at-all"), "nobody/nothing-at-all", "no folder here")
+    refuses(lambda: hub.load("./no/such/folder"), "./no/such/folder", "does not exist")
+
+
+def test_a_bare_model_and_old_names_load(tmp_path: Path) -> None:
+    """As the first GPT-2 files were: no prefix, causal masks among the tensors, and rope_scaling in a Llama config."""
+    witness = Witness("gpt2", torch.float32, tmp_path)
+    weights = witness.folder / "model.safetensors"
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
+    save_file({**state, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, weights)
+    tokens, positions = torch.randint(43, (2, 11)), torch.arange(11).expand(2, 11)
+    torch.testing.assert_close(hub.load(witness.folder).model(tokens)[0], witness.logits(tokens, positions))
+    other = Witness("llama3 frequencies", torch.float32, tmp_path / "llama")
+    scaling = {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
+    old = {"rope_parameters": "gone", "rope_scaling": {**scaling, "type": "llama3"}, "rope_theta": 500.0}
+    change(other.folder, **old)
+    torch.testing.assert_close(hub.load(other.folder).model(tokens)[0], other.logits(tokens, positions))
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "words"),
+    [
+        (replace(SMALL, mechanisms=("mla",)), "gpt2", ["mechanisms", "mla here"]),
+        (SMALL, "gpt2", ["positions", "bias"]),
+        (replace(SMALL, positions="learned", bias=True, ff="relu2"), "gpt2", ["ff (gelu there, relu2 here)"]),
+        (SMALL, "llama", ["norm (rms there, layer here)", "ff"]),
+        (
+            replace(SMALL, norm="rms", ff="swiglu", mechanisms=("gqa",), options={"gqa": {"qk_norm": 1e-6}}),
+            "llama",
+            ["qk_norm"],
+        ),
+        (replace(SMALL, norm="rms", ff="swiglu"), "qwen2", ["bias"]),
+        (replace(SMALL, norm="rms", ff="swiglu"), "mlistral", ["did you mean 'mistral'?"]),
+        (replace(SMALL, norm="rms", ff="moe", mechanisms=("mla",)), "deepseek_v3", ["experts.kind", "experts.score"]),
+        (replace(SMALL, norm="rms", ff="swiglu", mechanisms=("sliding", "mha")), "mistral", ["layer 1"]),
+    ],
+)
+def test_a_family_refuses_what_it_cannot_express(
+    config: ModelConfig, family: str, words: list[str], tmp_path: Path
+) -> None:
+    refuses(lambda: hub.save(made(config), tmp_path / "out", family=family), *words)
+    assert not [*tmp_path.iterdir()], "nothing half-written"
+
+
+def test_what_a_family_has_no_place_for_is_not_dropped(tmp_path: Path) -> None:
+    loaded = hub.load(Witness("deepseek v3 plain queries, biased", torch.float32, tmp_path).folder)
+    with torch.no_grad():
+        loaded.model.blocks()[1].attention.q.bias += 0.1
+    refuses(lambda: hub.save(loaded, tmp_path / "out", family="deepseek_v3"), "layers.1.attention.q.bias", "not zero")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "mine.txt").write_text("keep")
+    refuses(lambda: hub.save(loaded, tmp_path / "held"), "exists already")
+    assert [file.name for file in (tmp_path / "held").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub.files, "save_file", full)
+    refuses(lambda: hub.save(made(SMALL), tmp_path / "out"), "out", "free space")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_our_own_model_becomes_a_llama(tmp_path: Path) -> None:
+    config = replace(SMALL, norm="rms", ff="swiglu", mechanisms=("gqa",), rope_theta=700.0, tied=False)
+    given = made(config)
+    folder = hub.save(given, tmp_path / "out", family="llama")
+    witness = T.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(41, (2, 19))
+    with torch.no_grad():
+        torch.testing.assert_close(given.model(tokens)[0], witness(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tokenizer_and_its_template_travel(tmp_path: Path) -> None:
+    words = T.PreTrainedTokenizerFast(tokenizer_object=byte_pairs(), eos_token="<|endoftext|>")
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    witness = Witness("qwen2", torch.float32, tmp_path)
+    words.save_pretrained(witness.folder)
+    change(witness.folder, eos_token_id=words.eos_token_id, bos_token_id=5)
+    loaded = hub.load(witness.folder)
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.encode("a cat sat") == words.encode("a cat sat")
+    assert loaded.about["chat_template"] == words.chat_template
+    for family in ("qwen2", "attnlab"):
+        folder = hub.save(loaded, tmp_path / family, family=family)
+        again = T.PreTrainedTokenizerFast.from_pretrained(folder)
+        assert again.encode("a cat sat") == words.encode("a cat sat")
+        assert again.chat_template == words.chat_template
+        said = json.loads((folder / "config.json").read_text())
+        assert (said["eos_token_id"], said["bos_token_id"]) == (words.eos_token_id, 5)
+
+
+def byte_pairs() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["a cat sat on a mat"] * 9, trainer)
+    return made
+
+
+@pytest.mark.parametrize("case", ["llama of one key head", "deepseek v2 lite, grouped", "deepseek v3"])
+def test_flops_are_those_of_the_parts(case: str, tmp_path: Path) -> None:
+    """Counted by PyTorch on one text, against the formula; embeddings and norms cost no products."""
+    model = hub.load(Witness(case, torch.float32, tmp_path).folder).model
+    model = Decoder(replace(model.config, impl="reference")).eval()
+    n = 32
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(43, (1, n)), torch.arange(n)[None])
+    assert counter.get_total_flops() == pytest.approx(n * flops_per_token(model.config, n), rel=1e-6)

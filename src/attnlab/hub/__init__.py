@@ -37,7 +37,7 @@ class Loaded:
     tokenizer: data.Tokenizer | None
     source: str  # as the user named it
     family: str  # "run", or the name of a file in `families/`
-    about: Mapping[str, Any] = field(default_factory=dict)  # "config": the source's; "step", "results", "chat_template"
+    about: Mapping[str, Any] = field(default_factory=dict)  # "config" of the source; "step", "results", "chat_template"
 
 
 def names() -> list[str]:
@@ -125,7 +125,7 @@ def save(
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return files.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about.get("chat_template"))
+    return files.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

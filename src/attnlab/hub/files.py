@@ -7,7 +7,8 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,27 +49,22 @@ def download(name: str) -> Path:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What a folder says of itself: "config", and "chat_template" where it has one."""
+    """What a folder says of itself: "config", and where it has them "tokenizer_config" and "chat_template"."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither run.json nor config.json; give the folder of a run or of a model")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} is not a JSON object; take the file that came with the model")
     found: dict[str, Any] = {"config": config}
-    if (template := _template(folder)) is not None:
-        found["chat_template"] = template
-    return found
-
-
-def _template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = None
+    if (folder / "tokenizer_config.json").is_file():
+        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json")
+        template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
-    return template
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    return found if template is None else {**found, "chat_template": template}
 
 
 def tokenizer(folder: Path) -> data.Tokenizer | None:
@@ -151,11 +147,25 @@ def write(
     state: dict[str, Tensor],
     card: str,
     tokenizer: data.Tokenizer | None,
-    template: str | None,
+    about: Mapping[str, Any],
 ) -> Path:
     """A folder in the form of the Hugging Face hub. It appears whole or not at all."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; name a new or an empty folder")
+    with whole(folder) as half:
+        save_file(state, half / "model.safetensors", {"format": "pt"})
+        write_json(half / "config.json", config)
+        write_bytes(half / "README.md", card.encode())
+        if tokenizer is not None:
+            write_json(half / "tokenizer.json", vocabulary.written(tokenizer))
+            write_json(half / "tokenizer_config.json", about.get("tokenizer_config") or vocabulary.config(tokenizer))
+        if "chat_template" in about:
+            write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
+    return folder
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write into; it takes that name once all is written, else it goes away."""
+    check_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -163,20 +173,18 @@ def write(
         raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder that you may write to") from None
     try:
         half.chmod(0o777 & ~_umask())
-        save_file(state, half / "model.safetensors", {"format": "pt"})
-        write_json(half / "config.json", config)
-        write_bytes(half / "README.md", card.encode())
-        if tokenizer is not None:
-            write_json(half / "tokenizer.json", vocabulary.written(tokenizer))
-            write_json(half / "tokenizer_config.json", vocabulary.config(tokenizer))
-        if template is not None:
-            write_bytes(half / "chat_template.jinja", template.encode())
+        yield half
         os.replace(half, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder} ({error}); free space or choose another folder") from None
     finally:
         shutil.rmtree(half, ignore_errors=True)
-    return folder
+
+
+def check_free(folder: Path) -> None:
+    """A `UserError` where `folder` holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name a new or an empty folder")
 
 
 def _umask() -> int:

@@ -130,9 +130,15 @@ def check(
 
 
 def read(rows: Iterable[Row], found: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our tensors, row by row, so that no more than one row is held twice."""
+    """Our tensors, row by row, so that no more than one row is held twice. They are copies: what was read may be a
+    window on the file, whose rows begin where processors read slowly, and may change under us."""
+
+    def own(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=kind).copy_(tensor)
+
     return {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        name: own(tensor)
         for row in rows
         for name, tensor in zip(row.ours, row.read(*(found[name].load() for name in row.theirs)), strict=True)
     }
