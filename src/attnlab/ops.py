@@ -42,17 +42,17 @@ def rope(
 ) -> Float[Tensor, "B L N H"]:
     """Turn each pair (x[i], x[i + H/2]) by the angle position / theta^place[i]. `theta` None: x as it is.
 
-    Left out, the places are spread evenly: 2i/H. Su et al. 2021 (arXiv 2104.09864), with the half-split pairs of
-    GPT-NeoX and Llama.
+    Left out, the places are spread evenly, 2i/H, and scaled; given, they are taken as they are. Su et al. 2021 (arXiv
+    2104.09864), with the half-split pairs of GPT-NeoX and Llama.
     """
     if theta is None:
         return x
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # bfloat16 angles are wrong after 256 tokens
-    even = torch.arange(half, device=x.device, dtype=exact) / half
-    frequency = theta ** -(torch.tensor(places, device=x.device, dtype=exact) if places else even)
-    if scaling.kind != "none":
-        frequency = frequency * (1 - slowed(frequency, theta, scaling) * (1 - 1 / scaling.factor))
+    if places:
+        frequency = theta ** -torch.tensor(places, device=x.device, dtype=exact)
+    else:
+        frequency = frequencies(half, theta, scaling, exact, x.device)
     angle = one_row(positions)[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     if scaling.magnitude != 1:
@@ -60,6 +60,20 @@ def rope(
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def frequencies(
+    pairs: int,
+    theta: float,
+    scaling: RopeScaling = UNSCALED,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> Float[Tensor, " P"]:
+    """Radians per token of a head's pairs, spread evenly and then scaled."""
+    frequency = theta ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)
+    if scaling.kind == "none":
+        return frequency
+    return frequency * (1 - slowed(frequency, theta, scaling) * (1 - 1 / scaling.factor))
 
 
 def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -> Float[Tensor, " P"]:

@@ -1,0 +1,56 @@
+"""How wide the new mechanism may be: a number, or a share of the cache that the old one held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..spec import AttentionConfig, UserError
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for, of one layer."""
+
+    rank: int | float | None  # a width; a share of the source's cache; None: the widest, at which least is lost
+    given: Mapping[str, Any]  # options
+    build: Callable[[Mapping[str, Any]], AttentionConfig]  # the target's Config with these fields
+    context: int  # tokens
+    floats: int  # that the source's cache holds then
+
+    def choose(self, field: str, widths: Sequence[int], **others: Any) -> int:
+        """The value of `field`, one of `widths` (ascending), where the target has these `others`."""
+        if field in self.given:
+            if self.rank is not None:
+                raise UserError(f"rank {self.rank} is given and so is the option {field}: leave one of them out")
+            return self.among(field, self.given[field], widths)
+        if self.rank is None:
+            return widths[-1]
+        if isinstance(self.rank, int):
+            return self.among(field, self.rank, widths)
+        if not 0 < self.rank <= 1:
+            raise UserError(
+                f"rank {self.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number"
+            )
+        fits = [w for w in widths if self.share(others | {field: w}) <= self.rank]
+        if not fits:
+            least = self.share(others | {field: widths[0]})
+            raise UserError(
+                f"rank {self.rank} is too little: {field} {widths[0]}, the least, needs {least:.3f} of the cache"
+            )
+        return fits[-1]
+
+    def beside(self, fields: Mapping[str, Any]) -> Wish:
+        """The same wish of a target that has these fields as well."""
+        return replace(self, given={**self.given, **fields})
+
+    def share(self, fields: Mapping[str, Any]) -> float:
+        """The part of the source's cache that these fields cost."""
+        return self.build({**self.given, **fields}).cache_spec.floats(self.context) / self.floats
+
+    def among(self, field: str, width: int, widths: Sequence[int]) -> int:
+        if width not in widths:
+            allowed = f"1 to {widths[-1]}" if len(widths) == widths[-1] else f"one of {', '.join(map(str, widths))}"
+            raise UserError(f"{field} {width} does not fit this model: give {allowed}, or a share of its cache, as 0.5")
+        return width

@@ -1,0 +1,75 @@
+"""What a conversion did to a model, measured on text that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model import Decoder
+from ..results import Record
+from .statistics import Tell, record_inputs
+
+EXACT = 1e-9  # logits that differ by less than this, in float64, are the same function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate(Record):
+    """Both models in float64. Losses in nats per token; the cache of one sequence of `context` tokens."""
+
+    source: str  # mechanism
+    target: str
+    method: str
+    rank: int | float | None  # as asked for
+    per_layer: bool = False
+    exact: bool  # `max_logit_difference` is below 1e-9
+    max_logit_difference: float
+    layer_errors: list[float]  # of each layer's attention output, on what the source's layer reads: |new - old| / |old|
+    loss_before: float | None = None
+    loss_after: float | None = None
+    cache_bytes_before: int
+    cache_bytes_after: int
+    context: int
+    tokens: int  # that were compared
+    calibration_tokens: int = 0
+    held_out: bool  # False: the tokens are random, because no text was given
+    options: dict[str, Any] = field(default_factory=dict)  # of the new model
+
+    @property
+    def cache_share(self) -> float:
+        return self.cache_bytes_after / self.cache_bytes_before
+
+
+@torch.no_grad()
+def compare(source: Decoder, target: Decoder, batches: Sequence[Tensor], tell: Tell) -> dict[str, Any]:
+    """The measured fields; `batches` are token ids (B T), whose last column is only predicted."""
+    difference = 0.0
+    losses: tuple[list[Tensor], list[Tensor]] = [], []
+    lost, size = torch.zeros(len(source.layers)).double(), torch.zeros(len(source.layers)).double()
+    for done, batch in enumerate(batches):
+        tell("comparing", done, len(batches))
+        tokens, wanted = batch[:, :-1], batch[:, 1:].flatten()
+        with record_inputs(source) as inputs:
+            before, after = source(tokens)[0], target(tokens)[0]
+        difference = max(difference, (before - after).abs().max().item())
+        for each, logits in zip(losses, (before, after), strict=True):
+            each.append(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        for i, (old, new, x) in enumerate(zip(source.blocks(), target.blocks(), inputs, strict=True)):
+            y = old.attention(x, positions)[0]
+            lost[i] += (new.attention(x, positions)[0] - y).square().sum()
+            size[i] += y.square().sum()
+    count = sum(batch[:, 1:].numel() for batch in batches)
+    loss_before, loss_after = (torch.stack(each).sum().item() / count for each in losses)
+    return {
+        "exact": difference < EXACT,
+        "max_logit_difference": difference,
+        "layer_errors": (lost / size).sqrt().tolist(),
+        "loss_before": loss_before,
+        "loss_after": loss_after,
+        "tokens": count,
+    }

@@ -1,0 +1,97 @@
+"""A dense layer as a value: what a conversion reads, and what a layer of the dense family is written from.
+
+Everything is float64, head by head, and affine: the last column of a weight is its bias (0 where there is none).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import gqa, sliding
+from ..ops import frequencies
+from ..spec import UserError
+
+DENSE = (gqa.Attention, sliding.Attention)  # mha and mqa are gqa's class
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One attention layer: query head n reads key/value head n // (N/K)."""
+
+    q: Tensor  # N H (D + 1)
+    k: Tensor  # K H (D + 1)
+    v: Tensor  # K H (D + 1)
+    o: Tensor  # D N H
+    o_bias: Tensor  # D
+    norms: dict[str, Tensor]  # "q_norm.weight", "k_norm.weight" (H each) where heads are normed
+    config: gqa.Config
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Dense:
+        """`UserError` for a layer that is not queries, keys, values and one softmax."""
+        if type(layer) not in DENSE:
+            name = type(layer).__module__.rpartition(".")[2]
+            raise UserError(
+                f"a layer of {name} cannot be converted: the source must be a model whose layers are mha, gqa, mqa or "
+                "sliding"
+            )
+        assert isinstance(layer, gqa.Attention)
+        c: gqa.Config = layer.config
+        parts = affine(layer.qkv).unflatten(0, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads])
+        out = affine(layer.o)
+        q, k, v = parts
+        o, o_bias = out[:, :-1].unflatten(1, (c.n_heads, -1)), out[:, -1]
+        norms = {name: value.double() for name, value in layer.state_dict().items() if "_norm." in name}
+        return cls(q, k, v, o, o_bias, norms, c)
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """Radians per token of each rotary pair; None: no rotary embedding."""
+        theta, scaling = self.config.rope_theta, self.config.rope_scaling
+        return None if theta is None else frequencies(self.config.head_dim // 2, theta, scaling)
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.k)
+
+    def per_query(self, x: Tensor) -> Tensor:
+        """What belongs to key/value heads (K ...), repeated for each query head that reads it (N ...)."""
+        return x.repeat_interleave(len(self.q) // len(x), 0)
+
+    @property
+    def biased(self) -> bool:
+        """Whether any of its maps adds a constant."""
+        return any(bool(bias.any()) for bias in (self.q[..., -1], self.k[..., -1], self.v[..., -1], self.o_bias))
+
+    @property
+    def kv(self) -> Tensor:
+        """Keys, then values: 2K H (D + 1)."""
+        return torch.cat([self.k, self.v])
+
+    @property
+    def qkv(self) -> Tensor:
+        return torch.cat([self.q, self.kv])
+
+    @property
+    def out(self) -> Tensor:
+        """D (N H + 1)."""
+        return torch.cat([self.o.flatten(1), self.o_bias[:, None]], 1)
+
+
+def affine(linear: nn.Linear) -> Tensor:
+    """M (D + 1): the weight and, as a last column, the bias."""
+    weight = linear.weight.detach().double()
+    bias = torch.zeros(len(weight)).to(weight) if linear.bias is None else linear.bias.detach().double()
+    return torch.cat([weight, bias[:, None]], 1)
+
+
+def state(**maps: Tensor) -> dict[str, Tensor]:
+    """The tensors of linear layers by name, from affine maps (... (D + 1))."""
+    found: dict[str, Tensor] = {}
+    for name, value in maps.items():
+        value = value.flatten(0, -2)
+        found |= {f"{name}.weight": value[:, :-1], f"{name}.bias": value[:, -1]}
+    return found

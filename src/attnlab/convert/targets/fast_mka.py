@@ -1,0 +1,21 @@
+"""To fast memory-keyed attention: as mka, whose queries stand by themselves here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import pooling
+from ..dense import Dense, state
+from ..statistics import Statistics
+from .gqa import METHODS, widths
+
+__all__ = ["METHODS", "weights", "widths"]
+
+
+def weights(
+    source: Dense, config: Any, method: str, seen: Statistics | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    pooled = pooling.METHODS[method](source, config.n_kv_heads)
+    return {}, state(q=pooled.q, kv=pooled.kv, o=pooled.out) | source.norms

@@ -1,0 +1,7 @@
+"""To memory-keyed attention: queries, keys, values and output are copied, and the gate starts near the tokens alone."""
+
+from __future__ import annotations
+
+from .gqa import METHODS, weights, widths
+
+__all__ = ["METHODS", "weights", "widths"]

@@ -1,0 +1,54 @@
+"""To sparse latents: as mla, and an indexer that learns from calibration text where the dense layer looks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...model import Decoder
+from ...spec import UserError
+from ..budget import Wish
+from ..dense import Dense
+from ..statistics import Tell, record_inputs
+from . import mla
+from .mla import METHODS, energies, weights
+
+__all__ = ["METHODS", "energies", "finish", "weights", "widths"]
+
+STEPS, RATE = 60, 3e-3  # of Adam, on the indexers alone
+
+
+def widths(source: Dense, wish: Wish) -> dict[str, Any]:
+    """A query sees a quarter of the context, unless the options say how much."""
+    top_k = wish.given.get("top_k", max(wish.context // 4, 1))
+    sparse = {"top_k": top_k, "local": wish.given.get("local", min(4, top_k))}
+    return mla.widths(source, wish.beside(sparse)) | sparse
+
+
+def finish(model: Decoder, source: Decoder, batches: Sequence[Tensor], tell: Tell) -> None:
+    """The mechanism's own lesson, KL(attention || indexer), on what the source's layers read."""
+    if not batches:
+        raise UserError("the indexer of msla learns from text: give calibration text")
+    layers = [copy.deepcopy(block.attention).float().requires_grad_(False).train() for block in model.blocks()]
+    indexers = [p for layer in layers for n, p in layer.named_parameters() if n.startswith("index_")]
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in indexers], RATE)
+    for step in range(STEPS):
+        tell("teaching the indexer", step, STEPS)
+        batch = batches[step % len(batches)]
+        with record_inputs(source) as seen, torch.no_grad():
+            source.hidden(batch)
+        positions = torch.arange(batch.shape[1]).expand(batch.shape)
+        with torch.enable_grad():
+            for layer, x in zip(layers, seen, strict=True):
+                y, _ = layer(x.float(), positions)
+                (0 * y.sum()).backward()  # y carries the indexer's loss, and only that is wanted
+        optimizer.step()
+        optimizer.zero_grad()
+    for block, layer in zip(model.blocks(), layers, strict=True):
+        learnt = {name: value for name, value in layer.state_dict().items() if name.startswith("index_")}
+        block.attention.load_state_dict(learnt, strict=False)
+        block.attention.get_buffer("calls").fill_(layer.config.warmup)  # the dense lessons are over
