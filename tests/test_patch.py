@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from attnlab import attention
+from attnlab import attention, cli
 from attnlab.hf.hosts import Adapter
 from attnlab.hf.patch import PRESETS, patch
 from attnlab.laws.subject import Broken
@@ -23,8 +24,10 @@ GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_siz
 LLAMAS = {"hidden_size": 32, "num_hidden_layers": 3, **GROUPED, **TOKENS}
 HOSTS = {
     "gpt2": transformers.GPT2Config(n_layer=3, n_embd=32, n_head=4, n_positions=128, **TOKENS),
-    "llama": transformers.LlamaConfig(**LLAMAS, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-    "mistral": transformers.MistralConfig(**LLAMAS, sliding_window=None),
+    "llama": transformers.LlamaConfig(
+        **LLAMAS, rope_parameters={"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+    ),
+    "mistral": transformers.MistralConfig(**LLAMAS, sliding_window=9),
     "qwen2": transformers.Qwen2Config(**LLAMAS),
     "qwen3": transformers.Qwen3Config(**LLAMAS, head_dim=16),
 }
@@ -67,7 +70,7 @@ SAME = [
     ("gpt2", "mha", {}),
     ("llama", "mha", {}),
     ("llama", "gqa", {"n_kv_heads": 2}),
-    ("mistral", "gqa", {"n_kv_heads": 2}),
+    ("mistral", "sliding", {"n_kv_heads": 2}),
     ("qwen2", "mka", {"chunk": 99}),
     ("qwen3", "sliding", {"window": 99}),
 ]
@@ -325,3 +328,63 @@ def test_one_import_is_all_that_loading_needs(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     with torch.no_grad():
         assert float(run.stdout) == pytest.approx(model(tokens).logits.double().sum().item(), abs=1e-3)
+
+
+def run(command: list[object], capsys) -> tuple[int, str]:
+    code = cli.main([str(word) for word in command])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@torch.no_grad()
+def test_the_command_writes_a_whole_folder_or_says_why_not(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = host("qwen3")
+    model.save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    command = ["patch", source, "--mechanism", "mla", "--options", '{"kv_rank": 8}', "--layers", "0,2", "--out", out]
+    code, said = run([*command, "--train", "new"], capsys)
+    assert code == 0 and " %)" in said, said
+    patch(model, "mla", options={"kv_rank": 8}, layers=[0, 2])
+    tokens, _ = prompts(9)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(tokens).logits, model(tokens).logits)
+    card = (out / "README.md").read_text()
+    assert (
+        "source with mla attention" in card and f"{2 * (8 + 8):,} floats" in card and (out / "tokenizer.json").exists()
+    )
+
+    code, said = run(command, capsys)
+    assert code == 2 and "exists already" in said
+    command[-1] = tmp_path / "none"
+    weights = load_file(source / "model.safetensors")
+    gone = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    code, said = run(command, capsys)
+    assert code == 2 and "lacks the tensor model.layers.1.mlp.up_proj.weight" in said
+    save_file(
+        {**weights, "model.layers.1.mlp.up_proj.weight": gone[1:]}, source / "model.safetensors", {"format": "pt"}
+    )
+    code, said = run(command, capsys)
+    assert code == 2 and "does not hold the weights" in said
+    (source / "config.json").write_text('{"model_type": "bert"}')
+    code, said = run(command, capsys)
+    assert code == 2 and "unknown model_type" in said and "'bert'" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_dry_run_counts_and_needs_no_weights(tmp_path, capsys):
+    code, said = run(["patch", "gpt2", "--preset", "published-msla", "--dry-run"], capsys)
+    assert (code, said) == (0, "30,707,712/133,886,208 (22.94 %)\n")
+    HOSTS["llama"].save_pretrained(tmp_path)
+    code, said = run(["patch", tmp_path, "--mechanism", "gqa", "--train", "attention", "--dry-run"], capsys)
+    assert (code, said.split("/")[0]) == (0, f"{3 * 32 * 8 * (4 + 1 + 1 + 4):,}")
+    for words, answer in {
+        ("--mechanism", "mla", "--preset", "published-msla"): "one of the two",
+        ("--preset", "published"): "did you mean 'published-msla'",
+        ("--mechanism", "mla"): "--out DIR, or --dry-run",
+        ("--mechanism", "mla", "--layers", "0,x"): "whole numbers",
+    }.items():
+        code, said = run(["patch", tmp_path, *words], capsys)
+        assert code == 2 and answer in said and said.count("\n") == 1, said
+    code, said = run(["patch", "gtp2", "--mechanism", "mla", "--dry-run"], capsys)
+    assert code == 2 and "did you mean 'gpt2'" in said

@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 
 from .. import attention
 from ..config import to_dict
+from ..hub.rotary import rotary
 from ..laws.interface import separate
 from ..laws.subject import Broken, by, movement, scale, seeded, unchanged
-from ..spec import AttentionConfig, UserError, choose
+from ..spec import UNSCALED, AttentionConfig, UserError, choose
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -111,18 +112,18 @@ def chosen(slots: Sequence[nn.Module], layers: Sequence[int] | None) -> tuple[in
 def fields(mechanism: str, config: PretrainedConfig, parts: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the model says about its attention, as far as the mechanism's Config has a field for it."""
     held = config.to_dict()
-    rope = held.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"the model turns positions by the rule {rope['rope_type']!r}, which patch does not know")
+    theta, scaling = rotary(held) if "rope_parameters" in held else (None, UNSCALED)
     said = {
         "d_model": config.hidden_size,
         "n_heads": config.num_attention_heads,
         "head_dim": len(parts["q.weight"]) // config.num_attention_heads,
-        "rope_theta": rope.get("rope_theta"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
         "bias": "q.bias" in parts,
         "o_bias": "o.bias" in parts,
         "qk_norm": held["rms_norm_eps"] if "q_norm.weight" in parts else 0.0,
         "dropout": held.get("attention_dropout", held.get("attn_pdrop")),
+        **({"window": held["sliding_window"]} if held.get("sliding_window") else {}),
     }
     known = attention.module(mechanism).Config.__dataclass_fields__
     return {name: value for name, value in said.items() if name in known}

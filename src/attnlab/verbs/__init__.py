@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import evaluate, heads, infer, prepare, workbench
+from . import evaluate, heads, infer, patch, prepare, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
@@ -18,6 +18,8 @@ VERBS: dict[str, Callable[..., int]] = {
     "sample": infer.sample,
     "infer": infer.infer,
     "eval": evaluate.evaluate,
+    "patch": patch.patch,
+    "export": patch.export,
     "compare": workbench.compare,
     "bench": workbench.bench,
     "audit": workbench.audit,

@@ -1,0 +1,95 @@
+"""patch: another attention in a model of transformers. export: a model as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from ..spec import UserError, choose
+from .options import Flag, json_object, listed, whole
+
+
+def patch(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    *,
+    mechanism: Annotated[str | None, arg(metavar="NAME")] = None,
+    preset: Annotated[str | None, arg(metavar="PATCH")] = None,
+    layers: Annotated[str | None, arg(metavar="N,...")] = None,
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
+    keep_output: Flag = False,
+    train: Literal["all", "attention", "new"] = "all",
+    seed: int = 0,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    dry_run: Flag = False,
+) -> int:
+    """Put another attention into a GPT-2, Llama, Mistral or Qwen of transformers.
+
+    Prints how many parameters train, of how many.
+
+    Args:
+        source: A Hugging Face folder, or a name on the Hugging Face hub; with --dry-run, a model type such as gpt2 too.
+        mechanism: What to put in; attnlab list shows them.
+        preset: A published patch, instead of a mechanism and its options: published-msla.
+        layers: Which layers, from 0; all if left out.
+        options: Fields of the mechanism's Config: '{"kv_rank": 32}'.
+        keep_output: Let the model's own output projection follow the mechanism's.
+        train: What is not frozen: all, the mechanisms put in, or only what did not carry over into them.
+        seed: Of the new weights.
+        out: The folder to write.
+        dry_run: Only count, on shapes without weights.
+    """
+    from ..hf import folder
+    from ..hf.patch import PRESETS
+
+    if (mechanism is None) == (preset is None):
+        raise UserError("give a --mechanism or a --preset, one of the two")
+    settings: dict[str, Any] = {"seed": seed}
+    if layers is not None:
+        settings["layers"] = [whole("--layers", word) for word in listed(layers)]
+    if preset is not None:
+        settings |= PRESETS[choose("preset", preset, PRESETS)]
+    else:
+        given = json_object("--options", options)
+        settings |= {"mechanism": mechanism, "options": given, "keep_output": keep_output, "train": train}
+    if dry_run:
+        folder.dry_run(source, **settings)
+        return 0
+    if out is None:
+        raise UserError("give the folder to write as --out DIR, or --dry-run to count only")
+    folder.patch_folder(source, out, **settings)
+    print(f"written to {out}; load it after 'import attnlab.hf'", file=sys.stderr)
+    return 0
+
+
+def export(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    *,
+    out: Annotated[Path, arg(metavar="DIR")],
+    family: Annotated[str, arg(metavar="NAME")] = "attnlab",
+    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    results: Annotated[Path | None, arg(metavar="FILE")] = None,
+    trust: Flag = False,
+) -> int:
+    """Write a trained model as a folder that transformers loads, with a model card.
+
+    Args:
+        source: A run folder, an exported or a Hugging Face folder, a name on the hub, or nanoGPT's ckpt.pt.
+        out: The folder to write.
+        family: attnlab, which can say everything, or gpt2, llama, mistral, qwen2, qwen3 where the model is one.
+        checkpoint: A step that has a checkpoint; the newest if left out.
+        results: What attnlab eval --out wrote, for the model card.
+        trust: Open a pickle, which can run code that it brings.
+    """
+    from .. import hub, screen
+    from ..results import read_json
+
+    with screen.working() as tell:
+        tell(f"reading {source}", 0, 2)
+        loaded = hub.load(source, checkpoint=checkpoint, trust=trust)
+        tell(f"writing {out}", 1, 2)
+        hub.save(loaded, out, family=family, results=None if results is None else read_json(results))
+    print(out)
+    return 0
