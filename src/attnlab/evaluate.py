@@ -147,8 +147,9 @@ def evaluate(
             tokens, positions, targets = padded(pages, part, model)
             rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
             losses = token_losses(model, tokens, targets, positions).numpy()
-            by_document += np.bincount(np.array([w.document for w in part])[rows], losses, len(by_document))
-            by_seen += [np.bincount(columns, weight, context) for weight in (losses, np.ones_like(losses))]
+            np.add.at(by_document, np.array([window.document for window in part])[rows], losses)
+            np.add.at(by_seen[0], columns, losses)
+            np.add.at(by_seen[1], columns, 1)
             done += len(losses)
             if progress is not None:
                 progress("tokens predicted", done, total)
@@ -260,6 +261,7 @@ def evaluate_source(
     batch_size: int = 8,
     checkpoint: int | None = None,
     device: str = "auto",
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
     """`evaluate` for whatever `hub.load` opens, on what `data_source` names (None: what a run was trained on).
@@ -269,7 +271,7 @@ def evaluate_source(
     """
     choose("split", split, SPLITS)
     where = find_device(device)
-    loaded = hub.load(source, checkpoint=checkpoint, device=where)
+    loaded = hub.load(source, checkpoint=checkpoint, device=where, trust=trust)
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so no text can be given to it: put its tokenizer.json beside it")
     own = RunFolder.open(source).config.data if loaded.family == hub.RUN else None

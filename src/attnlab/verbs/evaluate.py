@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from .. import screen
-from .options import Json
+from .options import Flag, Json
 
 
 def evaluate(
@@ -23,13 +23,14 @@ def evaluate(
     batch_size: int = 8,
     checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
     device: str = "auto",
+    trust: Flag = False,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     json_: Json = False,
 ) -> int:
     """Loss per token, perplexity and bits per byte of a trained model, on held-out text.
 
     Args:
-        model: A run folder, an exported or a Hugging Face folder, or a name on the Hugging Face hub.
+        model: A run folder, an exported or a Hugging Face folder, nanoGPT's ckpt.pt, or a name on the Hugging Face hub.
         data: text:PATH, prepared:DIR or shakespeare; what a run was trained on if left out.
         split: The part of the text; what was trained on only if you say so.
         context: The longest window, in tokens (the model's if left out).
@@ -38,6 +39,7 @@ def evaluate(
         batch_size: Windows side by side; it changes the speed and nothing else.
         checkpoint: A step that has a checkpoint; the newest if left out.
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
+        trust: Open a pickle that is more than tensors: it may run any code.
         out: A JSON file to write the result to as well.
         json_: Print one JSON object.
     """
@@ -54,6 +56,7 @@ def evaluate(
             batch_size=batch_size,
             checkpoint=checkpoint,
             device=device,
+            trust=trust,
             progress=tell,
         )
     if out is not None:
