@@ -150,6 +150,8 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    train: Literal["all", "attention", "new"] = "all"  # which parameters; new: those that multi-head attention lacks
+    distill: float = 0.0  # the teacher's share of the objective, from 0 to 1
     eval_every: int = 250
     eval_batches: int = 20
     save_every: int = 250
@@ -167,7 +169,9 @@ class TrainConfig:
             raise UserError(f"train.lr is {self.lr}: it must be above 0")
         if not 0 < self.decay <= 1:
             raise UserError(f"train.decay is {self.decay}: it is a share of the steps, above 0 and at most 1")
-        for name in ("optimizer", "schedule", "precision"):
+        if not 0 <= self.distill <= 1:
+            raise UserError(f"train.distill is {self.distill}: it is a share of the objective, from 0 to 1")
+        for name in ("optimizer", "schedule", "precision", "train"):
             allowed = typing.get_args(typing.get_type_hints(type(self))[name])
             choose(f"train.{name}", getattr(self, name), allowed)
 
@@ -179,6 +183,14 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    init: str = ""  # the trained model whose weights it starts with: a folder or a hub name; none: random ones
+    teacher: str = ""  # the trained model whose predictions it learns from, where train.distill is above 0
+
+    def __post_init__(self) -> None:
+        if bool(self.teacher) != bool(self.train.distill):
+            raise UserError(
+                f"the teacher is {self.teacher!r} and train.distill {self.train.distill}: give both, or neither"
+            )
 
     @property
     def mechanism(self) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from . import data, ops
 from .checkpoint import RunFolder, load_optimizer_tensors, load_weights, optimizer_tensors
 from .config import RunConfig, TrainConfig
+from .convert.heal import distilled, freeze, start_from
 from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError, need
@@ -129,6 +130,7 @@ class Trainer:
     corpus: data.Corpus
     model: Decoder
     loss: Callable[..., Tensor]  # (x, y, documents); compiled, where the config asks for it
+    objective: Callable[..., Tensor]  # what a step makes smaller: the loss, where no teacher has a say
     optimizers: dict[str, torch.optim.Optimizer]
     accelerator: Any
     precision: str  # fp32 or bf16
@@ -140,14 +142,20 @@ class Trainer:
         device = find_device(config.train.device)
         accelerator = _accelerator(device)
         torch.manual_seed(config.seed)
-        model = Decoder(config.model).to(device)
+        model = Decoder(config.model)
+        if config.init:
+            start_from(model, config.init)
+        freeze(model, config.train.train)
+        model = model.to(device)
         optimizers = make_optimizers(config.train, model)
         model, *prepared = accelerator.prepare(model, *optimizers.values())
+        loss = _compiled(model.loss, device) if config.train.compile else model.loss
         return cls(
             config=config,
             corpus=corpus,
             model=model,
-            loss=_compiled(model.loss, device) if config.train.compile else model.loss,
+            loss=loss,
+            objective=distilled(model, config.teacher, config.train.distill, device) if config.teacher else loss,
             optimizers=dict(zip(optimizers, prepared, strict=True)),
             accelerator=accelerator,
             precision=find_precision(config.train.precision, device),
@@ -182,7 +190,7 @@ def train_step(trainer: Trainer, step: int) -> Step:
     for part, count, before in zip(parts, counts, [counts[0], *counts], strict=False):
         divide_gradients(model, count / before)
         with trainer.autocast():
-            loss = trainer.loss(*part.to(trainer.device))
+            loss = trainer.objective(*part.to(trainer.device))
         trainer.accelerator.backward(loss)
         total += loss.detach() * count
     divide_gradients(model, sum(counts) / counts[-1])
@@ -290,6 +298,8 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
     began = time.perf_counter() - log.seconds
     fresh: list[tuple[Tensor, Tensor]] = []  # (loss, norm) of steps whose numbers have not been looked at
     trainer.model.train()
+    if log.step == 0 and trainer.config.init:
+        _validate(trainer, folder, log, tell)  # what there is to heal
     while log.step < config.steps and not stop.is_set():
         started = time.perf_counter()
         reports = _due(log.step + 1, config.log_every, config.steps)
@@ -307,16 +317,20 @@ def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, t
         if reports:
             tell(_report(trainer, folder, log, auxiliary))
         if validates:
-            loss = validate(trainer)
-            if not math.isfinite(loss):
-                raise _diverged(trainer, folder, "validation loss", loss, log.step)
-            folder.log({"step": log.step, "val_loss": loss})
-            tell({"step": log.step, "val_loss": loss})
+            _validate(trainer, folder, log, tell)
         log.seconds = time.perf_counter() - began
         if saves:
             _save(trainer, folder, log)
     _look(trainer, folder, log, fresh)
     _save(trainer, folder, log)
+
+
+def _validate(trainer: Trainer, folder: RunFolder, log: Log, tell: Listener) -> None:
+    loss = validate(trainer)
+    if not math.isfinite(loss):
+        raise _diverged(trainer, folder, "validation loss", loss, log.step)
+    folder.log({"step": log.step, "tokens": log.tokens, "val_loss": loss})
+    tell({"step": log.step, "val_loss": loss})
 
 
 def _auxiliary_losses(wanted: bool) -> AbstractContextManager[dict[str, list[Tensor]]]:

@@ -1,0 +1,55 @@
+"""Healing is training that starts from a converted model: what may move, and what the original still teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import hub
+from ..checkpoint import load_weights, weights
+from ..model import Decoder
+from ..spec import UserError
+
+
+def start_from(model: Decoder, source: str) -> None:
+    """Take over the weights of the model that `source` names. `UserError` unless it is of this very shape."""
+    load_weights(model, weights(hub.load(source).model))
+
+
+def freeze(model: Decoder, train: str) -> None:
+    """Leave only these to train: all; attention, its layers; new, what of those has no counterpart in multi-head
+    attention, by what each mechanism says that it carries."""
+    if train == "all":
+        return
+    model.requires_grad_(False)
+    for block in model.blocks():
+        for name, parameter in block.attention.named_parameters():
+            carried = set(name.split(".")[0]) <= set(block.attention.config.carries)
+            parameter.requires_grad_(train == "attention" or not carried)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"{', '.join(dict.fromkeys(model.config.mechanisms))} has no parameter that multi-head attention lacks, so "
+            "nothing is new: train attention, or all"
+        )
+
+
+def distilled(model: Decoder, source: str, share: float, device: torch.device) -> Callable[..., Tensor]:
+    """(x, y, documents) -> (1 - share) cross entropy + share KL(teacher || model), both in nats per target that counts;
+    the teacher is the model that `source` names (Hinton et al. 2015, arXiv 1503.02531)."""
+    teacher = hub.load(source).model.to(device).requires_grad_(False)
+    theirs, ours = teacher.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise UserError(f"the teacher {source} knows {theirs} tokens and the model {ours}: give the original")
+
+    def objective(x: Tensor, y: Tensor, documents: Tensor | None = None) -> Tensor:
+        counts = y.flatten() >= 0
+        logits = model(x, documents=documents)[0].flatten(0, 1)[counts].float()
+        with torch.no_grad():
+            wanted = teacher(x, documents=documents)[0].flatten(0, 1)[counts].float().log_softmax(-1)
+        apart = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        return share * apart + (1 - share) * F.cross_entropy(logits, y.flatten()[counts])
+
+    return objective
