@@ -122,6 +122,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "n_group": 2, "topk_group": 1, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.9}},
     ),
 }
+INDEXER = {"index_topk": 6, "index_n_heads": 12, "index_head_dim": 10, "n_group": 4, "topk_group": 2}
+CASES["deepseek v3.2"] = ("DeepseekV32", {**LATENT, **INDEXER})
+CASES["deepseek v3.2 yarn"] = (
+    "DeepseekV32",
+    {**LATENT, **INDEXER, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}},
+)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

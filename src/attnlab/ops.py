@@ -193,6 +193,14 @@ def spread(best: Tensor, chunks: Int[Tensor, "B M"], wanted: Int[Tensor, "B S"])
     return best.gather(2, column[:, None].expand(-1, best.shape[1], -1))
 
 
+def index_scores(
+    q: Float[Tensor, "B L J E"], k: Float[Tensor, "B S E"], weight: Float[Tensor, "B L J"]
+) -> Float[Tensor, "B L S"]:
+    """sum_j weight[t, j] relu(q[t, j] . k[s]), in float32 at least."""
+    match = torch.einsum("blje,bse->bjls", q, k.to(q.dtype)).relu()
+    return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
     """True for the `count` highest of the last dimension; equal ones go to the later index, so that decoding in chunks
     agrees with decoding at once. Entries of -inf are never chosen."""

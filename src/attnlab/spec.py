@@ -89,10 +89,10 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary pairs are slowed so that a model reaches further than it was first trained: `factor` times as slow, all
-    of them (linear), or those that turn fewer than `slow` times over the `original` context, with a ramp up to those
-    that turn more than `fast` times and stay. The ramp is even in turns (llama3) or in the pair's number (yarn, Peng et
-    al. 2023, arXiv 2309.00071)."""
+    """How rotary pairs are slowed so that a model reaches further than it was first trained: all of them by `factor`
+    (linear), or those that turn fewer than `slow` times over the `original` context, with a ramp up to those that turn
+    more than `fast` times and stay. The ramp is even in turns (llama3) or in the pair's number (yarn, Peng et al. 2023,
+    arXiv 2309.00071)."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0

@@ -25,6 +25,7 @@ from ..model import Decoder, attention_configs
 from ..spec import UserError, choose
 from . import card, families, files, table
 
+INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # how it is computed or trained, not what
 RUN = "run"  # the family of a run folder
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a config says beyond the model's shape
 
@@ -158,7 +159,7 @@ def facts(config: ModelConfig) -> dict[str, Any]:
         found |= {f"experts.{name}": value for name, value in asdict(config.experts).items()}
         found["experts.width"] = config.resolved_expert_dim
     for i, each in enumerate(attention_configs(config)):
-        found |= {f"{name} of layer {i}": v for name, v in asdict(each).items() if name not in ("impl", "dropout")}
+        found |= {f"{name} of layer {i}": value for name, value in asdict(each).items() if name not in INDIFFERENT}
     return found
 
 

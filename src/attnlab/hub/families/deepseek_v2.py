@@ -59,8 +59,14 @@ def experts_config(hf: Mapping[str, Any], **own: Any) -> ExpertsConfig:
     )
 
 
-def plan(hf: Mapping[str, Any], experts: ExpertsConfig, *, bias: bool = False) -> ModelConfig:
-    """What V2 and V3 share."""
+def plan(
+    hf: Mapping[str, Any],
+    experts: ExpertsConfig,
+    mechanism: str = "mla",
+    own: Mapping[str, Any] = {},
+    bias: bool = False,
+) -> ModelConfig:
+    """What the versions share; `own` are further options of the mechanism."""
     only(hf, hidden_act="silu", moe_layer_freq=1, num_key_value_heads=hf["num_attention_heads"])
     theta, scaling = rotary(hf)
     if scaling.kind != "none" and (weight := said(hf).get("mscale_all_dim")):
@@ -72,6 +78,7 @@ def plan(hf: Mapping[str, Any], experts: ExpertsConfig, *, bias: bool = False) -
         "v_dim": hf["v_head_dim"],
         "bias": hf.get("attention_bias", False),
         "dropout": hf.get("attention_dropout") or 0.0,
+        **own,
     }
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -80,8 +87,8 @@ def plan(hf: Mapping[str, Any], experts: ExpertsConfig, *, bias: bool = False) -
         d_model=hf["hidden_size"],
         n_heads=hf["num_attention_heads"],
         head_dim=hf["qk_nope_head_dim"],
-        mechanisms=("mla",),
-        options={"mla": options},
+        mechanisms=(mechanism,),
+        options={mechanism: options},
         positions="rope",
         rope_theta=theta,
         rope_scaling=scaling,

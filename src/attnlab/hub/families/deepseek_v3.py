@@ -18,10 +18,11 @@ MECHANISMS = v2.MECHANISMS
 EXTRA = rf"{v2.EXTRA}|^model\.layers\.61\."  # the layer that guesses a second token ahead
 
 
-def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def to_model_config(hf: Mapping[str, Any], mechanism: str = "mla", own: Mapping[str, Any] = {}) -> ModelConfig:
     only(hf, rope_interleave=True, topk_method="noaux_tc", scoring_func="sigmoid")
     groups = {"groups": hf.get("n_group") or 1, "groups_kept": hf.get("topk_group") or 1, "group_best": 2}
-    return v2.plan(hf, v2.experts_config(hf, score="sigmoid", normalize=hf.get("norm_topk_prob", True), **groups))
+    experts = v2.experts_config(hf, score="sigmoid", normalize=hf.get("norm_topk_prob", True), **groups)
+    return v2.plan(hf, experts, mechanism, own)
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
