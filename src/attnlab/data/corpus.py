@@ -123,15 +123,21 @@ class Corpus:
     def _rows(self, where: np.ndarray, context: int, split: str) -> Batch:
         tokens = self.split(split)
         if self.pack == "documents":
-            return Batch(*map(torch.from_numpy, packing.read(tokens, self._plan(split, context), where, context)))
+            read = packing.read(tokens, self._plan(split, context), where, context, self._front)
+            return Batch(*map(torch.from_numpy, read))
         both = tokens.gather(where, context + 1)
         return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
     def _plan(self, split: str, context: int) -> np.ndarray:
         if (split, context) not in self._plans:
             tokens = self.split(split)
-            self._plans[split, context] = packing.plan(tokens.documents, len(tokens), context)
+            self._plans[split, context] = packing.plan(tokens.documents, len(tokens), context, self._front)
         return self._plans[split, context]
+
+    @property
+    def _front(self) -> int:
+        """Whether the end of one document stands in front of the next."""
+        return int(self.tokenizer.end is not None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,8 +239,8 @@ def _one(config: DataConfig, source: str) -> Corpus:
     else:
         raise UserError(
             f"data source {source!r} is unknown; allowed are {SHAKESPEARE!r}, 'text:PATH' (a UTF-8 file or a folder of "
-            "such files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, "
-            "alone, 'task:NAME'"
+            "such files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' "
+            "and, alone, 'task:NAME'"
         )
     made = None if config.tokenizer in ("auto", CharTokenizer.kind) else named_tokenizer(config.tokenizer)
     return from_texts(texts, source, config.val_fraction, made, config.pack)

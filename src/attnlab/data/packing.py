@@ -1,8 +1,9 @@
-"""Rows of whole documents. A document's last token is only ever a target, so a document of n + 1 tokens takes n places;
-one that takes more than the context is cut into pieces of that size, each going on where the one before ended.
+"""Rows of whole documents. A document's last token is only a target to it, so n + 1 tokens take n places; one that
+takes more than the context is cut into pieces of that size, each going on where the one before ended.
 
-Pieces fill rows in the order of the corpus, and what does not fit begins the next row (next-fit): a row is one stretch
-of the corpus, known by its start alone.
+Where documents end with a token of their own, the one before stands in `front` of each (1, else 0), so that its first
+token is predicted too. Pieces fill rows in the order of the corpus, and what does not fit begins the next row
+(next-fit): a row is one stretch of the corpus, known by its start alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .tokens import Tokens
 BLOCK = 1 << 18  # documents looked at together
 
 
-def plan(documents: np.ndarray, tokens: int, context: int) -> np.ndarray:
+def plan(documents: np.ndarray, tokens: int, context: int, front: int) -> np.ndarray:
     """int64: where in the corpus of `tokens` tokens each row of `context` places begins; empty if nothing is to learn.
 
     documents: where each document begins, ascending.
@@ -24,7 +25,8 @@ def plan(documents: np.ndarray, tokens: int, context: int) -> np.ndarray:
     for at in range(0, len(documents), BLOCK):
         begins = np.asarray(documents[at : at + BLOCK + 1])
         lengths = np.diff(begins, append=tokens) if at + BLOCK >= len(documents) else np.diff(begins)
-        more_where, more_size = _pieces(begins[: len(lengths)], lengths - 1, context)
+        first_inputs = np.maximum(begins[: len(lengths)] - front, 0)
+        more_where, more_size = _pieces(first_inputs, begins[: len(lengths)] + lengths - 1 - first_inputs, context)
         where, size = np.concatenate([where, more_where]), np.concatenate([size, more_size])
         if not len(where):
             continue
@@ -40,14 +42,14 @@ def plan(documents: np.ndarray, tokens: int, context: int) -> np.ndarray:
 
 
 def _pieces(begins: np.ndarray, places: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each piece begins, and how many places it takes; documents without a second token have none."""
+    """Where each piece begins, and how many places it takes; documents with nothing to predict have none."""
     begins, places = begins[places > 0], places[places > 0]
     count = -(-places // context)
     number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # of a piece, in its document
     return np.repeat(begins, count) + number * context, np.minimum(np.repeat(places, count) - number * context, context)
 
 
-def read(tokens: Tokens, begun: np.ndarray, rows: np.ndarray, context: int) -> tuple[np.ndarray, ...]:
+def read(tokens: Tokens, begun: np.ndarray, rows: np.ndarray, context: int, front: int) -> tuple[np.ndarray, ...]:
     """(x, y, documents) of these rows of a plan, int64 [rows context]; after the last piece 0, -1 and -1."""
     ends = np.append(begun, len(tokens))
     first, last = ends[rows], ends[rows + 1]
@@ -55,9 +57,10 @@ def read(tokens: Tokens, begun: np.ndarray, rows: np.ndarray, context: int) -> t
     start = np.minimum(first, len(tokens) - length)  # of a stretch that holds the row and its targets
     ids = tokens.gather(start, length).numpy()
     place = start[:, None] + np.arange(length)
-    begins = _begins(tokens.documents, start, length)
-    begins[:, -1] |= start + length == len(tokens)
-    taken = (place >= first[:, None]) & (place < last[:, None]) & ~begins[:, 1:]
+    begins = _begins(tokens.documents, start + front, length)
+    taken = (place >= first[:, None]) & (place < last[:, None]) & (place < len(tokens) - 1)
+    if not front:
+        taken &= ~begins[:, 1:]
     into = np.nonzero(taken)[0], (taken.cumsum(1) - 1)[taken]
     out = np.zeros((3, len(rows), context), np.int64)
     out[1:] = -1
