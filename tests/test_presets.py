@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, UserError, cli, presets
+from attnlab import Decoder, UserError, cli, hub, load_model, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.convert import convert
+from attnlab.data import ByteTokenizer
 from attnlab.data.prepare import Plan, prepare
 from attnlab.evaluate import evaluate_source
 from attnlab.forecast import FLOAT, forecast, matrix_rate
@@ -71,6 +73,24 @@ def test_the_warm_up_is_real_and_the_rate_falls(name: str) -> None:
     rates = [learning_rate(config, step) for step in (0, config.warmup // 2, config.warmup, config.steps - 1)]
     assert rates[0] < rates[1] < rates[2] == config.lr > rates[3]
     assert rates[3] == pytest.approx(config.min_lr, rel=0.01)
+
+
+def test_the_story_recipe_begins_with_pretrained_weights(corpus: Path, tmp_path: Path) -> None:
+    """GPT-2's own layers, as msla: a stand-in of its form, converted, then trained as the preset says."""
+    config = small("tinystories-gpt2-msla", corpus)
+    fields = config.model.options["msla"]
+    torch.manual_seed(1)
+    trained = Decoder(replace(config.model, mechanisms=("mha",), options={})).eval()
+    text = [torch.randint(256, (4, 32)) for _ in range(2)]
+    sparse = {"top_k": fields["top_k"], "local": fields["local"]}
+    made, _ = convert(trained, "msla", rank=fields["kv_rank"], calibration=text, options=sparse)
+    folder = hub.save(hub.Loaded(made, ByteTokenizer(), "stand-in", "attnlab"), tmp_path / "made")
+    still = replace(config.train, lr=1e-12, min_lr=1e-12, weight_decay=0.0, train="attention")
+    train(replace(config, train=still, init=str(folder)), tmp_path / "run")
+    begun, _ = load_model(tmp_path / "run")
+    for name, weight in made.state_dict().items():
+        if not name.endswith(".calls"):  # in training
+            assert torch.allclose(begun.state_dict()[name], weight, atol=1e-9), name
 
 
 SMALL = RunConfig(

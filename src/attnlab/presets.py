@@ -94,13 +94,15 @@ def tinystories_gpt2_msla() -> RunConfig:
 
     Published as a patch called MSLA: each token looked up 16 of 256 learned latents per head, 30,707,712 of 133,886,208
     parameters trained. Mended: the published layer looked at no other token and had a key projection that was never
-    used (it is `latent_lookup` here); this is `msla`, whose queries read the 128 best earlier tokens."""
+    used (it is `latent_lookup` here); this is `msla`, whose queries read the 128 best earlier tokens. The published run
+    began with GPT-2's weights: convert gpt2 to msla of kv_rank 384 (`attnlab convert`) and give that folder as --init,
+    with --train.train attention to leave the rest as it is. Without --init it begins with random weights."""
     base = gpt2_124m()
     options = {"msla": {"kv_rank": 384, "norm": "none", "top_k": 128, "local": 16}}
     train = TrainConfig(
         steps=1000, batch_size=4, lr=3e-4, min_lr=3e-5, warmup=50, betas=(0.9, 0.95), eval_every=100, save_every=100
     )
-    model = replace(base.model, mechanisms=("msla",), options=options)
+    model = replace(base.model, mechanisms=("msla",), options=options, ff="gelu_tanh", dropout=0.1)  # as GPT-2 has them
     data = replace(prepared("tinystories-2000"), pack="documents")  # a story sees no other
     return RunConfig(name="tinystories-gpt2-msla", model=model, data=data, train=train)
 
@@ -135,10 +137,11 @@ def wikitext2_gpt2(mechanism: str) -> RunConfig:
     Mended: the published session memory was the mean over the whole sequence, which leaks the future whatever the mask,
     recalled chunks were zeros, and decoding dropped the running state; here memories are causal, chunks are recalled,
     and the state is in the cache. What it called MLA was not DeepSeek's (it is `mlp_latent` here); this is `mla`. Text
-    is packed, so that every token trained on and counted is real. Batch, steps and rates are ours."""
+    is packed, so that every token trained on and counted is real. Batch, steps and rates are ours. With --init gpt2, or
+    what `attnlab convert` made of it, it begins with those weights instead of random ones."""
     base = gpt2_124m()
     latent = {"mla": {"kv_rank": 384, "norm": "none"}}
-    model = replace(base.model, mechanisms=(mechanism,), options=used(latent, mechanism), dropout=0.1)
+    model = replace(base.model, mechanisms=(mechanism,), options=used(latent, mechanism), ff="gelu_tanh", dropout=0.1)
     train = TrainConfig(
         steps=1000, batch_size=8, lr=3e-4, min_lr=3e-5, warmup=100, betas=(0.9, 0.95), eval_every=100, save_every=100
     )
