@@ -44,6 +44,12 @@ from attnlab.train import Trainer, learning_rate, resolve, train_step
 Precision = Literal["auto", "fp32", "bf16"]
 SECTIONS = ("train-vs-nanogpt", "mechanisms", "decode")
 EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")
+TITLES = {
+    "train-vs-nanogpt": "Training, against nanoGPT",
+    "mechanisms": "Training, every mechanism",
+    "decode": "Decoding",
+    "decode-gpt2": "Decoding, against transformers",  # benchmarks/decode.py
+}
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
@@ -356,9 +362,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def provenance() -> str:
     """What made the numbers: command, machine, versions, day."""
     found = environment()
-    words = ["python", "benchmarks/speed.py", *sys.argv[1:]]
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     for i, word in enumerate(words[:-1]):
-        if word in ("--nanogpt", "--document"):
+        if word in ("--nanogpt", "--document", "--model"):
             words[i + 1] = "PATH"
     return (
         f"`{shlex.join(words)}`, {date.today():%d %B %Y}, on {found['cpu']}, {found['cores']} cores, "
@@ -371,8 +377,7 @@ def write_section(document: Path, section: str, text: str) -> None:
     begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
     old = document.read_text("utf-8") if document.exists() else "# Performance\n"
     if begin not in old:
-        title = {"train-vs-nanogpt": "Training, against nanoGPT", "mechanisms": "Training, every mechanism"}
-        old = f"{old.rstrip()}\n\n## {title.get(section, 'Decoding')}\n\n{begin}\n{end}\n"
+        old = f"{old.rstrip()}\n\n## {TITLES[section]}\n\n{begin}\n{end}\n"
     before, rest = old.split(begin, 1)
     _, after = rest.split(end, 1)
     document.parent.mkdir(exist_ok=True)
