@@ -40,7 +40,7 @@ class Config(mla.Config):
     variants = {
         "absorbed": {"top_k": 5, "local": 2, "mode": "absorbed"},
         "expanded": {"top_k": 3, "local": 0, "mode": "expanded"},
-        "shipped": {"top_k": 3, "local": 0, "q_rank": 24, "shipped": True},
+        "shipped": {"top_k": 12, "local": 4, "q_rank": 24, "shipped": True},
     }
 
     def __post_init__(self) -> None:
