@@ -11,7 +11,6 @@ documents validate, or of the tokens where there is one document. The manifest s
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import shutil
@@ -98,7 +97,7 @@ def prepare(
                 if not (folder / "state.json").exists():  # nothing was done that is worth going on from
                     shutil.rmtree(folder)
                 raise
-        for rest in (folder / "state.json", folder / LOCK):
+        for rest in (folder / "state.json", *folder.glob(".*")):  # the lock, and what an interruption left half-written
             rest.unlink(missing_ok=True)
         os.replace(folder, out)
     return Prepared.open(out)
@@ -219,9 +218,9 @@ class _Work:
             return
         end = self.tokenizer.end if self.plan.end else None
         limit = self.plan.max_tokens if name == "train" and self.plan.max_tokens else sys.maxsize
-        documents, pieces = at = tuple(held["at"])
+        documents, characters = at = tuple(held["at"])
         blocks = self.limited(name, split.read(documents), documents)
-        units = units_of(itertools.islice(pieces_of(blocks, self.tokenizer.seam), pieces, None), at)
+        units = units_of(pieces_of(blocks, self.tokenizer.seam, characters), at)
         with closing(self.writer(name)) as writer, ThreadPoolExecutor(self.workers) as pool:
             began, before, saved = time.monotonic(), writer.tokens, time.monotonic()
             encoded = in_order(pool, lambda unit: encode(self.tokenizer, end, unit), units, ahead=2 * self.workers)
@@ -324,19 +323,21 @@ class Unit(NamedTuple):
 
     pieces: list[Piece]
     document: int  # the number of the one that the first piece belongs to, from 0
-    at: tuple[int, int]  # after it: documents read whole, and pieces read of the next
+    at: tuple[int, int]  # after it: documents read whole, and characters read of the next
 
     @property
     def done(self) -> int:
         return self.pieces[-1].done
 
 
-def pieces_of(blocks: Iterable[Block], seam: re.Pattern[str] | None) -> Iterator[Piece]:
-    """Long documents in pieces of about PIECE characters, cut where it changes no id."""
+def pieces_of(blocks: Iterable[Block], seam: re.Pattern[str] | None, read: int = 0) -> Iterator[Piece]:
+    """Long documents in pieces of about PIECE characters, cut where it changes no id; without the first `read`
+    characters."""
     held: list[str] = []
-    first = True
+    first = not read
     for block in blocks:
-        held.append(block.text)
+        held.append(block.text[read:])
+        read = max(read - len(block.text), 0)
         if seam is None and not block.last:
             continue
         text, at = "".join(held), 0
@@ -357,7 +358,7 @@ def units_of(pieces: Iterable[Piece], at: tuple[int, int]) -> Iterator[Unit]:
     for piece in pieces:
         unit.append(piece)
         size += len(piece.text) + 1
-        document, read = (document + 1, 0) if piece.last else (document, read + 1)
+        document, read = (document + 1, 0) if piece.last else (document, read + len(piece.text))
         if size >= UNIT:
             yield Unit(unit, begin, (document, read))
             unit, size, begin = [], 0, document

@@ -143,6 +143,8 @@ def tokenizer(
         raise UserError(f"{name} has no text in it; give a source that has")
     write_json(out, made.to_json())
     print(f"{out}: {described(vars(made))}, learned from {characters:,} characters")
+    if made.vocab_size < vocab_size:
+        print(f"fewer than {vocab_size:,}, because the text has no pair left that occurs twice")
     return 0
 
 
