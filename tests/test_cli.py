@@ -126,6 +126,8 @@ def test_every_command_explains_itself(verb: str, run: Run) -> None:
         (["train", "quick", "--data", "text:empty.txt"], ["empty"]),
         (["train", "quick", "--data", "text:latin.txt"], ["latin.txt", "UTF-8"]),
         (["train", "quick", "--data", "text:short.txt"], ["short.txt", "64"]),
+        (["train", "quick", "--data", "0.5*shakespeare+0.5*text:short.txt"], ["short.txt", "different tokenizers"]),
+        (["train", "quick", "--data", "prepared:nowhere"], ["nowhere", "not a prepared corpus"]),
         (["sample", "nowhere"], ["nowhere", "not a run folder"]),
         (["report", "nowhere"], ["nowhere"]),
         (["report", "."], ["holds no results"]),
@@ -172,6 +174,8 @@ def test_short_options_and_the_fields_they_stand_for() -> None:
         "options of a mechanism that is gone go with it"
     )
     assert options.with_choices(config, None, None) == config
+    packed = options.with_choices(config, None, "text:x", "documents").data
+    assert (packed.source, packed.pack) == ("text:x", "documents")
 
 
 def test_sample_streams_what_it_reports(run: Run, trained: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -15,6 +15,7 @@ from ..spec import UserError, choose
 
 Flag = FlagCreatePairsOff[bool]
 Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_
+Pack = Literal["stream", "documents"]
 Fields = Annotated[RunConfig, arg(name="")]  # its fields become --train.steps, --model.n-layers, ...
 
 
@@ -26,7 +27,7 @@ def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, 
     return value
 
 
-def with_choices(config: RunConfig, mechanism: str | None, data: str | None) -> RunConfig:
+def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pack: Pack | None = None) -> RunConfig:
     """The config with the short options in place. An option of a mechanism that no layer uses any more goes with it."""
     from .. import attention
 
@@ -36,7 +37,8 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None) -> 
         config = replace(config, model=replace(config.model, mechanisms=layers, options=options))
     for name in config.model.mechanisms:
         choose("mechanism", name, attention.names())
-    return config if data is None else replace(config, data=replace(config.data, source=data))
+    given = {name: value for name, value in (("source", data), ("pack", pack)) if value is not None}
+    return replace(config, data=replace(config.data, **given)) if given else config
 
 
 def this_command() -> str:

@@ -17,6 +17,7 @@ from .options import (
     Fields,
     Flag,
     Json,
+    Pack,
     json_object,
     listed,
     options_of_mechanisms,
@@ -41,6 +42,7 @@ def train(
     config: Fields,
     mechanism: Annotated[str | None, arg(metavar="NAME[,NAME]")] = None,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
+    pack: Pack | None = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     resume: Flag = False,
     dry_run: Flag = False,
@@ -53,6 +55,7 @@ def train(
         mechanism: The attention of every layer, or one per layer, repeated: sliding,sliding,sliding,mla.
         data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
             mixture: 0.7*prepared:A+0.3*text:B.
+        pack: documents: rows hold whole documents, and attention stays inside each.
         out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
         resume: Go on from the newest checkpoint in the run folder.
         dry_run: Train nothing; print parameters, tokens, FLOPs, cache and expected time.
@@ -60,7 +63,7 @@ def train(
     """
     from ..progress import Progress
 
-    config = with_choices(config, mechanism, data)
+    config = with_choices(config, mechanism, data, pack)
     if dry_run:
         return foresee(preset, config, flops)
     if flops is not None:
@@ -118,6 +121,7 @@ def compare(
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    pack: Pack | None = None,
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
     heads: Flag = False,
     json_: Json = False,
@@ -134,12 +138,13 @@ def compare(
             mixture: 0.7*prepared:A+0.3*text:B.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         jobs: Runs side by side.
+        pack: documents: rows hold whole documents, and attention stays inside each.
         heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
         json_: Print compare.json instead of the table.
     """
     from .. import compare as comparison
 
-    config = with_choices(config, None, data)
+    config = with_choices(config, None, data, pack)
     presets.check_corpus(config)
     found = comparison.compare(
         config,
