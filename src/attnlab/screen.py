@@ -135,6 +135,44 @@ def evaluation(found: EvalResult) -> RenderableType:
     return Group(escape(title), "", table, "", places, "", f"[dim]{note}")
 
 
+def certificates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """`attnlab convert`: a row per conversion, and what the numbers mean."""
+    from rich.console import Group
+
+    left, right = "left", "right"
+    table = columns(target=left, method=left, rank=right, cache=right, loss=right, change=right, worst_layer=right)
+    for each in found:
+        before, after = each["loss_before"], each["loss_after"]
+        table.add_row(
+            f"[bold]{each['target']}",
+            each["method"],
+            "" if each["rank"] is None else str(each["rank"]),
+            f"{each['cache_bytes_after'] / each['cache_bytes_before']:.1%}",
+            f"{after:.4f}",
+            "exact" if each["exact"] else f"{after - before:+.4f}",
+            f"{max(each['layer_errors']):.2e}",
+        )
+    first = found[0]
+    layers = ", ".join(f"{error:.1e}" for error in first["layer_errors"])
+    note = (
+        f"Loss in nats per token on {first['tokens']:,} held-out tokens; {first['source']} before: "
+        f"{first['loss_before']:.4f}. Cache of one sequence of {first['context']:,} tokens before: "
+        f"{size(first['cache_bytes_before'])}."
+    )
+    logits = f"Logits differ by at most {first['max_logit_difference']:.2e} in float64."
+    errors = f"Relative error of each layer's attention output: {layers}."
+    return Group(table, "", f"[dim]{note}", *([f"[dim]{logits}", f"[dim]{errors}"] if len(found) == 1 else []))
+
+
+def recovery(found: Mapping[str, Any]) -> RenderableType:
+    """`attnlab heal`: validation loss by tokens."""
+    original = found["original"]
+    table = columns(tokens="right", loss="right", **({"above the original": "right"} if original is not None else {}))
+    for tokens, loss in found["curve"]:
+        table.add_row(f"{tokens:,}", f"{loss:.4f}", *([] if original is None else [f"{loss - original:+.4f}"]))
+    return table
+
+
 def span(seconds: float) -> str:
     """A time in the largest unit that it fills."""
     units = (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))

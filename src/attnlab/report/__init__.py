@@ -11,6 +11,7 @@ from base64 import b64encode
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from ..results import write_bytes
 from ..spec import need
@@ -33,8 +34,7 @@ def write_report(folder: str | Path) -> Path:
 def render(folder: str | Path) -> str:
     """The report as one HTML document."""
     found = read(Path(folder))
-    plotly = need("plotly.offline", "report").get_plotlyjs().replace("\r", "")
-    return page(found, plotly).encode("utf-8", "replace").decode()
+    return page(found, plotly_script()).encode("utf-8", "replace").decode()
 
 
 def page(found: Findings, plotly: str) -> str:
@@ -55,28 +55,49 @@ def page(found: Findings, plotly: str) -> str:
         sections.reproduce(found),
         sections.glossary(),
     ]
+    title = f"{headline(found)[0]} attnlab: {found.folder}"
+    maps = {
+        "attention": [vars(maps) for maps in found.attention],
+        "map": figures.attention() if found.attention else None,
+    }
+    return document(title, sections.header(found), body, drawn, plotly, maps)
+
+
+def document(
+    title: str,
+    header: Html,
+    body: list[Html],
+    drawn: sections.Figures,
+    plotly: str,
+    maps: dict[str, Any] | None = None,
+) -> str:
+    """A page of sections in the look of the report; `drawn` are the figures that their `sections.plot` name."""
     data = {
         "dark": dark(),
         "glyphs": GLYPHS,
         "strokes": STROKES,
         "figures": {name: [vars(view) for view in views] for name, views in drawn.items()},
-        "attention": [vars(maps) for maps in found.attention],
-        "map": figures.attention() if found.attention else None,
+        **(maps or {"attention": [], "map": None}),
     }
     light, dim = variables()
     script = _file("page.js")
     return Template(_file("page.html")).substitute(
-        title=tag("title", f"{headline(found)[0]} attnlab: {found.folder}"),
+        title=tag("title", title),
         policy=_policy(EARLY, plotly, script),
         early=EARLY,
         style=Template(_file("page.css")).substitute(light=light, dark=dim),
-        header=sections.header(found),
+        header=header,
         contents=_contents(body),
         body=Html("\n".join(body)),
         data=script_json(data),
         plotly=plotly,
         script=script,
     )
+
+
+def plotly_script() -> str:
+    source: str = need("plotly.offline", "report").get_plotlyjs()
+    return source.replace("\r", "")
 
 
 def _contents(body: list[Html]) -> Html:

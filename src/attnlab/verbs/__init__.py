@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import evaluate, heads, infer, patch, prepare, workbench
+from . import convert, evaluate, heads, infer, patch, prepare, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
@@ -20,6 +20,8 @@ VERBS: dict[str, Callable[..., int]] = {
     "eval": evaluate.evaluate,
     "patch": patch.patch,
     "export": patch.export,
+    "convert": convert.convert,
+    "heal": convert.heal,
     "compare": workbench.compare,
     "bench": workbench.bench,
     "audit": workbench.audit,

@@ -1,0 +1,119 @@
+"""Pages about converted models: quality against cache over a grid of ranks, and how a healed model recovers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..results import write_bytes
+from ..spec import need
+from . import document, plotly_script, sections
+from .figures import View, _bytes_ticks, figure, plain
+from .html import table, tag
+from .look import MARKERS, MUTED, PALETTE, loss, signed, size
+
+SLOTS = (1, 2, 3, 4, 5, 6)  # colours that stay apart for colour-blind readers; each also has a marker and a dash
+DASHES = ("solid", "dash", "dot", "dashdot", "solid", "dash")
+
+
+def write_grid(path: Path, certificates: Sequence[Mapping[str, Any]], command: str = "") -> Path:
+    """A page of quality against cache, from certificates as JSON; those of one target and method are a line."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for each in certificates:
+        lines.setdefault(f"{each['target']}, {each['method']}", []).append(each)
+    before, context = certificates[0]["loss_before"], certificates[0]["context"]
+    caption = (
+        f"Loss on {certificates[0]['tokens']:,} held-out tokens right after conversion, nothing trained since; the "
+        "line across is the original. Further left, and lower, is better."
+    )
+    x = {"title": {"text": f"cache of one sequence of {context:,} tokens (log scale)"}, "type": "log"}
+    x |= _bytes_ticks([float(c["cache_bytes_after"]) for c in certificates])
+    y = {"title": {"text": "held-out loss (nats per token)"}}
+    series = {
+        name: sorted((float(c["cache_bytes_after"]), c["loss_after"]) for c in found) for name, found in lines.items()
+    }
+    drawn = {"grid": [View("Quality", caption, figure(_lines(series, "%{x:,d} B"), x, y, shapes=[_level(before)]))]}
+    rows = [
+        [
+            name,
+            "" if c["rank"] is None else str(c["rank"]),
+            size(c["cache_bytes_after"]),
+            f"{c['cache_bytes_after'] / c['cache_bytes_before']:.3f}",
+            loss(c["loss_after"]),
+            signed(c["loss_after"] - c["loss_before"]),
+            f"{max(c['layer_errors']):.4f}",
+            "exact" if c["exact"] else f"{c['max_logit_difference']:.2g}",
+        ]
+        for name, found in lines.items()
+        for c in found
+    ]
+    head = ["target, method", "rank", "cache", "share", "loss", "change", "worst layer", "logits differ by"]
+    note = (
+        f"Held-out loss in nats per token, {loss(before)} before. Worst layer: |new - old| / |old| of an attention "
+        "layer's output on what the original's layer reads."
+    )
+    body = [
+        sections.section("quality", "Quality against cache", sections.plot(drawn["grid"], "grid", caption)),
+        sections.section("table", "Certificates", table(note, head, rows)),
+        _reproduce(command),
+    ]
+    return _write(path, "Quality against cache", f"{certificates[0]['source']} converted", body, drawn)
+
+
+def write_recovery(path: Path, found: Mapping[str, Any]) -> Path:
+    """A page of validation loss by tokens: {"curve": [[tokens, loss]], "original": loss or None, "name", "command"}."""
+    curve, original = found["curve"], found["original"]
+    caption = "Held-out loss by tokens of healing; token 0 is the converted model before any." + (
+        " The line across is the original." if original is not None else ""
+    )
+    traces = _lines({found["name"]: [(float(tokens), value) for tokens, value in curve]}, "%{x:,d} tokens")
+    x = {"title": {"text": "tokens of healing"}, "hoverformat": ",d"}
+    y = {"title": {"text": "held-out loss (nats per token)"}}
+    shapes = [] if original is None else [_level(original)]
+    drawn = {"recovery": [View("Recovery", caption, figure(traces, x, y, shapes=shapes))]}
+    rows = [
+        [f"{tokens:,}", loss(value), signed(None if original is None else value - original)] for tokens, value in curve
+    ]
+    note = "Held-out loss in nats per token" + (
+        f"; the original has {loss(original)}." if original is not None else "."
+    )
+    body = [
+        sections.section("recovery", "Recovery", sections.plot(drawn["recovery"], "recovery", caption)),
+        sections.section("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
+        _reproduce(found["command"]),
+    ]
+    return _write(path, "Recovery by tokens", found["name"], body, drawn)
+
+
+def _lines(series: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> list[Any]:
+    go = need("plotly.graph_objects", "report")
+    return [
+        go.Scatter(
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            name=plain(name),
+            legendgroup=name,
+            mode="lines+markers",
+            line={"color": PALETTE[SLOTS[i % 6]][0], "dash": DASHES[i % 6], "width": 2},
+            marker={"symbol": MARKERS[i % len(MARKERS)], "size": 8},
+            hovertemplate=f"<b>{plain(name)}</b><br>%{{y:.4f}} nats at {unit}<extra></extra>",
+        )
+        for i, (name, points) in enumerate(series.items())
+    ]
+
+
+def _level(value: float) -> dict[str, Any]:
+    line = {"color": MUTED[0], "width": 1, "dash": "dot"}
+    label = {"text": "original", "textposition": "end", "font": {"size": 11, "color": MUTED[0]}}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line, "label": label}
+
+
+def _reproduce(command: str) -> Any:
+    return sections.section("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
+
+
+def _write(path: Path, title: str, about: str, body: list[Any], drawn: sections.Figures) -> Path:
+    header = tag("header", tag("p", "attnlab report · ", about, class_="eyebrow"), tag("h1", title))
+    page = document(f"{title}, attnlab", header, body, drawn, plotly_script())
+    return write_bytes(path, page.encode("utf-8", "replace"))
