@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from attnlab import compare as module
+from attnlab import examine
 from attnlab.compare import attention_of, plan, sample_of, table, verdicts
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.match import parameters, variant
 from attnlab.progress import Progress
-from attnlab.results import LawResult, RunResult, read_json
+from attnlab.results import LawResult, RunResult, TaskResult, read_json
 from attnlab.spec import UserError
 from attnlab.train import train
 
@@ -272,3 +273,115 @@ def test_heads_of_every_finished_run_when_asked(preset, tmp_path):
     before = (tmp_path / "heads.json").stat().st_mtime_ns
     compare(kept, ["mha", "mla"], 2, tmp_path, jobs=1, extras=("heads",), quiet=True)
     assert (tmp_path / "heads.json").stat().st_mtime_ns == before, "what is fresh stays"
+
+
+@pytest.fixture
+def recall(monkeypatch):
+    """A task, of the smallest kind, and a short exam."""
+    monkeypatch.setattr(examine, "SEQUENCES", 16)
+    return RunConfig(
+        name="mqar",
+        model=ModelConfig(vocab_size=8, context=32, n_layers=2, d_model=16, n_heads=2),
+        data=DataConfig(source="task:mqar"),
+        train=TrainConfig(
+            steps=20, batch_size=2, precision="fp32", device="cpu", warmup=2, log_every=1, eval_every=20, eval_batches=2
+        ),
+    )
+
+
+def asked(found):
+    return {(t["task"], c["mechanism"], c["seed"]): c["lengths"] for t in found["tasks"] for c in t["cells"]}
+
+
+def test_tasks_are_trained_and_examined_with_the_same_seeds(recall, tmp_path):
+    needle = replace(brief(recall), name="needle", data=DataConfig(source="task:needle"), seed=5)
+    found = compare(needle, ["mha", "sliding"], 2, tmp_path, tasks=[brief(recall), needle], extras=())
+    assert found == read_json(tmp_path / "compare.json")
+    assert len(found["cells"]) == 4 and len(list((tmp_path / "runs").iterdir())) == 8
+    assert [task["task"] for task in found["tasks"]] == ["needle", "mqar"]
+    for task in found["tasks"]:
+        assert [(c["mechanism"], c["seed"]) for c in task["cells"]] == [
+            (label, seed) for seed in (5, 6) for label in ("mha", "sliding")
+        ]
+        for cell in task["cells"]:
+            assert cell["status"] == "done" and cell["context"] == 32 and cell["steps"] == 4
+            points = {point["length"]: point for point in cell["lengths"]}
+            assert list(points) == [8, 16, 32, 64, 128]
+            assert cell["accuracy"] == points[32]["accuracy"] and 0 <= cell["accuracy"] <= 1
+            slots = [min(n, 32) if cell["mechanism"] == "sliding" else n for n in points]
+            assert [point["cache_bytes"] for point in points.values()] == [4 * 2 * 2 * 16 * n for n in slots]
+            assert bool(cell["depths"]) == (task["task"] == "needle")
+        rows = {row["mechanism"]: row for row in task["summary"]}
+        own = {(c["mechanism"], c["seed"]): c["accuracy"] for c in task["cells"]}
+        gaps = [own["sliding", seed] - own["mha", seed] for seed in (5, 6)]
+        assert rows["sliding"]["difference"] == pytest.approx(sum(gaps) / 2, abs=1e-12)
+        assert rows["mha"]["accuracy"] == pytest.approx((own["mha", 5] + own["mha", 6]) / 2)
+        low, high = rows["sliding"]["interval"]
+        assert low <= rows["sliding"]["difference"] <= high
+    view = shown(found)
+    assert max(map(len, view.splitlines())) <= 80 and "…" not in view
+    (chance,) = (line.split() for line in view.splitlines() if line.startswith("chance"))
+    assert chance == ["chance", "3.8", "3.8"]
+
+
+def test_a_preset_that_is_a_task_is_examined_itself(recall, tmp_path):
+    found = compare(brief(recall), ["mha"], 1, tmp_path, tasks=[brief(recall)], extras=("samples", "attention"))
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert list(asked(found)) == [("mqar", "mha", 0)]
+    (sample,) = read_json(tmp_path / "samples.json")
+    assert len(sample["prompt"]) == 8
+
+
+def test_tasks_go_on_where_they_were_interrupted(preset, recall, tmp_path, monkeypatch):
+    run = functools.partial(compare, brief(preset), ["mha", "mqa"], 1, tasks=[recall], extras=())
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match=r"stopped; 2 of 4 runs"):
+        patched.setattr(Progress, "update", interrupt_at(9))
+        run(tmp_path / "parts")
+    (task,) = read_json(tmp_path / "parts" / "compare.json")["tasks"]
+    assert [(c["status"], c["accuracy"]) for c in task["cells"]] == [("interrupted", None)]
+    assert task["summary"][0]["n"] == 0
+    trained = []
+    monkeypatch.setattr(
+        module, "train", lambda config, *args, **kw: trained.append(config.name) or train(config, *args, **kw)
+    )
+    found = run(tmp_path / "parts")
+    assert trained == ["mha", "mqa"] and asked(found) == asked(whole)
+    assert run(tmp_path / "parts")["tasks"] == found["tasks"] and len(trained) == 2
+
+
+def test_an_exam_that_fails_is_told_and_taken_again(preset, recall, tmp_path, monkeypatch):
+    honest = module.examine
+
+    def broken(folder):
+        if "mqa-" in str(folder):
+            raise RuntimeError("the dog ate it")
+        return honest(folder)
+
+    run = functools.partial(compare, brief(preset), ["mha", "mqa"], 1, tmp_path, tasks=[brief(recall)], extras=())
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "examine", broken)
+        found = run()
+    mha, mqa = found["tasks"][0]["cells"]
+    assert mha["status"] == "done" and mqa["status"] == "failed" and mqa["error"].startswith("RuntimeError: the dog")
+    assert mqa["accuracy"] is None and "mqa s5 mqar failed: RuntimeError: the dog ate it" in shown(found)
+    assert [cell["status"] for cell in run()["tasks"][0]["cells"]] == ["done", "done"]
+
+
+def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
+    work = plan(recall, ["mha", "mqa", "gqa"], 3, tmp_path)
+    known = {c: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
+    share = {"mha": (0.5, 0.6, 0.7), "mqa": (0.61, 0.7, 0.8), "gqa": (0.5, 0.7, 0.6)}
+
+    def answers(cell, result):
+        about = {"task": "mqar", "mechanism": cell.label, "seed": cell.seed, "key": "k"}
+        return TaskResult(**about, accuracy=share[cell.label][cell.seed])
+
+    monkeypatch.setattr(module.Cell, "answers", answers)
+    rows = {row["mechanism"]: row for row in module.summarize_task(work, known)["summary"]}
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "mha": "baseline", "mqa": "better", "gqa": "not distinguishable",
+    }  # fmt: skip
+    half = 4.3027 * (1 / 30000) ** 0.5 / 3**0.5  # of 0.11, 0.10 and 0.10
+    assert rows["mqa"]["interval"] == pytest.approx([0.31 / 3 - half, 0.31 / 3 + half], abs=1e-6)
+    assert rows["mqa"]["accuracy"] == pytest.approx(2.11 / 3)

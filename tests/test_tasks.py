@@ -57,7 +57,7 @@ def test_an_oracle_that_sees_only_earlier_tokens_is_always_right(name: str, leng
 def test_the_current_token_and_its_place_say_nothing(name: str) -> None:
     """The best table from (place, token) to answer, learnt from many sequences, stays at chance on others."""
     task = tasks.task(name)
-    length = 24 if name != "induction" else 32
+    length = 24
     counts: dict[tuple[int, int], Counter[int]] = {}
     for seed in range(10):
         for row, wanted in zip(*(part.tolist() for part in task.sequences(seed, 0, 400, length)), strict=True):
@@ -105,9 +105,9 @@ def test_the_stream_never_changes() -> None:
     found = {name: data.load(DataConfig(source=f"task:{name}")).fingerprint[:12] for name in NAMES}
     assert found == {
         "copying": "cb1c40bc108b",
-        "induction": "898493afb7ef",
+        "induction": "1c3c8a75cc53",
         "mqar": "d40f1bc8e619",
-        "needle": "4d796cfb1c65",
+        "needle": "45624576f5c1",
         "selective": "00a54e8bc6a3",
     }
 
@@ -125,7 +125,7 @@ def test_training_begins_with_short_sequences_that_share_a_row() -> None:
     corpus = data.load(DataConfig(source="task:needle"))
     for step, many in ((0, 4), (499, 4), (500, 2), (999, 2), (1000, 1), (10**6, 1)):
         x, y, documents = corpus.batch(0, step, 3, 67)
-        assert x.shape == y.shape == (3, 67) and ((y >= 0).sum(1) == many).all()
+        assert x.shape == y.shape == (3, 67) and ((y >= 0).sum(1) == many * (67 // many // 4)).all()
         if many == 1:
             assert documents is None
             continue
@@ -138,12 +138,15 @@ def test_training_begins_with_short_sequences_that_share_a_row() -> None:
 
 def test_needles_lie_at_every_depth() -> None:
     task = tasks.task("needle")
-    tokens, _ = task.held_out(4000, 33)
+    tokens, targets = task.held_out(2000, 43)
     assert task.depth is not None
     depth = task.depth(tokens)
-    assert depth.min() == 0 and depth.max() == 1 and abs(depth.mean() - 0.5) < 0.03
-    for row, at in zip(tokens[:50].tolist(), (depth[:50] * 30).round().astype(int), strict=True):
-        assert row.count(row[-1]) == 2 and row[at] == row[-1]
+    assert depth.shape == targets[targets >= 0].reshape(2000, -1).shape == (2000, 10)
+    assert depth.min() == 0 and 0.96 < depth.max() <= 1 and abs(depth.mean() - 0.5) < 0.03
+    for row, places in zip(tokens[:50].tolist(), (depth[:50] * 31).round().astype(int).tolist(), strict=True):
+        hay, asked = row[:33], row[33:]
+        assert [hay[place] for place in places] == asked and all(hay.count(key) == 1 for key in asked)
+        assert len(set(asked)) <= 2
 
 
 def test_marks_noise_and_letters_are_what_they_look_like() -> None:

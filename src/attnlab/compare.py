@@ -1,7 +1,8 @@
 """Train mechanisms on the same data with paired seeds, and say what can be told apart.
 
 A comparison is a folder. Each run in it has a folder of its own, named after its config, so that the same command skips
-what is finished, goes on with what was interrupted and tries again what failed.
+what is finished, goes on with what was interrupted and tries again what failed. A synthetic task is one more preset,
+whose runs are also examined.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from . import data, ops
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
-from .infer import sample_run
+from .examine import examine
 from .heads import whole
+from .infer import sample_run
 from .laws import check_mechanism
 from .match import Matched, Options, What, match, parameters, variant
 from .model import Block
 from .progress import Progress
-from .results import FORMAT, LawResult, RunResult, environment, read_json, write_bytes, write_json
+from .results import FORMAT, LawResult, RunResult, TaskResult, environment, read_json, write_bytes, write_json
 from .spec import UserError, need
 from .stats import paired
+from .tasks import Task, task_of
 from .train import find_device, resolve, train
 from .workers import Call, Outcome, Workers, cores
 
@@ -50,7 +53,11 @@ class Cell:
     folder: Path
 
     def __str__(self) -> str:
-        return f"{self.label} s{self.seed}"
+        return f"{self.label} s{self.seed}" + (f" {self.task.name}" if self.task else "")
+
+    @property
+    def task(self) -> Task | None:
+        return task_of(self.config.data)
 
     def result(self) -> RunResult | None:
         """What is known of it: of a finished, interrupted or diverged run, or of none."""
@@ -61,6 +68,31 @@ class Cell:
         except UserError:
             return None  # training will say what is wrong with the folder
         return None if found is None else replace(found, mechanism=self.label)
+
+    def finished(self) -> bool:
+        """Trained to the end and, on a task, examined."""
+        result = self.result()
+        return result is not None and result.status == "done" and (not self.task or self.exam.exists())
+
+    @property
+    def exam(self) -> Path:
+        return self.folder / "task.json"
+
+    def answers(self, known: RunResult) -> TaskResult:
+        """What the exam of a run on a task found, or why there is none."""
+        if known.status == "done" and self.exam.exists():
+            return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
+        assert self.task is not None
+        return TaskResult(
+            task=self.task.name,
+            mechanism=self.label,
+            seed=self.seed,
+            key=known.key,
+            status="interrupted" if known.status == "done" else known.status,
+            error=known.error,
+            context=known.context,
+            chance=self.task.chance,
+        )
 
     def failed(self, error: str) -> RunResult:
         config = self.config
@@ -79,6 +111,7 @@ class Plan:
     match: str
     matched: dict[str, Matched]
     cells: list[Cell]  # seed by seed, so that whatever is finished compares
+    task: Task | None
 
 
 def plan(
@@ -108,7 +141,7 @@ def plan(
         for label, config in configs.items():
             config = replace(config, seed=seed)
             cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}"))
-    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells)
+    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells, task_of(preset.data))
 
 
 def compare(
@@ -118,6 +151,7 @@ def compare(
     out: str | Path,
     match: What = "none",
     *,
+    tasks: Sequence[RunConfig] = (),
     jobs: int | None = None,
     threads: int | None = None,
     options: Options | None = None,
@@ -130,6 +164,7 @@ def compare(
 
     `seeds` is how many, from the preset's on, or which. At a seed all mechanisms see the same batches. `match` is what
     they are made equal in, within 1 %. `options` are Config fields by mechanism. `threads` are those of each job.
+    `tasks` are presets of synthetic tasks: on each, each mechanism is trained with the same seeds, and then examined.
     Returns what compare.json holds, which is rewritten after each run; the `extras`, such as laws.json, follow the
     last one. A run that fails is reported, does not stop the others, and is tried again by the next call.
     Ctrl-C finishes the steps under way, saves, and raises `KeyboardInterrupt`; the same call goes on from there.
@@ -137,15 +172,22 @@ def compare(
     need("accelerate", "train")
     out = Path(out)
     work = plan(preset, mechanisms, seeds, out, match, options)
+    others = [
+        plan(with_device(task, preset.train.device), mechanisms, work.seeds, out, match, options)
+        for task in tasks
+        if task.data != preset.data  # which are examined already
+    ]
+    cells = [cell for each in (work, *others) for cell in each.cells]
     _make(out)
-    known = {cell: result for cell in work.cells if (result := cell.result()) is not None}
-    todo = [cell for cell in work.cells if cell not in known or known[cell].status != "done"]
+    known = {cell: result for cell in cells if (result := cell.result()) is not None}
+    todo = [cell for cell in cells if not cell.finished()]
     jobs, threads, devices = _share(preset, jobs, threads, len(todo))
     command = command or default_command(work, out)
     started = environment()
 
     def write() -> dict[str, Any]:
         found = summarize(work, known) | {"command": command, "environment": started}
+        found["tasks"] = [summarize_task(each, known) for each in (work, *others) if each.task]
         write_json(out / "compare.json", found)
         return found
 
@@ -153,7 +195,7 @@ def compare(
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(jobs, threads, devices))
         progress = stack.enter_context(_progress(sum(c.config.train.steps for c in todo), console, quiet))
-        for cell in work.cells:
+        for cell in cells:
             if cell not in todo:
                 progress.say(f"{cell}: {_words(known[cell])}, finished before")
 
@@ -177,13 +219,19 @@ def compare(
         except KeyboardInterrupt:
             done = sum(result.status == "done" for result in known.values())
             raise KeyboardInterrupt(
-                f"stopped; {done} of {len(work.cells)} runs in {out} are finished; the same command goes on from there"
+                f"stopped; {done} of {len(cells)} runs in {out} are finished; the same command goes on from there"
             ) from None
     return found
 
 
+def with_device(config: RunConfig, device: str) -> RunConfig:
+    return replace(config, train=replace(config.train, device=device))
+
+
 def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
     train(config, folder, resume=True, progress=report)
+    if task_of(config.data):
+        write_json(folder / "task.json", examine(folder).to_dict())
 
 
 def summarize(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any]:
@@ -208,16 +256,47 @@ def _matched(found: Matched, what: str) -> dict[str, Any]:
     return change | count | {"off": found.off, "equal": found.equal, "text": str(found)}
 
 
+def summarize_task(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any]:
+    """What compare.json says about a task: accuracies at the context, and their differences to the baseline's."""
+    assert work.task is not None
+    cells = [cell.answers(known[cell]) for cell in work.cells if cell in known]
+    wrong: dict[str, dict[int, float]] = {label: {} for label in work.mechanisms}
+    for cell in cells:
+        if cell.accuracy is not None:
+            wrong[cell.mechanism][cell.seed] = 1 - cell.accuracy
+    rows = []
+    for row in differences(wrong, work.baseline, "wrong"):
+        share, difference, interval = row.pop("wrong"), row["difference"], row["interval"]
+        row["accuracy"] = None if share is None else 1 - share
+        row["difference"] = None if difference is None else -difference  # of accuracies: more is better
+        row["interval"] = None if interval is None else [-interval[1], -interval[0]]
+        rows.append(row)
+    return {
+        "task": work.task.name,
+        "tests": work.task.tests,
+        "chance": work.task.chance,
+        "context": work.cells[0].config.model.context,
+        "matched": {label: _matched(found, work.match) for label, found in work.matched.items()},
+        "cells": [cell.to_dict() for cell in cells],
+        "summary": rows,
+    }
+
+
 def verdicts(cells: Sequence[RunResult], mechanisms: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """A row per mechanism: its mean validation loss, and its difference to the baseline over the seeds that both have
-    finished, as a mean with a 95 % interval and in words."""
+    """A row per mechanism: its mean validation loss, and how it differs from the baseline's."""
     losses: dict[str, dict[int, float]] = {label: {} for label in mechanisms}
     for cell in cells:
         if cell.status == "done" and cell.val_loss is not None:
             losses[cell.mechanism][cell.seed] = cell.val_loss
+    return differences(losses, baseline, "val_loss")
+
+
+def differences(losses: Mapping[str, Mapping[int, float]], baseline: str, name: str) -> list[dict[str, Any]]:
+    """A row per mechanism of `losses`, which holds them by mechanism and seed: the mean, and the difference to the
+    baseline over the seeds that both have finished, as a mean with a 95 % interval and in words."""
     rows = []
     for label, own in losses.items():
-        row: dict[str, Any] = {"mechanism": label, "n": len(own), "val_loss": fmean(own.values()) if own else None}
+        row: dict[str, Any] = {"mechanism": label, "n": len(own), name: fmean(own.values()) if own else None}
         if label == baseline:
             rows.append(row | {"difference": None, "interval": None, "verdict": "baseline"})
             continue
@@ -261,7 +340,39 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
     failed = [cell for cell in cells if cell.status == "failed"]
     notes += [f"[red]{escape(cell.mechanism)} s{cell.seed} failed: {escape(cell.error)}" for cell in failed]
-    return Group(view, "", *notes)
+    return Group(view, "", *notes, *(["", *task_table(found["tasks"], found["baseline"])] if found["tasks"] else []))
+
+
+SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not distinguishable": "[yellow]≈"}
+
+
+def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[RenderableType]:
+    """Accuracies, a column for each task."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    view.add_column("accuracy, %", no_wrap=True)
+    for task in tasks:
+        view.add_column(task["task"], justify="right", no_wrap=True)
+    for rows in zip(*(task["summary"] for task in tasks), strict=True):
+        shown = [
+            "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} {SIGNS.get(row['verdict'], '?')}"
+            for row in rows
+        ]
+        view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *shown)
+    view.add_row("[dim]chance", *(f"[dim]{100 * task['chance']:.1f}  " for task in tasks))
+    contexts = " or ".join(dict.fromkeys(str(task["context"]) for task in tasks))
+    notes = [
+        f"[dim]Held-out questions in {contexts} tokens. ▲ ▼: better, worse than {escape(baseline)}, 95 % interval of "
+        "the paired difference; ≈: not distinguishable; ?: too few seeds."
+    ]
+    for task in tasks:
+        for cell in task["cells"]:
+            if cell["status"] == "failed":
+                who = f"{cell['mechanism']} s{cell['seed']} {task['task']}"
+                notes.append(f"[red]{escape(who)} failed: {escape(cell['error'])}")
+    return [view, "", *notes]
 
 
 def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, files: Sequence[str] = EXTRAS) -> None:

@@ -73,9 +73,9 @@ def parameters(model: ModelConfig) -> int:
         return Decoder(model).parameter_count()
 
 
-def cache_floats(model: ModelConfig) -> int:
-    """What one sequence of `context` tokens leaves in the caches of all layers."""
-    return sum(config.cache_spec.floats(model.context) for config in attention_configs(model))
+def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
+    """What one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
+    return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))
 
 
 def match(config: RunConfig, baseline: RunConfig, what: What) -> tuple[RunConfig, Matched | None]:

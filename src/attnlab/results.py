@@ -64,6 +64,28 @@ class RunResult(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskResult(Record):
+    """What one run on a synthetic task answers to held-out questions. Accuracies are shares, from 0 to 1."""
+
+    task: str
+    mechanism: str
+    seed: int
+    key: str
+    status: str = "done"  # done, interrupted, failed
+    error: str = ""
+    context: int = 0  # tokens of the longest sequences it was trained on
+    parameters: int = 0
+    steps: int = 0
+    seconds: float = 0.0  # of training
+    chance: float = 0.0  # the accuracy of whoever does not see earlier tokens
+    accuracy: float | None = None  # right answers at `context` tokens
+    exact: float | None = None  # sequences of `context` tokens without a mistake
+    sequences: int = 0  # held out, of each length
+    lengths: list[dict[str, float]] = field(default_factory=list)  # length, accuracy, exact, cache_bytes
+    depths: list[list[float]] = field(default_factory=list)  # [length, depth from 0 to 1, accuracy]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LawResult(Record):
     law: str
     mechanism: str

@@ -15,13 +15,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import DataConfig
 from .data.corpus import Batch, Corpus
 from .data.tokenizer import CharTokenizer
 from .data.tokens import Tokens
@@ -35,7 +35,7 @@ NOISE, LETTERS, MARK = ".", "abcdefghijklmnopqrstuvwxyz", "|"
 KEYS = "".join(map(chr, range(0x410, 0x450)))  # Cyrillic
 MANY = "".join(map(chr, range(0x100, 0x200)))
 LETTER, MARKED, KEY = 1, 1 + len(LETTERS), 1 + len(LETTERS)  # ids of the first letter, of the mark, of the first key
-BLOCK = 8
+BLOCK, NEEDLES = 4, 2
 
 
 class Dice:
@@ -75,7 +75,7 @@ class Task:
     make: Callable[[Dice, int], Sequences]
     shortest: int = 8  # tokens that a sequence needs
     longest: int | None = None
-    depth: Callable[[np.ndarray], np.ndarray] | None = None  # of the answer: 0 at the start, 1 just before the question
+    depth: Callable[[np.ndarray], np.ndarray] | None = None  # of each answer: 0 at the start, 1 before the questions
 
     @property
     def chance(self) -> float:
@@ -119,7 +119,7 @@ def _recall(dice: Dice, length: int) -> Sequences:
 
 
 def _induction(dice: Dice, length: int) -> Sequences:
-    """Different symbols in blocks of 8, then the same blocks in another order: what followed, follows again."""
+    """Different symbols in blocks of 4, then the same blocks in another order: what followed, follows again."""
     blocks = length // (2 * BLOCK)
     half = blocks * BLOCK
     tokens, targets = _blank(dice.rows, length)
@@ -153,21 +153,26 @@ def _selective(dice: Dice, length: int) -> Sequences:
 
 
 def _needle(dice: Dice, length: int) -> Sequences:
-    """A key and its value at any depth in a haystack of other keys and values; at the end the key comes once more."""
+    """2 keys, each with its value, at any depth of a haystack of other keys and values; the last quarter asks."""
+    hay = length - length // 4
     tokens, targets = _blank(dice.rows, length)
-    key, value = dice.below(len(KEYS), 1), LETTER + dice.below(len(LETTERS), 1)
-    hay = dice.below(len(LETTERS) + len(KEYS) - 1, length)  # any letter, or any key but this one
-    other = KEY + (key + 1 + hay - len(LETTERS)) % len(KEYS)
-    tokens[:] = np.where(hay < len(LETTERS), LETTER + hay, other)
-    place = dice.below(length - 2, 1)
-    np.put_along_axis(tokens, place, KEY + key, 1)
-    np.put_along_axis(tokens, place + 1, value, 1)
-    tokens[:, -1:], targets[:, -1:] = KEY + key, value
+    keys, values = dice.chosen(len(KEYS), len(KEYS)), LETTER + dice.below(len(LETTERS), NEEDLES)
+    straw = dice.below(len(LETTERS) + len(KEYS) - NEEDLES, hay)
+    other = np.take_along_axis(keys, np.maximum(straw - len(LETTERS), 0) + NEEDLES, 1)
+    tokens[:, :hay] = np.where(straw < len(LETTERS), LETTER + straw, KEY + other)
+    needles = KEY + keys[:, :NEEDLES]
+    places = 2 * dice.chosen((hay - 1) // 2, NEEDLES) + dice.below(2, 1)
+    np.put_along_axis(tokens, places, needles, 1)
+    np.put_along_axis(tokens, places + 1, values, 1)
+    asked = dice.below(NEEDLES, length - hay)
+    tokens[:, hay:] = np.take_along_axis(needles, asked, 1)
+    targets[:, hay:] = np.take_along_axis(values, asked, 1)
     return tokens, targets
 
 
 def _needle_depth(tokens: np.ndarray) -> np.ndarray:
-    return (tokens == tokens[:, -1:]).argmax(1) / max(1, tokens.shape[1] - 3)
+    hay = tokens.shape[1] - tokens.shape[1] // 4
+    return (tokens[:, None, :hay] == tokens[:, hay:, None]).argmax(2) / (hay - 2)
 
 
 TASKS = {
@@ -206,7 +211,7 @@ TASKS = {
         ),
         Task(
             "needle",
-            "Needle in a haystack: the one value of a key, at any depth of a text full of other keys and values.",
+            "Needle in a haystack: the value of a key that stands once in a text full of other keys and values.",
             NOISE + LETTERS + KEYS,
             len(LETTERS),
             _needle,
@@ -220,18 +225,24 @@ def task(name: str) -> Task:
     return TASKS[choose("task", name, TASKS)]
 
 
+def task_of(config: DataConfig) -> Task | None:
+    """The task that a run trains on, if it is one."""
+    kind, _, name = config.source.partition(":")
+    return task(name) if kind == "task" else None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Endless(Corpus):
-    """A task as a corpus. It has no text, only batches and held-out rows."""
+    """A task as a corpus. What it has of text is one sequence, for whoever wants to look at one."""
 
     task: Task
 
     @classmethod
     def of(cls, name: str) -> Endless:
-        found, nothing = task(name), Tokens.of(np.zeros(0, np.int32))
-        return cls(
-            source=f"task:{name}", tokenizer=CharTokenizer(found.symbols), train=nothing, val=nothing, task=found
-        )
+        found = task(name)
+        train, val = (Tokens.of(rows[0][0]) for rows in (found.sequences(0, 0, 1, 64), found.held_out(1, 64)))
+        symbols = CharTokenizer(found.symbols)
+        return cls(source=f"task:{name}", tokenizer=symbols, train=train, val=val, task=found)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -268,28 +279,23 @@ class Endless(Corpus):
 class Score:
     """What a model gets right on held-out sequences of one length."""
 
-    right: np.ndarray  # [sequences], the share of each sequence's questions
-    depth: np.ndarray | None  # [sequences], where the task has one
+    right: np.ndarray  # bool [sequences questions]: every sequence of one length asks equally many
+    depth: np.ndarray | None  # the same shape, where the task has one
 
     @property
     def accuracy(self) -> float:
-        """Over all questions: every sequence of one length asks equally many."""
-        return fmean(self.right.tolist())
+        return float(self.right.mean())
 
     @property
     def exact(self) -> float:
         """The share of sequences without a mistake. For copying, that is what greedy decoding gets right as a whole."""
-        return fmean((self.right == 1).tolist())
+        return float(self.right.all(1).mean())
 
 
 @torch.inference_mode()
-def score(logits: Callable[[Tensor], Tensor], name: str, length: int, count: int = 256, batch: int = 64) -> Score:
+def score(logits: Callable[[Tensor], Tensor], task: Task, length: int, count: int, batch: int = 64) -> Score:
     """Put `count` held-out sequences to a model: `logits` is from token ids [B T] to [B T V]."""
-    tokens, targets = task(name).held_out(count, length)
-    right = []
-    for x, y in zip(*(torch.from_numpy(part).split(batch) for part in (tokens, targets)), strict=True):
-        asked = y >= 0
-        hits = (logits(x).argmax(-1) == y) & asked
-        right.append((hits.sum(1) / asked.sum(1)).numpy())
-    depth = task(name).depth
-    return Score(np.concatenate(right), None if depth is None else depth(tokens))
+    tokens, targets = task.held_out(count, length)
+    answers = torch.cat([logits(x).argmax(-1) for x in torch.from_numpy(tokens).split(batch)]).numpy()
+    right = (answers == targets)[targets >= 0].reshape(count, -1)
+    return Score(right, None if task.depth is None else task.depth(tokens))

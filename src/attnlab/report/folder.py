@@ -11,7 +11,7 @@ from statistics import fmean
 from struct import pack
 from typing import Any
 
-from ..results import FORMAT, BenchRecord, LawResult, RunResult, read_json
+from ..results import FORMAT, BenchRecord, LawResult, RunResult, TaskResult, read_json
 from ..spec import UserError
 
 FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json", "heads.json")
@@ -41,6 +41,18 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One synthetic task: its runs, and the rows of their paired differences."""
+
+    task: str
+    tests: str
+    chance: float
+    context: int
+    cells: list[TaskResult]
+    summary: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything a folder holds. Empty lists where a file is missing."""
 
@@ -48,6 +60,7 @@ class Findings:
     cells: list[RunResult] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
     compare: dict[str, Any] = field(default_factory=dict)  # compare.json without its cells
+    tasks: list[Trial] = field(default_factory=list)
     laws: list[LawResult] = field(default_factory=list)
     bench: list[BenchRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -111,6 +124,7 @@ def read(path: Path) -> Findings:
         folder=path.resolve().name,
         cells=cells,
         standings=standings,
+        tasks=compare.pop("tasks") if compare else [],
         compare=compare or {},
         laws=load("laws.json", lambda data: [LawResult.from_dict(x) for x in data]) or [],
         bench=load("bench.json", lambda data: [BenchRecord.from_dict(x) for x in data]) or [],
@@ -149,7 +163,20 @@ def _compare(data: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is not an object")
     cells = [_cell(cell) for cell in data.get("cells", [])]
     rows = [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in data.get("summary", [])]
-    return data | {"cells": cells, "summary": rows or _means(cells)}
+    tasks = [_trial(trial) for trial in data.get("tasks") or []]
+    return data | {"cells": cells, "summary": rows or _means(cells), "tasks": tasks}
+
+
+def _trial(data: dict[str, Any]) -> Trial:
+    """Checked as far as the figures rely on it."""
+    cells = [TaskResult.from_dict(cell) for cell in data["cells"]]
+    for cell in cells:
+        for point in cell.lengths:
+            [float(point[name]) for name in ("length", "accuracy", "cache_bytes")]
+        if any(len(point) != 3 for point in cell.depths):
+            raise ValueError("a point of depths is not [length, depth, accuracy]")
+    summary = [dict(row) for row in data["summary"]]
+    return Trial(str(data["task"]), str(data["tests"]), float(data["chance"]), int(data["context"]), cells, summary)
 
 
 def _cell(data: dict[str, Any]) -> RunResult:

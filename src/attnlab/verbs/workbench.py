@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from .. import presets, screen
 from ..config import RunConfig
-from ..spec import UserError
+from ..spec import UserError, choose
 from .options import (
     Fields,
     Flag,
@@ -116,12 +116,13 @@ def compare(
     *,
     config: Fields,
     mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
+    tasks: Annotated[str | None, arg(metavar="A,B,...")] = None,
     seeds: int = 3,
     match: Literal["params", "cache", "none"] = "none",
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
-    out: Annotated[Path | None, arg(metavar="DIR")] = None,
     pack: Pack | None = None,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
     heads: Flag = False,
     json_: Json = False,
@@ -131,18 +132,20 @@ def compare(
     Args:
         preset: The run that all share; every field of it can be overridden below.
         mechanisms: What to compare, the baseline mha among them; a hybrid is written sliding+sliding+mla.
+        tasks: Also train and examine all on synthetic tasks: mqar, induction, copying, selective, needle.
         seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
         data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
             mixture: 0.7*prepared:A+0.3*text:B.
+        pack: documents: rows hold whole documents, and attention stays inside each.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         jobs: Runs side by side.
-        pack: documents: rows hold whole documents, and attention stays inside each.
         heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
         json_: Print compare.json instead of the table.
     """
     from .. import compare as comparison
+    from ..tasks import TASKS
 
     config = with_choices(config, None, data, pack)
     presets.check_corpus(config)
@@ -152,6 +155,7 @@ def compare(
         seeds,
         out or Path("compare") / preset,
         match,
+        tasks=[presets.get(choose("task", name, TASKS)) for name in listed(tasks or "")],
         jobs=jobs,
         options=options_of_mechanisms("--options", options),
         command=this_command(),
@@ -163,7 +167,8 @@ def compare(
     else:
         screen.console().print(comparison.table(found))
         print(f"next: attnlab report {out or Path('compare') / preset}", file=sys.stderr)
-    return int(any(cell["status"] != "done" for cell in found["cells"]))
+    cells = found["cells"] + [cell for task in found["tasks"] for cell in task["cells"]]
+    return int(any(cell["status"] != "done" for cell in cells))
 
 
 def bench(
