@@ -285,12 +285,33 @@ def test_another_text_is_taken_whole_and_looked_for_in_the_training_part(place: 
         evaluate_source(place / "run", f"text:{place}/short.txt", "test", device="cpu")
 
 
+def test_a_synthetic_task_is_no_text(tmp_path: Path) -> None:
+    save(tmp_path / "run", DataConfig(source="task:induction"))
+    with pytest.raises(UserError, match="'task:induction' is a task with answers, not a text"):
+        evaluate_source(tmp_path / "run", device="cpu")
+
+
 def test_a_corpus_whose_validation_part_is_in_its_training_part_is_refused(place: Path) -> None:
     (place / "twice.txt").write_text(VERSE[:2000] + VERSE[:2000])
     save(place / "twice", DataConfig(source=f"text:{place}/twice.txt"))
     with pytest.raises(UserError, match=r"are in the training part of .*, or say --split train"):
         evaluate_source(place / "twice", device="cpu")
     assert evaluate_source(place / "twice", split="train", device="cpu").split == "train"
+
+
+def test_a_corpus_that_has_changed_is_no_longer_known_to_be_held_out(tmp_path: Path) -> None:
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(VERSE)
+    other.write_text(VERSE[:2000])
+    save(tmp_path / "run", DataConfig(source=f"text:{text}"))
+    with pytest.raises(UserError, match="100% of the passages"):
+        evaluate_source(tmp_path / "run", f"text:{other}", device="cpu")
+    for change in (lambda: text.write_text(VERSE + VERSE[:500]), text.unlink):
+        change()
+        for split in ("val", "train"):
+            with pytest.raises(UserError, match="is gone or has changed, so nobody knows what is held out"):
+                evaluate_source(tmp_path / "run", split=split, device="cpu")
+        assert evaluate_source(tmp_path / "run", f"text:{other}", device="cpu").seen is None
 
 
 def test_passages_are_found_across_the_seams_of_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:

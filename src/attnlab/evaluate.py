@@ -274,17 +274,23 @@ def evaluate_source(
     loaded = hub.load(source, checkpoint=checkpoint, device=where, trust=trust)
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so no text can be given to it: put its tokenizer.json beside it")
-    own = RunFolder.open(source).config.data if loaded.family == hub.RUN else None
-    if data_source is None and own is None:
+    folder = RunFolder.open(source) if loaded.family == hub.RUN else None
+    if data_source is None and folder is None:
         raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
-    config = own if own and data_source in (None, own.source) else DataConfig(source=data_source or "")
-    tokens, part = in_tokens(config, split, loaded.tokenizer, whole=config is not own)
-    seen = None if own is None or split == "train" else seen_share(tokens, data.load(own).train)
+    own = folder is not None and data_source in (None, folder.config.data.source)
+    config = folder.config.data if folder and own else DataConfig(source=data_source or "")
+    training = None if folder is None else trained_on(folder)
+    if own and training is None:
+        raise UserError(
+            f"what {source} was trained on, {config.source!r}, is gone or has changed, so nobody knows what is held "
+            "out: bring it back, or name a text with --data"
+        )
+    tokens, part = in_tokens(config, split, loaded.tokenizer, whole=not own)
+    seen = None if training is None or split == "train" else seen_share(tokens, training)
     if seen is not None and seen > 0.5:
-        way = ", or say --split train" if config is own else ""
         raise UserError(
             f"{seen:.0%} of the passages looked for in {config.source!r} are in the training part of {source}: give "
-            f"text that it was not trained on{way}"
+            f"text that it was not trained on{', or say --split train' if own else ''}"
         )
     found = evaluate(
         loaded.model,
@@ -306,9 +312,20 @@ def evaluate_source(
     )
 
 
+def trained_on(folder: RunFolder) -> Tokens | None:
+    """The training part of a run's corpus, where that is still there as it was."""
+    try:
+        corpus = data.load(folder.config.data)
+    except UserError:
+        return None
+    return corpus.train if corpus.fingerprint == folder.about["data"]["fingerprint"] else None
+
+
 def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool = False) -> tuple[Tokens, str]:
     """(a part of the text that `config` names, in the tokens of `tokenizer`; which part it is)."""
     kind, _, path = config.source.partition(":")
+    if kind == "task":
+        raise UserError(f"{config.source!r} is a task with answers, not a text: attnlab compare --tasks measures it")
     if whole and kind == "text":
         if split != "val":
             raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
@@ -319,10 +336,8 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
     tokens = corpus.split(split)
     if corpus.tokenizer.fingerprint == tokenizer.fingerprint:
         return tokens, split
-    pages = Documents(tokens, corpus.tokenizer.end)
-    stops = np.append(pages.starts[1:], len(tokens))
-    texts = (corpus.tokenizer.decode(tokens.read(*at).tolist()) for at in zip(pages.starts, stops, strict=True))
-    return encoded(texts, tokenizer), split
+    bounds = zip(tokens.documents, [*tokens.documents[1:], len(tokens)], strict=True)
+    return encoded((corpus.tokenizer.decode(tokens.read(*at).tolist()) for at in bounds), tokenizer), split
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
@@ -333,19 +348,14 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
 def seen_share(tokens: Tokens, training: Tokens) -> float | None:
     """Share of passages of 64 tokens, taken evenly from all of `tokens`, that occur in `training`. None where no
     document is that long, or the training part is so large that looking would take longer than evaluating."""
-    stops = np.append(tokens.documents[1:], len(tokens))
-    long = np.flatnonzero(stops - tokens.documents >= PASSAGE)
-    if not len(long) or len(training) > SEARCHED:
+    room = np.maximum(np.diff(tokens.documents, append=len(tokens)) - PASSAGE + 1, 0)  # places where one can begin
+    before = np.cumsum(room) - room
+    if not room.sum() or len(training) > SEARCHED:
         return None
-    picked = np.linspace(0, len(long) - 1, PASSAGES)
-    depth = (
-        picked % 1 if len(long) > 1 else np.linspace(0, 1, PASSAGES)
-    )  # one document: from its first passage to its last
-    starts = tokens.documents[long[picked.astype(int)]]
-    room = stops[long[picked.astype(int)]] - starts - PASSAGE
-    passages = {
-        row.astype("<i4").tobytes() for row in tokens.gather(starts + (depth * room).astype(int), PASSAGE).numpy()
-    }
+    picked = np.linspace(0, room.sum() - 1, PASSAGES).astype(np.int64)
+    document = np.searchsorted(before + room, picked, "right")
+    starts = tokens.documents[document] + picked - before[document]
+    passages = {row.astype("<i4").tobytes() for row in tokens.gather(starts, PASSAGE).numpy()}
     found: set[bytes] = set()
     for at in range(0, len(training), CHUNK):
         chunk = training.read(at, min(at + CHUNK + PASSAGE, len(training))).numpy().astype("<i4").tobytes()
