@@ -148,10 +148,10 @@ def wikitext2_gpt2(mechanism: str) -> RunConfig:
     return RunConfig(name=f"wikitext2-gpt2-{mechanism}", model=model, data=prepared("wikitext-2"), train=train)
 
 
-def task(name: str) -> RunConfig:
-    """A synthetic task, two layers and a minute or two on one core (docs/tasks.md)."""
+def task(name: str, steps: int) -> RunConfig:
+    """A synthetic task, for two layers and one core: one minute or two of it (docs/tasks.md)."""
     model = ModelConfig(vocab_size=28, context=64, n_layers=2, d_model=64, n_heads=2)
-    train = TrainConfig(steps=2000, batch_size=32, eval_every=500, eval_batches=4, save_every=1000, precision="fp32")
+    train = TrainConfig(steps=steps, batch_size=32, eval_every=500, eval_batches=4, save_every=1000, precision="fp32")
     return RunConfig(name=name, model=model, data=DataConfig(source=f"task:{name}"), train=train)
 
 
@@ -194,7 +194,8 @@ _ALL: tuple[Callable[[], RunConfig], ...] = (
     *(partial(openwebtext_124m, name) for name in ("mha", "mla")),
     *(partial(wikitext103_35m, name) for name in ("mha", "mqa", "mla")),
     *(partial(wikitext2_gpt2, name) for name in ("mha", "mqa", "gqa", "mla", "mka", "fast_mka")),
-    *(partial(task, name) for name in ("mqar", "induction", "copying", "selective", "needle")),
+    *(partial(task, name, 2000) for name in ("mqar", "induction", "copying")),
+    *(partial(task, name, 3000) for name in ("selective", "needle")),
 )
 _PRESETS = {preset().name: preset for preset in _ALL}
 
