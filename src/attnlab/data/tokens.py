@@ -27,6 +27,7 @@ class Tokens:
     def __init__(self, parts: Sequence[np.ndarray], documents: Documents = None, digest: str = ""):
         self.parts = list(parts)
         self._documents, self._digest = documents, digest
+        self._rows = [np.asarray(part) for part in self.parts]  # a memory map costs more to cut than an array
         self._edges = np.cumsum([0, *map(len, self.parts)])
 
     @classmethod
@@ -47,13 +48,12 @@ class Tokens:
         if len(starts) and not (0 <= starts.min() and starts.max() + length <= len(self)):
             raise IndexError(f"a window of {length} tokens leaves the row of {len(self)}")
         out = np.empty((len(starts), length), np.int64)
-        first, last = (np.searchsorted(self._edges, at, "right") - 1 for at in (starts, starts + max(length - 1, 0)))
-        for part in np.unique(first[first == last]):
-            inside = np.flatnonzero((first == part) & (last == part))
-            windows = np.lib.stride_tricks.sliding_window_view(self.parts[part], length)
-            out[inside] = windows[starts[inside] - self._edges[part]]
-        for row in np.flatnonzero(first != last):
-            out[row] = self._read(starts[row], starts[row] + length)
+        parts = np.searchsorted(self._edges, starts, "right") - 1
+        ends = self._edges[parts + 1].tolist() if len(starts) else []
+        places = (starts - self._edges[parts]).tolist()
+        for row, (start, end, part, at) in enumerate(zip(starts.tolist(), ends, parts.tolist(), places, strict=True)):
+            inside = start + length <= end
+            out[row] = self._rows[part][at : at + length] if inside else self._read(start, start + length)
         return torch.from_numpy(out)
 
     @cached_property
