@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,27 +228,19 @@ def test_a_pipeline_reads_and_writes_text(tokenizer, tmp_path):
     assert [each[0]["generated_text"] for each in found] == [tokenizer.decode(row) for row in want]
 
 
-TASK = """
-task: local_text
-dataset_path: json
-dataset_kwargs: {{cache_dir: {folder}/cache, data_files: {{test: {folder}/docs.jsonl}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list:
-  - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
-  - {{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
-"""
-
-
-def test_lm_eval_finds_the_loss_that_we_find(tmp_path):
+def test_lm_eval_finds_the_loss_that_we_find(tmp_path, monkeypatch):
+    """With the task file of docs/huggingface.md."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'attnlab[test]'")
+    import datasets
     from lm_eval.tasks import TaskManager
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    page = Path(__file__).parents[1] / "docs" / "huggingface.md"
+    (task,) = re.findall(r"<!-- file: local_text.yaml -->\n```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     texts = [TEXT * 3, "Ünïcode, 文字", "ab" * 40]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "task.yaml").write_text(TASK.format(folder=tmp_path))
+    (tmp_path / "local_text.yaml").write_text(task)
     tokenizer = ByteTokenizer()
     ours = decoder(replace(LEARNED, vocab_size=tokenizer.vocab_size, context=32))
     folder = exported(ours, tmp_path / "export", tokenizer)
