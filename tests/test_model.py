@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from attnlab import attention, presets
-from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.kernels.drop import dropout
 from attnlab.model import Decoder, Experts, attention_configs, flops_per_token
 from attnlab.ops import attend, record_attention, record_losses, with_loss
-from attnlab.spec import Mask, UserError
+from attnlab.spec import Mask, RopeScaling, UserError
 
 SMALL = ModelConfig(vocab_size=31, context=40, n_layers=2, d_model=32, n_heads=4)
 
@@ -200,6 +200,17 @@ def test_config_survives_json_and_its_key_ignores_the_name():
         (lambda: on_meta(replace(SMALL, mechanisms=("mla",), options={"mla": {"kv_rnk": 3}})), ["kv_rnk", "kv_rank"]),
         (lambda: replace(SMALL, options={"mla": {"kv_rank": 3}}), ["mla", "no layer"]),
         (lambda: replace(SMALL, ff="moe", experts_per_token=9), ["9", "8"]),
+        (lambda: ExpertsConfig(kind="gleu"), ["gleu", "did you mean 'gelu'"]),
+        (lambda: ExpertsConfig(shared=-1), ["shared -1"]),
+        (lambda: replace(SMALL, ff="moe", experts=ExpertsConfig(groups=3)), ["3 groups", "8 experts", "equal"]),
+        (lambda: replace(SMALL, ff="moe", experts=ExpertsConfig(groups=8), experts_per_token=2), ["1 of 8 groups"]),
+        (lambda: RopeScaling(kind="yarnn"), ["yarnn", "did you mean 'yarn'"]),
+        (lambda: RopeScaling(kind="yarn", slow=4, fast=1), ["slow 4", "fast 1"]),
+        (lambda: on_meta(replace(SMALL, mechanisms=("gqa",), options={"gqa": {"qk_norm": -1.0}})), ["qk_norm", "-1"]),
+        (
+            lambda: on_meta(replace(SMALL, mechanisms=("msla",), options={"msla": {"shipped": True}})),
+            ["shipped", "q_rank"],
+        ),
         (lambda: on_meta(replace(SMALL, impl="flash")), ["flash", "sdpa"]),
         (lambda: from_dict(RunConfig, {"model": {"n_layer": 3}}), ["n_layer", "n_layers"]),
         (lambda: presets.get("quik"), ["quik", "'quick'"]),

@@ -30,6 +30,15 @@ class ExpertsConfig:
     groups_kept: int = 1
     group_best: int = 1  # a group is as good as the sum of its so many best scores
 
+    def __post_init__(self) -> None:
+        choose("model.experts.kind", self.kind, ("gelu", "swiglu"))
+        choose("model.experts.score", self.score, ("softmax", "sigmoid"))
+        if min(self.shared, self.dense_layers) < 0 or (self.width is not None and self.width < 1):
+            raise UserError(
+                f"model.experts has width {self.width}, shared {self.shared} and dense_layers {self.dense_layers}: "
+                "give a width of at least 1, and 0 or more of the others"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -100,6 +100,8 @@ def build(
         model = empty(family.to_model_config(hf))
     except KeyError as missing:
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
+    except TypeError as error:
+        raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = table.rows(family, model)
     stored = table.check(table.expected(rows, table.ours(model)), found, family, source)
     model.load_state_dict(table.read(rows, stored, dtype), strict=False, assign=True)
