@@ -7,7 +7,8 @@ and against what reading the weights once per token must take. Written into docs
 Weights are random, so nothing is downloaded. Contenders take turns in one process (A B C A B C ...), prompt included;
 times are medians. Before anything is timed, greedy tokens are compared. The limit is the speed at which memory is read
 (the fastest sum over a large buffer, measured between the turns) over the bytes of the weights. Peak memory is of a
-process of its own for each contender: how much it grew beyond what it held before it opened the model.
+process of its own for each contender: how much it grew beyond what it held after it had used a tiny model once, which
+brings in the program itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face GPT-2 instead of the random one")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="- to write none")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
+    parser.add_argument("--tiny", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
@@ -53,6 +55,7 @@ def main() -> None:
         print(json.dumps(memory(options.memory_of, options)))
         return
     with tempfile.TemporaryDirectory() as folder:
+        options.tiny = random_gpt2(Path(folder) / "tiny", n_layer=1, n_embd=64, n_head=1)
         options.model = options.model or random_gpt2(Path(folder) / "gpt2")
         text = measure(options)
     print(text)
@@ -60,11 +63,13 @@ def main() -> None:
         write_section(options.document, "decode-gpt2", f"{provenance()}\n\n{text}")
 
 
-def random_gpt2(folder: Path) -> Path:
+def random_gpt2(folder: Path, **shape: int) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
     return folder
 
 
@@ -72,14 +77,14 @@ def contenders(options: argparse.Namespace) -> list[tuple[str, str]]:
     return [(way, name) for name in PRECISIONS for way in options.ways.split(";")]
 
 
-def open_model(way: str, name: str, options: argparse.Namespace) -> torch.nn.Module:
+def open_model(way: str, name: str, folder: Path) -> torch.nn.Module:
     if way != "transformers":
-        return hub.load(options.model, dtype=PRECISIONS[name]).model
+        return hub.load(folder, dtype=PRECISIONS[name]).model
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return GPT2LMHeadModel.from_pretrained(options.model, dtype=PRECISIONS[name]).eval()
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=PRECISIONS[name]).eval()
 
 
 def generator(way: str, model: torch.nn.Module, options: argparse.Namespace) -> Generate:
@@ -100,7 +105,7 @@ def measure(options: argparse.Namespace) -> str:
     models = {}
     for way, name in contenders(options):
         key = (way.removesuffix(", compiled"), name)  # the same weights, compiled or not
-        models[key] = models.get(key) or open_model(way, name, options)
+        models[key] = models.get(key) or open_model(way, name, options.model)
     calls = {
         (way, name): generator(way, models[way.removesuffix(", compiled"), name], options)
         for way, name in contenders(options)
@@ -173,23 +178,26 @@ def clocked(call: Generate, tokens: int, speeds: list[float]) -> Callable[[], fl
 def memory_of(way: str, name: str, options: argparse.Namespace) -> tuple[int, int]:
     """Bytes that a process of its own grew by, and bytes of weights and cache."""
     words = [sys.executable, __file__, "--memory-of", f"{way};{name}", "--model", str(options.model)]
-    words += [f"--tokens={options.tokens}", f"--prompt={options.prompt}", f"--threads={options.threads}"]
+    words += [
+        f"--tiny={options.tiny}",
+        f"--tokens={options.tokens}",
+        f"--prompt={options.prompt}",
+        f"--threads={options.threads}",
+    ]
     said = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(said.stdout.splitlines()[-1])
 
 
 def memory(which: str, options: argparse.Namespace) -> tuple[int, int]:
     way, name = which.split(";")
-    if way == "transformers":
-        import transformers.models.gpt2.modeling_gpt2  # noqa: F401  what a program is made of is not the model's memory
+    generator(way, open_model(way, name, options.tiny), options)(4)
     before = status("VmRSS")
-    model = open_model(way, name, options)
+    model = open_model(way, name, options.model)
     generator(way, model, options)(options.tokens)
-    size = PRECISIONS[name].itemsize
-    config = model.config if isinstance(model, Decoder) else None
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    layers, width = (config.n_layers, config.d_model) if config else (model.config.n_layer, model.config.n_embd)
-    return status("VmHWM") - before, weights + 2 * layers * width * size * (options.prompt + options.tokens)
+    grown = status("VmHWM") - before
+    shape = json.loads((options.model / "config.json").read_text())
+    cache = 2 * shape["n_layer"] * shape["n_embd"] * PRECISIONS[name].itemsize * (options.prompt + options.tokens)
+    return grown, cache + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def status(field: str) -> int:

@@ -49,6 +49,9 @@ TITLES = {
     "mechanisms": "Training, every mechanism",
     "decode": "Decoding",
     "decode-gpt2": "Decoding, against transformers",  # benchmarks/decode.py
+    "corpora-preparing": "Preparing a corpus",  # benchmarks/prepare.py
+    "corpora-reading": "Reading a corpus",
+    "corpora-memory": "Memory while preparing",
 }
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 
@@ -364,7 +367,7 @@ def provenance() -> str:
     found = environment()
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     for i, word in enumerate(words[:-1]):
-        if word in ("--nanogpt", "--document", "--model"):
+        if word in ("--nanogpt", "--document", "--model", "--text"):
             words[i + 1] = "PATH"
     return (
         f"`{shlex.join(words)}`, {date.today():%d %B %Y}, on {found['cpu']}, {found['cores']} cores, "

@@ -91,7 +91,8 @@ def _safe(path: Path, trust: bool) -> dict[str, Stored]:
         raise UserError(f"{path} is missing or damaged ({error}); fetch or export it again") from None
 
     def stored(name: str) -> Stored:
-        return Stored(tuple(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+        # opened anew: a window on the file stays in memory, as far as it was read, for as long as it is open
+        return Stored(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
 
     return {name: stored(name) for name in file.keys()}
 
