@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from attnlab import data, tasks
-from attnlab.config import DataConfig
+from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.examine import examine
+from attnlab.model import Decoder
 from attnlab.spec import UserError
+from attnlab.train import Trainer, resolve, train, train_step
 
 LENGTHS = (16, 37, 64, 128)
 NAMES = sorted(tasks.TASKS)
@@ -169,3 +174,64 @@ def test_marks_noise_and_letters_are_what_they_look_like() -> None:
 def test_what_cannot_be_asked_is_said(source: str, context: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
         data.load(DataConfig(source=source)).check(context)
+
+
+def trained(name: str, mechanism: str, steps: int) -> Decoder:
+    """On sequences of 16 tokens, with which training in a context of 64 begins."""
+    model = ModelConfig(vocab_size=1, context=64, n_layers=2, d_model=32, n_heads=2, mechanisms=(mechanism,))
+    how = TrainConfig(steps=steps, batch_size=8, lr=3e-3, warmup=5, precision="fp32", device="cpu")
+    config, corpus = resolve(RunConfig(model=model, data=DataConfig(source=f"task:{name}"), train=how))
+    with torch.random.fork_rng([]):
+        trainer = Trainer.of(config, corpus)
+        for step in range(steps):
+            train_step(trainer, step)
+    return trainer.model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whoever_sees_no_earlier_token_stays_at_chance(name: str) -> None:
+    model, task = trained(name, "latent_lookup", 60), tasks.task(name)
+    found = tasks.score(lambda x: model(x)[0], task, 16, 1000)
+    assert found.accuracy < task.chance + 4 * (task.chance / found.right.size) ** 0.5 + 0.003
+    assert found.right.shape == (1000, (task.held_out(1, 16)[1] >= 0).sum())
+    assert found.exact <= found.accuracy
+
+
+def test_attention_soon_learns_what_it_does_not() -> None:
+    model = trained("copying", "mha", 150)
+    found = tasks.score(lambda x: model(x)[0], tasks.task("copying"), 16, 200)
+    assert found.accuracy > 0.4 > 10 * tasks.task("copying").chance
+
+
+def test_a_score_is_what_an_oracle_or_a_fool_would_get() -> None:
+    """A perfect reader of the copy, one that errs in one letter of every sequence, and one that errs everywhere."""
+    task = tasks.task("copying")
+
+    def perfect(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(x.roll(x.shape[1] // 2, 1), len(task.symbols)).float()
+
+    def once(x: torch.Tensor) -> torch.Tensor:
+        return perfect(x).index_fill(1, torch.tensor([x.shape[1] - 1]), 0.0)
+
+    scores = [tasks.score(reader, task, 20, 30, batch=7) for reader in (perfect, once, lambda x: 0 * perfect(x))]
+    assert [round(s.accuracy, 9) for s in scores] == [1.0, 0.9, 0.0]
+    assert [s.exact for s in scores] == [1.0, 0.0, 0.0]
+
+
+def test_a_run_on_a_task_is_a_run_like_any_other(tmp_path: Path) -> None:
+    """Resumed as if never interrupted, and examined; a run on text has nothing to examine."""
+    model = ModelConfig(vocab_size=1, context=32, n_layers=1, d_model=16, n_heads=2, positions="learned")
+    how = TrainConfig(steps=4, batch_size=2, eval_every=2, eval_batches=1, save_every=2, precision="fp32", device="cpu")
+    config = RunConfig(name="needle", model=model, data=DataConfig(source="task:needle"), train=how)
+    whole = train(config, tmp_path / "run")
+    assert whole.status == "done" and whole.val_loss is not None
+    found = examine(tmp_path / "run")
+    assert [point["length"] for point in found.lengths] == [8, 16, 32], "no further than its learned positions"
+    assert {(n, d) for n, d, _ in found.depths} <= {(n, (i + 0.5) / 8) for n in (8, 16, 32) for i in range(8)}
+    means = {n: [a for length, _, a in found.depths if length == n] for n in (8, 16, 32)}
+    assert all(min(a) <= p["accuracy"] <= max(a) for p in found.lengths for a in [means[int(p["length"])]])
+    (tmp_path / "text.txt").write_text("to be or not to be " * 40)
+    text = replace(config, data=DataConfig(source=f"text:{tmp_path / 'text.txt'}"))
+    train(text, tmp_path / "text")
+    with pytest.raises(UserError, match="which is no task; attnlab eval measures text"):
+        examine(tmp_path / "text")
