@@ -9,8 +9,9 @@ Caches the rotated keys and the values of K heads: 2 K H floats per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class Config(AttentionConfig):
     caches = "keys and values of K heads"
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     cache_width: ClassVar[str | None] = "n_kv_heads"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"normed": {"qk_norm": 1e-5, "bias": True, "o_bias": False}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
