@@ -112,6 +112,15 @@ def test_the_end_of_a_document_stands_before_the_first_token_and_is_not_predicte
     assert single.loss == pytest.approx(wanted[0][0], abs=1e-6)
 
 
+def test_another_token_may_stand_in_front() -> None:
+    model, documents = tiny(), ragged(4)
+    wanted = [token_by_token(model, [5, *document], CONTEXT) for document in documents]
+    ended = [[*document, 256] for document in documents]
+    found = evaluate(model, ended, stride=1, tokenizer=ByteTokenizer(), front=5)
+    assert found.tokens == sum(map(len, documents))
+    assert found.loss == pytest.approx(np.mean(np.concatenate(wanted)), abs=1e-6)
+
+
 MECHANISMS = ["mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding"]
 
 
@@ -335,6 +344,11 @@ def test_an_exported_model_gives_the_same_numbers(place: Path) -> None:
     assert found.loss == pytest.approx(evaluate(model, [tokenizer.encode(VERSE)], tokenizer=tokenizer).loss)
     with pytest.raises(UserError, match="does not say what it was trained on"):
         evaluate_source(exported, device="cpu")
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "bos_token_id": 3}))
+    begun = evaluate_source(exported, f"text:{place}/verse.txt", device="cpu")
+    wanted = evaluate(model, [tokenizer.encode(VERSE)], tokenizer=tokenizer, front=3)
+    assert (begun.tokens, begun.loss) == (found.tokens + 1, pytest.approx(wanted.loss))
 
 
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ reaches back so that it too is full. S = C reads every token once; a smaller str
 more of the past to each token. lm_eval rolls like this with S = C, and the strided perplexity of transformers' guide is
 S < C with one token more of `max_length`, but that its last window may be short.
 
-Where the tokenizer has an end-of-document token, that stands before the first token, which is then predicted too. It is
-never predicted itself: it is not text, and models without one must compare.
+Where the tokenizer has an end-of-document token, that stands before the first token, which is then predicted too; so
+does the token with which a pretrained model's documents begin, where it has one of its own. Neither is ever predicted:
+they are not text, and models without one must compare.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .data.tokens import Tokens
 from .model import Decoder
 from .results import EvalResult
 from .spec import UserError, choose
+from .tasks import task_of
 from .train import find_device
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
@@ -67,21 +69,21 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 class Documents:
-    """Documents as they are predicted: an end-of-document token in front, where there is one, and none behind."""
+    """Documents as they are predicted: a token in front, where there is one, and none that only ends them."""
 
-    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None) -> None:
+    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: int | None = None) -> None:
         self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
-        self.end, self.starts = end, tokens.documents
-        stops = np.append(self.starts[1:], len(tokens))
+        self.front, self.starts = front, tokens.documents
+        stops = np.append(tokens.documents[1:], len(tokens))
         if end is not None and len(tokens):
             stops = stops - (tokens.gather(np.maximum(stops - 1, 0), 1)[:, 0].numpy() == end)
-        self.lengths = np.maximum(stops - self.starts - (end is None), 0)  # tokens to predict
+        self.lengths = np.maximum(stops - self.starts - (front is None), 0)  # tokens to predict
 
     def inputs(self, document: int, start: int, stop: int) -> Tensor:
         """Tokens `start` to `stop` of a document, counted from the one in front."""
-        at, front = int(self.starts[document]), self.end is not None
-        read = self.tokens.read(at + max(start - front, 0), at + stop - front)
-        return torch.cat([torch.tensor([self.end]), read]) if front and not start else read
+        at, extra = int(self.starts[document]), self.front is not None
+        read = self.tokens.read(at + max(start - extra, 0), at + stop - extra)
+        return torch.cat([torch.tensor([self.front]), read]) if extra and not start else read
 
     def windows(self, context: int, stride: int) -> Iterator[Window]:
         for document, length in enumerate(self.lengths.tolist()):
@@ -90,7 +92,7 @@ class Documents:
 
     def bytes(self, tokenizer: Tokenizer) -> int:
         """UTF-8 bytes of the text of all tokens that are predicted."""
-        first = self.starts + (self.end is None)
+        first = self.starts + (self.front is None)
         return sum(map(partial(text_bytes, tokenizer, self.tokens), first.tolist(), (first + self.lengths).tolist()))
 
 
@@ -121,20 +123,22 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 8,
     tokenizer: Tokenizer | None = None,
+    front: int | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Predict every token of `documents` (token lists, or a row of tokens that knows where documents begin).
 
     `context` is the longest window (None: the model's), `stride` how far one ends from the next (None: the context).
-    `tokenizer` names the end-of-document token and counts bytes; without it there is none, and
-    `bits_per_byte` is None. `progress` is told (what, tokens done, tokens in all). Raises `UserError` for what does not
-    fit the model, and where there is nothing to predict.
+    `tokenizer` names the end-of-document token and counts bytes; without it there is none, and `bits_per_byte` is None.
+    `front` is the token before each document (None: the end-of-document token). `progress` is told (what, tokens done,
+    tokens in all). Raises `UserError` for what does not fit the model, and where there is nothing to predict.
 
     One text as lm_eval's rolling log-likelihood sees it: `evaluate(model, [tokenizer.encode(text)],
     tokenizer=tokenizer)`, times -tokens.
     """
     context, stride = fitting(model, context, stride, batch_size)
-    pages = Documents(documents, None if tokenizer is None else tokenizer.end)
+    end = None if tokenizer is None else tokenizer.end
+    pages = Documents(documents, end, end if front is None else front)
     total = int(pages.lengths.sum())
     if not total:
         raise UserError("there is no token to predict: give text of at least two tokens")
@@ -279,6 +283,8 @@ def evaluate_source(
         raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
     own = folder is not None and data_source in (None, folder.config.data.source)
     config = folder.config.data if folder and own else DataConfig(source=data_source or "")
+    if (task := task_of(config)) is not None:
+        raise UserError(f"{config.source!r} is a synthetic task and no text: attnlab compare {task.name} examines it")
     training = None if folder is None else trained_on(folder)
     if own and training is None:
         raise UserError(
@@ -299,6 +305,7 @@ def evaluate_source(
         stride=stride,
         batch_size=batch_size,
         tokenizer=loaded.tokenizer,
+        front=loaded.about.get("config", {}).get("bos_token_id"),
         progress=progress,
     )
     return replace(
