@@ -103,6 +103,8 @@ def test_every_command_explains_itself(verb: str, run: Run) -> None:
         (["compare", "quick", "--mechanisms", "mha,mal"], ["'mal'"]),
         (["compare", "quick", "--mechanisms", ","], ["at least one"]),
         (["compare", "quick", "--seeds", "0"], ["seeds"]),
+        (["compare", "quick", "--tasks", "mqar,neddle"], ["'neddle'", "did you mean 'needle'?"]),
+        (["train", "quick", "--data", "task:mqa"], ["'mqa'", "did you mean 'mqar'?"]),
         (["bench", "decode", "--mechanisms", "mal"], ["'mal'"]),
         (["bench", "decode", "--options", '{"mla": {"kv_rnk": 3}}'], ["did you mean 'kv_rank'?"]),
         (["compare", "--options", '{"mla": {"kv_rnk": 3}}'], ["did you mean 'kv_rank'?"]),
@@ -318,6 +320,27 @@ def test_bench_records(run: Run) -> None:
     assert not any(r.error for r in records)
     code, out, _ = run(*words)
     assert code == 0 and max(map(len, out.splitlines())) <= 80
+
+
+def test_tasks_are_columns_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnlab import compare, examine
+
+    for name in ("mqar", "needle"):
+        whole = presets.get(name)
+        model = replace(whole.model, n_layers=1, d_model=16, context=32)
+        train = replace(whole.train, steps=2, batch_size=2, eval_every=2, eval_batches=1)
+        monkeypatch.setitem(presets._PRESETS, name, functools.partial(replace, whole, model=model, train=train))
+    monkeypatch.setattr(examine, "SEQUENCES", 16)
+    monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
+    words = ["compare", "quick", *SMALL, "--mechanisms", "mha,mqa", "--seeds", "1", "--jobs", "1"]
+    code, out, err = run(*words, "--tasks", "mqar,needle", "--out", "c")
+    assert code == 0, err
+    header = next(line for line in out.splitlines() if line.startswith("accuracy, %"))
+    assert header.split()[2:] == ["mqar", "needle"] and max(map(len, out.splitlines())) <= 80
+    code, out, _ = run(*words, "--tasks", "needle", "--out", "c", "--json")
+    assert code == 0
+    (task,) = json.loads(out)["tasks"]
+    assert [cell["mechanism"] for cell in task["cells"]] == ["mha", "mqa"] and task["task"] == "needle"
 
 
 def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from attnlab import data, tasks
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.evaluate import evaluate_source
 from attnlab.examine import examine
 from attnlab.model import Decoder
 from attnlab.spec import UserError
@@ -235,3 +236,5 @@ def test_a_run_on_a_task_is_a_run_like_any_other(tmp_path: Path) -> None:
     train(text, tmp_path / "text")
     with pytest.raises(UserError, match="which is no task; attnlab eval measures text"):
         examine(tmp_path / "text")
+    with pytest.raises(UserError, match="'task:needle' is a synthetic task and no text: attnlab compare needle"):
+        evaluate_source(tmp_path / "run")
