@@ -225,6 +225,10 @@ def attention(
             "seed": 0,
             "tokens": tokens,
             "layers": [[head((layer + n) % 4, mechanism) for n in range(4)] for layer in range(layers)],
+            "values": [
+                None if mechanism == "mka" else [[round(rng.uniform(0.2, 2), 3) for _ in tokens] for _ in range(4)]
+                for _ in range(layers)
+            ],
         }
         for mechanism in mechanisms
     ]

@@ -600,8 +600,18 @@ def test_attention_pickers_and_reading(page: chromium.Browser, folder: Path) -> 
         page.run(f"{select}.value = {index}, {select}.dispatchEvent(new Event('change'))")
     assert page.run(cell) == pytest.approx(maps[sliding]["layers"][1][3][20][19], abs=1e-4)
     page.click("#heads button", 0)
-    assert page.run("[...document.querySelectorAll('.pickers select')].map(s => s.value)") == [str(sliding), "0", "0"]
+    assert page.run("[...document.querySelectorAll('.pickers select')].map(s => s.value)") == [
+        str(sliding),
+        "0",
+        "0",
+        "0",
+    ]
     assert page.run(cell) == pytest.approx(maps[sliding]["layers"][0][0][20][19], abs=1e-4)
+    show = "document.getElementById('pick-show')"
+    page.run(f"{show}.value = 1, {show}.dispatchEvent(new Event('change'))")
+    weighted = [w * v for w, v in zip(maps[sliding]["layers"][0][0][20], maps[sliding]["values"][0][0], strict=True)]
+    assert page.run(cell) == pytest.approx(weighted[19] / sum(weighted), abs=1e-3)
+    page.run(f"{show}.value = 0, {show}.dispatchEvent(new Event('change'))")
     assert page.run("document.getElementById('plot-attention').data[0].z[3][9]") is None
     x, y, width, height = page.run(MIDDLE.format("#plot-attention .nsewdrag"))
     tokens = len(maps[0]["tokens"])

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import data, ops
+from . import data
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
 from .examine import examine
-from .heads import whole
+from .heads import value_sizes, watch, whole
 from .infer import sample_run
 from .laws import check_mechanism
 from .match import Matched, Options, What, match, parameters, variant
-from .model import Block
 from .progress import Progress
 from .results import FORMAT, LawResult, RunResult, TaskResult, environment, read_json, write_bytes, write_json
 from .spec import UserError, need
@@ -443,27 +442,22 @@ def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[d
 
 @torch.inference_mode()
 def attention_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
-    """What each head of each layer looks at, in a held-out window. A layer that attends to no token has no heads."""
+    """What each head of each layer looks at, in a held-out window, and how large each token's value is to it. A layer
+    that attends to no token has no heads."""
     model, config = load_model(folder)
-    corpus = data.load(config.data)
     length = min(WINDOW, config.model.context)
-    tokens = corpus.val.read(0, length)[None]
-    layers: list[list[Any]] = []
-
-    def collect(*_: Any) -> None:
-        whole = next((m for m in maps if m.shape[-2:] == (length, length)), None)  # not those over summaries
-        heads = [] if whole is None else whole[0].tolist()
-        layers.append([[[_three_digits(weight) for weight in row] for row in head] for head in heads])
-        maps.clear()
-
-    with ops.record_attention() as maps:
-        for block in model.layers:
-            assert isinstance(block, Block)
-            block.attention.register_forward_hook(collect)
+    tokens = data.load(config.data).windows(1, length).x
+    with watch(model) as seen:
         model(tokens)
+    patterns = [layer.pattern()[0].tolist() if layer.maps else [] for layer in seen]
+    layers = [[[[_three_digits(w) for w in row] for row in head] for head in heads] for heads in patterns]
+    sizes = [None if size is None else size[0].tolist() for size in value_sizes(model, seen)]
+    values = [None if size is None else [[float(f"{v:.3g}") for v in head] for head in size] for size in sizes]
     tokenizer = RunFolder.open(folder).tokenizer()
     words = [tokenizer.decode([token]) for token in tokens[0].tolist()]
-    return [{"mechanism": label, "seed": seed, "tokens": words, "layers": layers}] if any(layers) else []
+    if not any(layers):
+        return []
+    return [{"mechanism": label, "seed": seed, "tokens": words, "layers": layers, "values": values}]
 
 
 def _three_digits(weight: float) -> float:

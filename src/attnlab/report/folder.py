@@ -26,6 +26,9 @@ class Maps:
     tokens: list[str]
     shape: tuple[int, int]
     layers: list[list[str]]  # each matrix as base64 of little-endian uint16, 65535 for a weight of 1
+    values: list[list[list[float]] | None] = field(
+        default_factory=list
+    )  # layers, heads: the size of each token's value
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,11 @@ def _maps(data: dict[str, Any]) -> Maps:
     if len(tokens) != shape[0]:
         raise ValueError(f"{len(tokens)} tokens for {shape[0]} rows of attention")
     layers = [[packed(head) for head in layer] for layer in data["layers"]]
-    return Maps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers)
+    values = data.get("values") or [None] * len(layers)
+    for heads, sizes in zip(data["layers"], values, strict=True):
+        if sizes and [len(head) for head in sizes] != [shape[1]] * len(heads):
+            raise ValueError("sizes of values and attention matrices differ in shape")
+    return Maps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers, values)
 
 
 def _heads(data: dict[str, Any]) -> dict[str, Any]:

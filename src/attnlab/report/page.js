@@ -125,10 +125,17 @@
   }
 
   // Attention maps.
-  const picked = { mechanism: 0, layer: 0, head: 0, query: null };
+  const picked = { mechanism: 0, layer: 0, head: 0, show: 0, query: null };
   const unpack = (text) => {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     return Float32Array.from({ length: bytes.length / 2 }, (_, i) => (bytes[2 * i] | (bytes[2 * i + 1] << 8)) / 65535);
+  };
+  const weights_of = (maps, layer, head) => {
+    const weights = unpack(maps.layers[layer][head]), sizes = picked.show === 1 && maps.values[layer]?.[head], columns = maps.shape[1];
+    if (!sizes) return weights;
+    const weighted = weights.map((w, i) => w * sizes[i % columns]), sums = new Float32Array(maps.shape[0]);
+    weighted.forEach((w, i) => { sums[Math.floor(i / columns)] += w; });
+    return weighted.map((w, i) => w / (sums[Math.floor(i / columns)] || 1));
   };
   const ramp = () => (is_dark() ? [[35, 35, 39], [0, 114, 178], [226, 243, 255]] : [[245, 243, 238], [0, 114, 178], [6, 34, 56]]);
   const shade = (colors, t) => {
@@ -144,7 +151,7 @@
     const maps = data.attention[picked.mechanism], [rows, columns] = maps.shape, colors = ramp(), box = $("heads");
     box.style.gridTemplateColumns = `repeat(${Math.max(...maps.layers.map((heads) => heads.length))}, minmax(0, 1fr))`;
     box.replaceChildren(...maps.layers.flatMap((heads, layer) => heads.map((head, index) => {
-      const canvas = make("canvas", { width: columns, height: rows }), weights = unpack(head);
+      const canvas = make("canvas", { width: columns, height: rows }), weights = weights_of(maps, layer, index);
       const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
       weights.forEach((w, i) => image.data.set([...shade(colors, Math.sqrt(w)), 255], 4 * i));
       context.putImageData(image, 0, 0);
@@ -160,7 +167,7 @@
 
   const show_map = () => {
     const maps = data.attention[picked.mechanism], [rows, columns] = maps.shape, node = $("plot-attention");
-    const weights = unpack(maps.layers[picked.layer][picked.head]);
+    const weights = weights_of(maps, picked.layer, picked.head);
     const square = rows === columns, labels = maps.tokens.map(visible);
     const key = (k) => (square ? `“${labels[k]}” (${k})` : `key ${k}`);
     const cells = (make_cell) => Array.from({ length: rows }, (_, q) => Array.from({ length: columns }, (_, k) => make_cell(q, k, weights[q * columns + k])));
@@ -183,7 +190,7 @@
 
   const read = (query) => {
     const maps = data.attention[picked.mechanism], [rows, columns] = maps.shape;
-    const weights = unpack(maps.layers[picked.layer][picked.head]).slice(query * columns, (query + 1) * columns);
+    const weights = weights_of(maps, picked.layer, picked.head).slice(query * columns, (query + 1) * columns);
     picked.query = query;
     if (rows !== columns) return $("reading").replaceChildren(`“${visible(maps.tokens[query])}” looks at ${columns} keys that are not these tokens.`);
     $("reading").replaceChildren(...maps.tokens.map((token, k) => {
@@ -205,12 +212,13 @@
       all.some((o, j) => j !== i && o.mechanism === m.mechanism) ? `${m.mechanism}, seed ${m.seed}` : m.mechanism), picked.mechanism);
     options($("pick-layer"), maps.layers.map((_, i) => i + 1), picked.layer);
     options($("pick-head"), maps.layers[picked.layer].map((_, i) => i + 1), picked.head);
+    options($("pick-show"), maps.values[picked.layer] ? ["weights", "weights times value"] : ["weights"], picked.show);
     show_heads();
     return show_map();
   };
 
   if (data.attention.length) {
-    for (const name of ["mechanism", "layer", "head"]) $(`pick-${name}`).addEventListener("change", (e) => pick({ [name]: Number(e.target.value) }));
+    for (const name of ["mechanism", "layer", "head", "show"]) $(`pick-${name}`).addEventListener("change", (e) => pick({ [name]: Number(e.target.value) }));
     $("reading").addEventListener("click", (e) => { if (e.target.dataset.token) read(Number(e.target.dataset.token)); });
   }
 

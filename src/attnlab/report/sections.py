@@ -410,7 +410,7 @@ def attention(found: Findings) -> Html:
         return section("attention", "Attention maps", missing(found, "attention.json", "No attention map here"))
     pickers = [
         tag("label", name, tag("select", id=f"pick-{name}", aria_label=f"{name} of the attention map"))
-        for name in ("mechanism", "layer", "head")
+        for name in ("mechanism", "layer", "head", "show")
     ]
     return section(
         "attention",
@@ -440,7 +440,9 @@ def attention(found: Findings) -> Html:
             tag(
                 "figcaption",
                 "Each row is a token that looks, each column a token it looks at; a row sums to 1, and colour follows "
-                "the square root of the weight. Point at a row, or tap it, to see below how that token reads the text. "
+                "the square root of the weight. Times value: each weight times the length of what that token's value "
+                "adds to the residual stream, rows scaled to 1 again; not for mechanisms whose keys are more than one "
+                "token's. Point at a row, or tap it, to see below how that token reads the text. "
                 "The small maps are all "
                 "heads, one row per layer: choose one.",
             ),
