@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from attnlab import attention, cli
+from attnlab import attention, cli, hub
 from attnlab.hf.hosts import Adapter
 from attnlab.hf.patch import PRESETS, patch
 from attnlab.laws.subject import Broken
@@ -99,7 +99,10 @@ def test_a_patched_model_survives_a_round_trip_and_generates_as_without_a_cache(
     assert {n: p.requires_grad for n, p in again.named_parameters()} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
-    assert torch.equal(again(tokens, attention_mask=mask).logits, model(tokens, attention_mask=mask).logits)
+    logits = model(tokens, attention_mask=mask).logits
+    assert torch.equal(again(tokens, attention_mask=mask).logits, logits)
+    ours, _ = hub.load(tmp_path).model(tokens, (mask.cumsum(1) * mask) - 1)  # attnlab's own commands read it too
+    torch.testing.assert_close(ours[mask > 0], logits[mask > 0], rtol=1e-5, atol=1e-5)
 
     settings = {"max_new_tokens": 7, "pad_token_id": 0, "do_sample": False}
     greedy = again.generate(tokens, attention_mask=mask, **settings)
@@ -136,15 +139,20 @@ def test_sampling_is_the_same_with_and_without_a_cache():
 
 @pytest.mark.parametrize("kind", ["gpt2", "mistral"])
 @torch.no_grad()
-def test_some_layers_may_stay_as_they_were(kind):
+def test_some_layers_may_stay_as_they_were(kind, tmp_path):
     model = patched(kind, "msla", layers=[2, 0])
     patch(model, "sliding", layers=[1], options={"window": 4}, train="new")
     assert [entry["mechanism"] for entry in model.config.attnlab] == ["msla", "sliding"]
+    model.save_pretrained(tmp_path / "all")
+    assert hub.load(tmp_path / "all").model.config.layers == ["msla", "sliding", "msla"]
     tokens, mask = prompts(19, 6, 11)
     settings = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
     greedy = model.generate(tokens, attention_mask=mask, **settings)
     assert torch.equal(model.generate(tokens, attention_mask=mask, use_cache=False, **settings), greedy)
     partly = patched(kind, "mqa", layers=[1])
+    partly.save_pretrained(tmp_path / "some")
+    ours = hub.load(tmp_path / "some").model
+    torch.testing.assert_close(ours(tokens[:1])[0], partly(tokens[:1]).logits, rtol=1e-5, atol=1e-5)
     greedy = partly.generate(tokens, attention_mask=mask, **settings)
     assert torch.equal(partly.generate(tokens, attention_mask=mask, use_cache=False, **settings), greedy)
 
