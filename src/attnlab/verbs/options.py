@@ -37,7 +37,7 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
         config = replace(config, model=replace(config.model, mechanisms=layers, options=options))
     for name in config.model.mechanisms:
         choose("mechanism", name, attention.names())
-    given = {name: value for name, value in (("source", data), ("pack", pack)) if value is not None}
+    given: dict[str, Any] = {name: value for name, value in (("source", data), ("pack", pack)) if value is not None}
     return replace(config, data=replace(config.data, **given)) if given else config
 
 
