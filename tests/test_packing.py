@@ -204,9 +204,10 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(model=shape, data=packed, train=replace(steps, device="cpu"), seed=1)
 
 
-@pytest.mark.parametrize("mechanism", ["mha", "msla"])
-def test_a_packed_run_goes_on_as_if_never_interrupted_and_counts_real_tokens(config, tmp_path, mechanism):
+@pytest.mark.parametrize(("mechanism", "precision"), [("mha", "fp32"), ("msla", "bf16")])
+def test_a_packed_run_goes_on_as_if_never_interrupted_and_counts_real_tokens(config, tmp_path, mechanism, precision):
     config = replace(config, model=replace(config.model, mechanisms=(mechanism,), dropout=0.1))
+    config = replace(config, train=replace(config.train, precision=precision))
     whole = train(config, tmp_path / "whole")
 
     def stop(event: dict) -> None:

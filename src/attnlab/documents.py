@@ -25,24 +25,26 @@ PLAIN = Mask(plain=True)
 class Documents:
     """Where each real token of packed rows lies once every document has a row of its own."""
 
-    real: Tensor  # B L, bool
-    slots: Tensor  # R: of each real token, row by row, its place among all N M
+    size: torch.Size  # B L
+    real: Tensor  # R: of each real token, row by row, its place among all B L
+    slots: Tensor  # R: and among all N M
     positions: Tensor  # N M: N documents, M tokens in the longest; -1 after the end of a shorter one
 
     @classmethod
+    @torch.compiler.disable  # its shapes follow from the data
     def of(cls, documents: Tensor) -> Documents:
         """From B L, int: neighbours in a row with the same number are one document; -1 is padding."""
-        real = documents >= 0
-        begins = torch.ones_like(real)
+        begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        begins = begins[real]
-        column = torch.arange(len(begins), device=documents.device)
+        real = (documents >= 0).flatten().nonzero()[:, 0]
+        begins = begins.flatten()[real]
+        number = torch.arange(len(real), device=documents.device)
         row = begins.cumsum(0) - 1
-        position = column - column[begins][row]
+        position = number - number[begins][row]
         N, M = max(1, int(begins.sum())), 1 + int(position.max()) if len(position) else 1
         slots = row * M + position
         positions = torch.full((N * M,), -1, device=documents.device).index_copy(0, slots, position)
-        return cls(real, slots, positions.view(N, M))
+        return cls(documents.shape, real, slots, positions.view(N, M))
 
     @property
     def places(self) -> Tensor:
@@ -51,13 +53,11 @@ class Documents:
 
     def packed(self, x: Tensor) -> Tensor:
         """Of B L ..., the real tokens: 1 R ..."""
-        return x[self.real][None]
+        return x.flatten(0, 1).index_select(0, self.real)[None]
 
     def unpacked(self, x: Tensor) -> Tensor:
         """The inverse, B L ..., with zeros for padding."""
-        y = x.new_zeros(*self.real.shape, *x.shape[2:])
-        y[self.real] = x[0]
-        return y
+        return x.new_zeros(self.size.numel(), *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, self.size)
 
     def attend(self, attention: Callable[..., Output], x: Tensor) -> Tensor:
         """What `attention` makes of each document alone: 1 R D -> 1 R D."""
