@@ -296,7 +296,7 @@ def test_another_text_is_taken_whole_and_looked_for_in_the_training_part(place: 
 
 def test_a_synthetic_task_is_no_text(tmp_path: Path) -> None:
     save(tmp_path / "run", DataConfig(source="task:induction"))
-    with pytest.raises(UserError, match="'task:induction' is a task with answers, not a text"):
+    with pytest.raises(UserError, match="'task:induction' is a synthetic task and no text: attnlab compare induction examines it"):
         evaluate_source(tmp_path / "run", device="cpu")
 
 

@@ -331,8 +331,6 @@ def trained_on(folder: RunFolder) -> Tokens | None:
 def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool = False) -> tuple[Tokens, str]:
     """(a part of the text that `config` names, in the tokens of `tokenizer`; which part it is)."""
     kind, _, path = config.source.partition(":")
-    if kind == "task":
-        raise UserError(f"{config.source!r} is a task with answers, not a text: attnlab compare --tasks measures it")
     if whole and kind == "text":
         if split != "val":
             raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
