@@ -294,12 +294,6 @@ def test_another_text_is_taken_whole_and_looked_for_in_the_training_part(place: 
         evaluate_source(place / "run", f"text:{place}/short.txt", "test", device="cpu")
 
 
-def test_a_synthetic_task_is_no_text(tmp_path: Path) -> None:
-    save(tmp_path / "run", DataConfig(source="task:induction"))
-    with pytest.raises(UserError, match="'task:induction' is a synthetic task and no text: attnlab compare induction examines it"):
-        evaluate_source(tmp_path / "run", device="cpu")
-
-
 def test_a_corpus_whose_validation_part_is_in_its_training_part_is_refused(place: Path) -> None:
     (place / "twice.txt").write_text(VERSE[:2000] + VERSE[:2000])
     save(place / "twice", DataConfig(source=f"text:{place}/twice.txt"))
