@@ -1,7 +1,7 @@
 """Preparing and reading corpora, measured, and written into docs/performance.md. Anyone can run it:
 
     python benchmarks/prepare.py                    all but memory
-    python benchmarks/prepare.py --text FILE        plain text of your own; otherwise words of Shakespeare in random order
+    python benchmarks/prepare.py --text FILE        plain text of your own; otherwise Shakespeare's words in any order
     python benchmarks/prepare.py --only memory      a corpus of 2 GB, and the most memory that preparing it takes
 
 preparing  attnlab prepare, from a file of text to shards on the disk with checksums, against tiktoken.encode_ordinary
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,7 @@ def reading(options: argparse.Namespace, folder: Path) -> str:
         read = {"Tokens.gather": tokens_gather, "nanoGPT's lines": nanogpt_lines}
         a, b = (call(tokens, folder, starts[0], context + 1) for call in read.values())
         assert torch.equal(a, b), "the windows differ: nothing is timed"
-        timed = {
-            name: lambda call=call: clocked(call, tokens, folder, starts, context + 1) for name, call in read.items()
-        }
+        timed = {name: partial(clocked, call, tokens, folder, starts, context + 1) for name, call in read.items()}
         count = len(starts) * batch * (context + 1)
         seconds = interleaved(timed, options.repeats)
         rows += [
