@@ -368,6 +368,15 @@ def test_an_exam_that_fails_is_told_and_taken_again(preset, recall, tmp_path, mo
     assert [cell["status"] for cell in run()["tasks"][0]["cells"]] == ["done", "done"]
 
 
+def test_widths_are_solved_for_tasks_too(preset, recall, tmp_path):
+    preset, recall = (replace(brief(p, 1), model=replace(p.model, d_model=32, n_heads=4)) for p in (preset, recall))
+    found = compare(preset, ["mha", "mqa"], 1, tmp_path, "params", tasks=[recall], extras=())
+    mha, mqa = found["tasks"][0]["cells"]
+    assert abs(mqa["parameters"] / mha["parameters"] - 1) <= 0.01
+    change = found["tasks"][0]["matched"]["mqa"]
+    assert change["parameters"] == mqa["parameters"] and f"mqa: {change['text']} (mqar)" in shown(found)
+
+
 def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     work = plan(recall, ["mha", "mqa", "gqa"], 3, tmp_path)
     known = {c: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}

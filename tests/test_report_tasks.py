@@ -60,7 +60,13 @@ def trial(task: str) -> dict[str, Any]:
         {"mechanism": "latent_lookup", "n": 2, "accuracy": 0.0385, "difference": -0.9315, "interval": [-1.0, -0.8]}
         | {"verdict": "worse"},
     ]
-    about = {"task": task, "tests": f"What {task} asks.", "chance": 1 / 26, "context": 64, "matched": {}}
+    about = {
+        "task": task,
+        "tests": f"What {task} asks.",
+        "chance": 1 / 26,
+        "context": 64,
+        "matched": {"sliding": {"text": "ff_dim 256 -> 264"}},
+    }
     return about | {"cells": cells, "summary": rows}
 
 
@@ -106,6 +112,7 @@ def test_the_table_says_no_more_than_the_intervals(folder: Path) -> None:
     page = re.sub(r"<[^>]+>", " ", render(folder).split('id="tasks"')[1].split("</section>")[0])
     assert re.search(r"sliding\s+59.0 %\s+whole sequences 29.5 %\s+▼ worse −38.0 \(−40.0 to −36.0\)", page)
     assert "chance" in page and "3.8 %" in page
+    assert "Widths solved for sliding in mqar (ff_dim 256 -&gt; 264) and sliding in needle" in page
     assert "latent_lookup, seed 2, mqar" in page and "the loss became nan" in page
 
 

@@ -175,6 +175,8 @@ def test_marks_noise_and_letters_are_what_they_look_like() -> None:
 def test_what_cannot_be_asked_is_said(source: str, context: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
         data.load(DataConfig(source=source)).check(context)
+    with pytest.raises(UserError, match=r"leave data\.tokenizer and data\.pack out"):
+        data.load(DataConfig(source="task:mqar", pack="documents"))
 
 
 def trained(name: str, mechanism: str, steps: int) -> Decoder:

@@ -366,6 +366,11 @@ def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[Render
         f"[dim]Held-out questions in {contexts} tokens. ▲ ▼: better, worse than {escape(baseline)}, 95 % interval of "
         "the paired difference; ≈: not distinguishable; ?: too few seeds."
     ]
+    widths: dict[str, list[str]] = {}
+    for task in tasks:
+        for label, change in task["matched"].items():
+            widths.setdefault(f"{label}: {change['text']}", []).append(task["task"])
+    notes += [f"[dim]{escape(text)} ({', '.join(names)})" for text, names in widths.items()]
     for task in tasks:
         for cell in task["cells"]:
             if cell["status"] == "failed":

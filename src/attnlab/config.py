@@ -132,7 +132,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = "shakespeare"  # or text:PATH, prepared:DIR, or a mixture: 0.7*prepared:A+0.3*prepared:B
+    source: str = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
     tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
     val_fraction: float = 0.1  # the last part of a text, never trained on

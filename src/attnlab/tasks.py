@@ -238,11 +238,15 @@ class Endless(Corpus):
     task: Task
 
     @classmethod
-    def of(cls, name: str) -> Endless:
-        found = task(name)
+    def of(cls, config: DataConfig) -> Endless:
+        if config.tokenizer != "auto" or config.pack != "stream":
+            raise UserError(
+                f"{config.source!r} has symbols of its own and whole sequences: leave data.tokenizer and data.pack out"
+            )
+        found = task(config.source.removeprefix("task:"))
         train, val = (Tokens.of(rows[0][0]) for rows in (found.sequences(0, 0, 1, 64), found.held_out(1, 64)))
         symbols = CharTokenizer(found.symbols)
-        return cls(source=f"task:{name}", tokenizer=symbols, train=train, val=val, task=found)
+        return cls(source=config.source, tokenizer=symbols, train=train, val=val, task=found)
 
     @cached_property
     def fingerprint(self) -> str:

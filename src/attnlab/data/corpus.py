@@ -210,7 +210,7 @@ def load(config: DataConfig) -> Corpus:
     if config.source.startswith("task:"):
         from ..tasks import Endless
 
-        return Endless.of(config.source.removeprefix("task:"))
+        return Endless.of(config)
     found = list(ONE_PART.finditer(config.source))
     if not found or "".join(part.group() for part in found) != config.source:
         return _one(config, config.source)

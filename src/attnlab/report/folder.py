@@ -51,6 +51,7 @@ class Trial:
     tests: str
     chance: float
     context: int
+    matched: dict[str, str]  # mechanism -> the width that gave way, in words
     cells: list[TaskResult]
     summary: list[dict[str, Any]]
 
@@ -179,7 +180,10 @@ def _trial(data: dict[str, Any]) -> Trial:
         if any(len(point) != 3 for point in cell.depths):
             raise ValueError("a point of depths is not [length, depth, accuracy]")
     summary = [dict(row) for row in data["summary"]]
-    return Trial(str(data["task"]), str(data["tests"]), float(data["chance"]), int(data["context"]), cells, summary)
+    matched = {str(mechanism): str(change["text"]) for mechanism, change in (data.get("matched") or {}).items()}
+    return Trial(
+        str(data["task"]), str(data["tests"]), float(data["chance"]), int(data["context"]), matched, cells, summary
+    )
 
 
 def _cell(data: dict[str, Any]) -> RunResult:

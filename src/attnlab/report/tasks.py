@@ -200,11 +200,13 @@ def tasks(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         for c in t.cells
         if c.status != "done"
     ]
+    widths = [f"{mechanism} in {t.task} ({change})" for t in found.tasks for mechanism, change in t.matched.items()]
     return section(
         "tasks",
         "Synthetic tasks",
         scores(found, look),
         tag("div", tag("h3", "Runs that did not finish"), tag("ul", lost), class_="failures") if lost else None,
+        tag("p", f"Widths solved for {words(widths)}.", class_="note") if widths else None,
         *content,
     )
 
