@@ -189,6 +189,8 @@ def test_shakespeare_is_nanogpts(tmp_path: Path) -> None:
     words = prepare(Plan(source="shakespeare", layout="nanogpt", end=False), tmp_path / "gpt2")
     assert [(tmp_path / "gpt2" / f"{name}.bin").stat().st_size // 2 for name in words.splits] == [301_966, 36_059]
     assert not (tmp_path / "gpt2" / "meta.pkl").exists()  # which is how nanoGPT knows GPT-2's tokenizer
+    third = prepare(Plan(source="shakespeare", tokenizer="byte", val_fraction=0.25, end=False), tmp_path / "third")
+    assert len(third.split("val")) == -(-1_115_394 // 4) and third.tokenizer.kind == "byte"
 
 
 def test_the_number_of_workers_changes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,6 +680,7 @@ def test_mixed_encodings_name_the_line(tmp_path: Path, monkeypatch: pytest.Monke
         ({"source": "text:some.txt", "val": "text:none.txt"}, "the val part of text:some.txt has no text"),
         ({"source": "text:some.txt", "documents": "lines"}, "did you mean 'line'"),
         ({"source": "text:some.txt", "tokenizer": "gpt5"}, "'gpt5' is neither"),
+        ({"source": "text:some.txt", "revision": "main"}, "leave it out"),
         ({"source": "hf:."}, r"cannot be loaded by datasets|pip install"),
     ],
 )
@@ -694,9 +697,17 @@ def test_what_cannot_be_prepared(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("field", [{"val_fraction": 1.0}, {"max_tokens": 0}, {"shard_tokens": 0}])
+def test_a_part_of_its_own_is_not_put_aside(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has a validation part of its own; leave --val-fraction out"):
+        prepare(Plan(source=f"hf:{hub / 'saved'}#body", tokenizer="byte", val_fraction=0.1), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"val_fraction": 1.0}, {"max_tokens": 0}, {"shard_tokens": 0}, {"val_fraction": 0.1, "val": "shakespeare"}],
+)
 def test_plans_that_cannot_be(field: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="must"):
+    with pytest.raises(UserError, match=r"must|both say"):
         Plan(source="shakespeare", **field)
 
 

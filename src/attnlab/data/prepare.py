@@ -65,6 +65,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction is {self.val_fraction}: it must lie between 0 and 1")
+        if self.val_fraction is not None and self.val is not None:
+            raise UserError("--val and --val-fraction both say what to validate on: give one of them")
         for name in ("max_tokens", "max_documents", "shard_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -157,7 +159,13 @@ class _Work:
         known = self.state.get("sources", {})
         revision = self.plan.revision or known.get("train", {}).get("revision")
         main = open_source(self.plan.source, self.plan.documents, revision)
+        if self.plan.revision and main.about["kind"] != "hf":
+            raise UserError(f"--revision is of a data set on the hub, and {self.plan.source} is none; leave it out")
         splits, abouts = dict(main.splits), {"train": dict(main.about)}
+        if self.plan.val_fraction is not None and "val" in splits:
+            if main.uncut is None:
+                raise UserError(f"{self.plan.source} has a validation part of its own; leave --val-fraction out")
+            splits = {"train": main.uncut}
         rules = dict.fromkeys(splits, "the source's own")
         for name, given in (("val", self.plan.val), ("test", self.plan.test)):
             if given is not None:

@@ -56,6 +56,7 @@ class Source:
     about: Mapping[str, Any]  # for the manifest: kind, revision, licence, ...
     tokenizer: str = "gpt2"  # where none is asked for
     val_fraction: float = 0.1  # the same
+    uncut: Split | None = None  # train and val in one, where the cut between them was a choice
 
 
 @dataclass(frozen=True)
@@ -368,4 +369,5 @@ def _packaged(name: str, rule: str) -> Source:
         return Split(lambda skip: _without(documents_of(iter([(part, len(part))]), rule), skip), len(part))
 
     about = {"kind": "packaged", "documents": rule, "name": name, "licence": "public domain"}
-    return Source({"train": split(text[:cut]), "val": split(text[cut:])}, about, PACKAGED[name])
+    parts = {"train": split(text[:cut]), "val": split(text[cut:])}
+    return Source(parts, about, PACKAGED[name], uncut=split(text))
