@@ -95,8 +95,8 @@ def tinystories_gpt2_msla() -> RunConfig:
     Published as a patch called MSLA: each token looked up 16 of 256 learned latents per head, 30,707,712 of 133,886,208
     parameters trained. Mended: the published layer looked at no other token and had a key projection that was never
     used (it is `latent_lookup` here); this is `msla`, whose queries read the 128 best earlier tokens. The published run
-    began with GPT-2's weights: convert gpt2 to msla of kv_rank 384 (`attnlab convert`) and give that folder as --init,
-    with --train.train attention to leave the rest as it is. Without --init it begins with random weights."""
+    began with GPT-2's weights: attnlab convert gpt2 --to msla --rank 384, and that folder as --init, with
+    --train.train attention to leave the rest as it is. Without --init it begins with random weights."""
     base = gpt2_124m()
     options = {"msla": {"kv_rank": 384, "norm": "none", "top_k": 128, "local": 16}}
     train = TrainConfig(
