@@ -11,6 +11,7 @@ import torch
 from attnlab import data
 from attnlab.config import DataConfig
 from attnlab.data import packing
+from attnlab.data.prepare import Plan, prepare
 from attnlab.spec import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
@@ -296,3 +297,30 @@ def test_a_split_with_nothing_in_it(tmp_path):
             data.load(DataConfig(source=source, pack=pack)).check(4)
     with pytest.raises(UserError, match=r"data.pack 'docs'.*stream, documents"):
         DataConfig(pack="docs")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_what_prepare_made_is_trained_on_document_by_document(tmp_path, end):
+    stories = [f"story {n}: {'mice and cats ' * (n % 7)}end" for n in range(40)]
+    (tmp_path / "stories.txt").write_text("\n".join(stories) + "\n")
+    plan = Plan(
+        source=f"text:{tmp_path / 'stories.txt'}", documents="line", tokenizer="byte", val_fraction=0.2, end=end
+    )
+    prepare(plan, tmp_path / "stories")
+    config = DataConfig(source=f"prepared:{tmp_path / 'stories'}", pack="documents")
+    corpus, byte, found = data.load(config), data.tokenizer("byte"), set()
+    for step in range(40):
+        x, y, documents = corpus.batch(0, step, 4, 128)
+        assert documents is not None
+        for row in range(4):
+            for number in set(documents[row].tolist()) - {-1}:
+                own = documents[row] == number
+                whole = [*x[row, own].tolist(), y[row, own][-1].item()]
+                assert whole[1:] == y[row, own].tolist()
+                found.add((whole[0] == byte.end, whole[-1] == byte.end, byte.decode(whole)))
+    first, *others = [f"{story}\n" for story in stories[:32]]
+    assert found == {(False, end, first), *((end, end, story) for story in others)}
+
+    shard = tmp_path / "stories" / "train-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))  # it is known by its checksums: no token is read to tell
+    assert data.load(config).fingerprint == corpus.fingerprint

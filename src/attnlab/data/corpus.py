@@ -123,7 +123,7 @@ class Corpus:
     def _rows(self, where: np.ndarray, context: int, split: str) -> Batch:
         tokens = self.split(split)
         if self.pack == "documents":
-            read = packing.read(tokens, self._plan(split, context), where, context, self._front)
+            read = packing.read(tokens, self._plan(split, context), where, context, self._front(split))
             return Batch(*map(torch.from_numpy, read))
         both = tokens.gather(where, context + 1)
         return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
@@ -131,13 +131,14 @@ class Corpus:
     def _plan(self, split: str, context: int) -> np.ndarray:
         if (split, context) not in self._plans:
             tokens = self.split(split)
-            self._plans[split, context] = packing.plan(tokens.documents, len(tokens), context, self._front)
+            self._plans[split, context] = packing.plan(tokens.documents, len(tokens), context, self._front(split))
         return self._plans[split, context]
 
-    @property
-    def _front(self) -> int:
-        """Whether the end of one document stands in front of the next."""
-        return int(self.tokenizer.end is not None)
+    def _front(self, split: str) -> int:
+        """Whether a token that ends one document stands in front of the next: the first two tell."""
+        tokens = self.split(split)
+        second = int(tokens.documents[:2][-1])
+        return int(second > 0 and tokens.read(second - 1, second).item() == self.tokenizer.end)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
