@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnlab import data, hub
 from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.model import Decoder, flops_per_token
+from attnlab.ops import record_notes
 from attnlab.spec import RopeScaling, UserError
 from attnlab.train import train
 
@@ -548,3 +549,22 @@ def test_flops_are_those_of_the_parts(case: str, tmp_path: Path) -> None:
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(43, (1, n)), torch.arange(n)[None])
     assert counter.get_total_flops() == pytest.approx(n * flops_per_token(model.config, n), rel=1e-6)
+
+
+def test_narrow_weights_do_not_narrow_the_choice_of_experts(tmp_path: Path) -> None:
+    """Published biases on the choice differ by less than bfloat16 can tell apart."""
+    witness = Witness("deepseek v3 plain queries, biased", torch.float32, tmp_path)
+    gate = witness.model.model.layers[2].mlp.gate
+    with torch.no_grad():
+        gate.e_score_correction_bias.copy_(50 + torch.randn(8) / 10)
+    witness.model.save_pretrained(witness.folder)
+    experts = hub.load(witness.folder, dtype=torch.bfloat16).model.blocks()[2].ff
+    assert experts.router.weight.dtype == torch.bfloat16
+    assert torch.equal(experts.bias, gate.e_score_correction_bias)
+    x = torch.randn(1, 40, 24, dtype=torch.bfloat16)
+    gate.weight.data = gate.weight.data.bfloat16()
+    with torch.no_grad():
+        _, _, want = gate(x)
+        with record_notes() as notes:
+            experts(x)
+    assert torch.equal(notes["load"][0], torch.bincount(want.flatten(), minlength=8))

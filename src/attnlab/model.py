@@ -110,7 +110,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        logits = self.router(tokens)
+        exact = torch.promote_types(x.dtype, torch.float32)  # a rounded score would send tokens elsewhere
+        logits = linear(tokens.to(exact), self.router.weight.to(exact))
         chosen, weight = self.route(logits)
         E = len(self.into)
         expert, order = chosen.flatten().sort(stable=True)  # every (token, expert) pair, expert by expert

@@ -104,7 +104,8 @@ def build(
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = table.rows(family, model)
     stored = table.check(table.expected(rows, table.ours(model)), found, family, source)
-    model.load_state_dict(table.read(rows, stored, dtype), strict=False, assign=True)
+    kinds = {name: dtype for name, _ in model.named_parameters()}
+    model.load_state_dict(table.read(rows, stored, kinds), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()

@@ -129,16 +129,12 @@ def check(
     return dict(found)
 
 
-def read(rows: Iterable[Row], found: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our tensors, row by row, so that no more than one row is held twice. They are copies: what was read may be a
-    window on the file, whose rows begin where processors read slowly, and may change under us."""
-
-    def own(tensor: Tensor) -> Tensor:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=kind).copy_(tensor)
-
+def read(rows: Iterable[Row], found: Mapping[str, Stored], kinds: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Our tensors, row by row, so that no more than one row is held twice; in `kinds`, or as they are where it does not
+    name them. They are copies: what was read may be a window on the file, whose rows begin where processors read
+    slowly, and may change under us."""
     return {
-        name: own(tensor)
+        name: torch.empty(tensor.shape, dtype=kinds.get(name, tensor.dtype)).copy_(tensor)
         for row in rows
         for name, tensor in zip(row.ours, row.read(*(found[name].load() for name in row.theirs)), strict=True)
     }
