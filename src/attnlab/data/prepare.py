@@ -86,7 +86,7 @@ def prepare(
     """
     out = Path(out).expanduser()
     if (out / "manifest.json").exists():
-        return _again(plan, out)
+        return _again(plan, out, progress)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a prepared corpus; name a new or an empty folder")
     folder = out.with_name(out.name + UNFINISHED)
@@ -105,12 +105,12 @@ def prepare(
     return Prepared.open(out)
 
 
-def _again(plan: Plan, out: Path) -> Prepared:
+def _again(plan: Plan, out: Path, progress: Progress) -> Prepared:
     held = Prepared.open(out)
     if held.manifest["plan"] != asdict(plan):
         raise UserError(f"{out} holds another corpus ({held.manifest['command']}); delete it or name another folder")
     _compare(plan, held.tokenizer, out)
-    held.verify()
+    held.verify(lambda file, done, of: progress({"split": "comparing", "done": done, "of": of, "unit": "files"}))
     return held
 
 
@@ -264,13 +264,13 @@ class _Work:
             return self.state["splits"]["val"]["rule"]
         train = self.state["splits"]["train"]["written"]
         tokens, documents = train["tokens"], train["documents"]
-        starts = np.fromfile(self.folder / "train.documents.bin", "<i8")
+        starts = np.memmap(self.folder / "train.documents.bin", "<i8", "r")
         if documents > 1:
             moved = max(int(documents * fraction), 1)
             kept, start = documents - moved, int(starts[-moved])
-            starts, rule = starts[-moved:] - start, f"the last {moved} of {documents} documents"
+            begin, rule = starts[-moved:] - start, f"the last {moved} of {documents} documents"
         else:
-            kept, start = 1, int(tokens * (1 - fraction))
+            kept, start, begin = 1, int(tokens * (1 - fraction)), np.zeros(1, np.int64)
             rule = f"the last {fraction:g} of the tokens, because there is one document"
         if not 0 < start < tokens:
             raise UserError(
@@ -280,7 +280,7 @@ class _Work:
         with closing(SplitWriter(self.folder, "val", self.dtype, self.plan.shard_tokens, self.plan.layout)) as writer:
             for at in range(0, tokens - start, COPY):
                 ids = row.read(start + at, min(start + at + COPY, tokens)).numpy()
-                writer.add(ids, starts[(starts >= at) & (starts < at + COPY)] - at)
+                writer.add(ids, begin[(begin >= at) & (begin < at + COPY)] - at)
             self.state["splits"]["val"] = {"written": writer.commit(), "whole": True, "rule": rule}
         self.state["splits"]["train"]["written"] = {**train, "tokens": start, "documents": kept}
         write_json(self.folder / "state.json", self.state)

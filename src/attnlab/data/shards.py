@@ -101,11 +101,8 @@ class Prepared:
         ]
         if "index" not in split:
             return Tokens(parts, lambda: _starts_after(parts, self.tokenizer.end))
-        documents = np.fromfile(self.path / split["index"]["file"], "<i8")
-        if documents[0] != 0 or not (np.diff(documents) > 0).all() or documents[-1] > split["tokens"]:
-            raise UserError(f"{self.path / split['index']['file']} is damaged; prepare the folder again")
         sums = [shard["sha256"] for shard in [*split["shards"], split["index"]]]
-        return Tokens(parts, documents, hashlib.sha256(" ".join(sums).encode()).hexdigest())
+        return Tokens(parts, lambda: self._documents(split), hashlib.sha256(" ".join(sums).encode()).hexdigest())
 
     def verify(self, progress: Progress = lambda what, done, of: None) -> None:
         """Read every byte. UserError names the file whose checksum the manifest does not have."""
@@ -117,6 +114,13 @@ class Prepared:
             progress(path.name, number, len(known))
             if checksum(path).hexdigest() != expected:
                 raise UserError(f"{path} has changed since it was written; prepare the folder again")
+
+    def _documents(self, split: Mapping[str, Any]) -> np.ndarray:
+        index = self.path / split["index"]["file"]
+        documents = np.fromfile(index, "<i8")
+        if documents[0] != 0 or not (np.diff(documents) > 0).all() or documents[-1] > split["tokens"]:
+            raise UserError(f"{index} is damaged; prepare the folder again")
+        return documents
 
     def _compare(self) -> None:
         width = np.dtype(self.manifest["dtype"]).itemsize

@@ -348,7 +348,9 @@ def _rows(known: Known, rows: Any, name: str, rule: str) -> Split:
                 for text in batch[known.field]:
                     number += 1
                     yield _field({known.field: text}, known.field, f"{where} record {number}"), number
-        except (OSError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of the network or of a file, from whichever package was at work
             raise UserError(
                 f"{where} could not be read after record {number} ({error}); run the same command again to go on"
             ) from None

@@ -62,6 +62,8 @@ def prepare(
         if source not in NAMES:
             raise UserError(f"--out is needed for {source}: name the folder to make, such as --out data/mine")
         out = Path("data") / source
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}: it must be at least 1")
     plan = preparing.Plan(
         source=source,
         val=val,
@@ -123,6 +125,7 @@ def tokenizer(
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
     from ..data import bpe, sources
+    from ..data.prepare import pieces_of
     from ..progress import Progress
     from ..results import write_json
 
@@ -133,10 +136,11 @@ def tokenizer(
         def texts() -> Any:
             nonlocal characters
             blocks = split.read(0)
-            for block in blocks if max_documents is None else sources.first(blocks, max_documents):
-                characters += len(block.text)
-                tell({"split": "reading", "done": block.done, "of": split.total, "unit": split.unit})
-                yield block.text
+            blocks = blocks if max_documents is None else sources.first(blocks, max_documents)
+            for piece in pieces_of(blocks, bpe.SEAM):  # no word is cut in two
+                characters += len(piece.text)
+                tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})
+                yield piece.text
 
         made = bpe.train(texts(), vocab_size, listed(special))
     if not characters:
