@@ -124,8 +124,8 @@ def document(found: dict[tuple[str, int], list[dict[str, Any]]], mechanisms: tup
         "",
         "What this does not say: larger models, longer training or other data may form what is missing here. The "
         "score reads attention to positions; fast_mka's keys already mix what came before, so it can do the same work "
-        "without the pattern, which is why the gain stands beside it. sliding sees 16 tokens per layer, fewer than most "
-        "repeats need.",
+        "without the pattern, which is why the gain stands beside it. sliding sees 16 tokens per layer, fewer than "
+        "most repeats need.",
     ]
     return "\n".join(parts) + "\n"
 
