@@ -6,8 +6,6 @@ import hashlib
 import inspect
 import json
 import random
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -299,11 +297,3 @@ def test_other_kinds_of_tokenizer_json() -> None:
         )
         assert ours.seam is None and ours.vocab_size == theirs.get_vocab_size()
     assert data.from_json(json.loads(llama.to_str())).end == 1 and unicodedata.is_normalized("NFKC", "words")
-
-
-def test_characters_need_no_package() -> None:
-    code = (
-        "import sys; from attnlab import data; t = data.CharTokenizer.of('abc'); data.ByteTokenizer().encode('x');"
-        "assert not {'tokenizers', 'tiktoken', 'transformers'} & set(sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
