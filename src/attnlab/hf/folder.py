@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,20 @@ def dry_run(source: str, **settings: Any) -> Counts:
     return patch(model, **settings)
 
 
-def patch_folder(source: str, out: str | Path, **settings: Any) -> Counts:
+def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, int], None], **settings: Any) -> Counts:
     """`patch` the model in a folder, or on the Hugging Face hub, and write it to `out` with its tokenizer.
 
-    Raises `UserError` for a model that cannot be opened or patched, and where `out` holds something already.
+    `progress` is told (what, parts done, parts in all). Raises `UserError` for a model that cannot be opened or patched,
+    and where `out` holds something already.
     """
     out, folder = Path(out).expanduser(), Path(source).expanduser()
     files.check_free(out)
     folder = folder if folder.is_dir() else files.download(source)
+    progress(f"reading {source}", 0, 3)
     model = load(folder)
+    progress("patching, and asking the laws", 1, 3)
     counts = patch(model, **settings)
+    progress(f"writing {out}", 2, 3)
     with files.whole(out) as half:
         model.save_pretrained(half)
         for pattern in BESIDE:

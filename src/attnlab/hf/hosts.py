@@ -204,7 +204,7 @@ class AttnlabQwen3Config(Fields, transformers.Qwen3Config):
     model_type = "attnlab-qwen3"
 
 
-class AttnlabGPT2LMHeadModel(Patched, transformers.GPT2LMHeadModel):
+class AttnlabGPT2ForCausalLM(Patched, transformers.GPT2LMHeadModel):
     config_class = AttnlabGPT2Config
     stack, slot, output, tail = "transformer.h", "attn", "c_proj", ("resid_dropout",)
     read = staticmethod(fused)
@@ -232,7 +232,7 @@ class AttnlabQwen3ForCausalLM(Llamalike, transformers.Qwen3ForCausalLM):
 
 
 MODELS: tuple[type[Patched], ...] = (
-    AttnlabGPT2LMHeadModel,
+    AttnlabGPT2ForCausalLM,
     AttnlabLlamaForCausalLM,
     AttnlabMistralForCausalLM,
     AttnlabQwen2ForCausalLM,

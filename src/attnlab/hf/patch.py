@@ -218,12 +218,13 @@ def obeys(model: Any) -> None:
     tokens = torch.randint(model.config.vocab_size, (2, longest), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(model.device)
 
-    def run(tokens: Tensor) -> Tensor:
-        return model(input_ids=tokens, use_cache=False).logits
+    def run(tokens: Tensor, keep: int = 0) -> Tensor:
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits
 
     with torch.no_grad(), unchanged(model):
         model.eval()
-        separate([a for a in adapters if "own layers" not in a.mechanism.config.breaks], run, tokens[:1, :5])
+        own = [a for a in adapters if "own layers" not in a.mechanism.config.breaks]
+        separate(own, lambda tokens: run(tokens, 1), tokens[:1, :5])
         if not any("causality" in a.mechanism.config.breaks for a in adapters):
             causal(run, tokens)
 

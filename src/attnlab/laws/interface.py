@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -296,15 +297,19 @@ def separate(layers: Sequence[nn.Module], run: Callable[[Tensor], Tensor], x: Te
             first, other = owner.setdefault(id(parameter), (i, name))
             if first != i:
                 raise Broken(f"layer {i} has no {name} of its own: it is layer {first}'s {other}")
+    calls = [0] * len(layers)
+
+    def count(i: int, *_: Any) -> None:
+        calls[i] += 1
+
+    hooks = [layer.register_forward_hook(functools.partial(count, i)) for i, layer in enumerate(layers)]
     reference = run(x).detach()
-    for i, layer in enumerate(layers):
-        calls: list[int] = []
-        hook = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        run(x)
+    for hook in hooks:
         hook.remove()
-        if len(calls) != 1:
-            times = "never" if not calls else f"{len(calls)} times"
-            raise Broken(f"layer {i} of {len(layers)} runs {times} in one pass")
+    for i, times in enumerate(calls):
+        if times != 1:
+            raise Broken(f"layer {i} of {len(layers)} runs {f'{times} times' if times else 'never'} in one pass")
+    for i, layer in enumerate(layers):
         state = copy.deepcopy(layer.state_dict())
         shaken(layer, seed=i, share=0.5)
         moved = float(movement(run(x), reference).max())

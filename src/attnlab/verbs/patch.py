@@ -41,6 +41,7 @@ def patch(
         out: The folder to write.
         dry_run: Only count, on shapes without weights.
     """
+    from .. import screen
     from ..hf import folder
     from ..hf.patch import PRESETS
 
@@ -59,7 +60,8 @@ def patch(
         return 0
     if out is None:
         raise UserError("give the folder to write as --out DIR, or --dry-run to count only")
-    folder.patch_folder(source, out, **settings)
+    with screen.working() as tell:
+        folder.patch_folder(source, out, progress=tell, **settings)
     print(f"written to {out}; load it after 'import attnlab.hf'", file=sys.stderr)
     return 0
 
