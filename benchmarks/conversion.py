@@ -39,7 +39,7 @@ MODEL = ModelConfig(
     bias=True,
     ff="gelu_tanh",
 )
-TRAIN = TrainConfig(steps=1500, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, eval_every=250, save_every=250)
+TRAIN = TrainConfig(steps=1200, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, eval_every=250, save_every=250)
 SMALL = (
     replace(MODEL, context=32, n_layers=1, d_model=64),
     replace(TRAIN, steps=20, warmup=2, eval_batches=1),
@@ -86,7 +86,7 @@ def main() -> None:
         lr=recipe.lr / 3,
         min_lr=recipe.lr / 30,
         warmup=recipe.warmup // 10,
-        eval_every=max(recipe.steps // 50, 1),
+        eval_every=max(recipe.steps // 30, 1),
     )
     rows = []
     cells = chosen()
@@ -182,7 +182,7 @@ def table(rows: list[dict[str, Any]], run: RunConfig, healing: TrainConfig, long
         lines.append(
             [
                 f"{row['target']}, {row['method']}",
-                "" if row["rank"] is None else f"{row['rank']:.0%}",
+                "" if row["rank"] is None else f"{100 * row['rank']:g} %",
                 f"{row['cache_bytes_after'] / row['cache_bytes_before']:.1%}",
                 "exact" if row["exact"] else f"{max(row['layer_errors']):.3f}",
                 f"{row['loss_before']:.4f}",
@@ -221,7 +221,8 @@ def drawing(rows: list[dict[str, Any]], longer: float) -> str:
     y = scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
     parts = [axes(x, y, shares, low, high), level(y(longer), "original, trained on")]
     for row, share in zip(rows, shares, strict=True):
-        style, at = look[row["target"]], x(math.log2(share))
+        beside = 8 * (list(look).index(row["target"]) - (len(look) - 1) / 2)  # where several have one share
+        style, at = look[row["target"]], x(math.log2(share)) + beside
         begin, end = y(row["curve"][0][1]), y(row["curve"][-1][1])
         color = PALETTE[style.slot][0]
         mark = GLYPHS[style.marker]
@@ -242,7 +243,7 @@ def drawing(rows: list[dict[str, Any]], longer: float) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'font-family="system-ui, sans-serif" font-size="13" role="img"><title>Validation loss against cache, as '
-        f'converted and healed</title><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'converted and healed; at one share of the cache, side by side</title><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
@@ -251,12 +252,12 @@ def scale(low: float, high: float, start: float, end: float) -> Callable[[float]
 
 
 def axes(x: Callable[[float], float], y: Callable[[float], float], shares: list[float], low: float, high: float) -> str:
-    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / s < 9)
+    step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / s < 9)
     parts = []
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
         at = y(i * step)
         parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{RULE[0]}"/>')
-        parts.append(text(LEFT - 8, at + 4, f"{i * step:.2f}", "end", MUTED[0]))
+        parts.append(text(LEFT - 8, at + 4, f"{i * step:.3g}", "end", MUTED[0]))
     for tick in (0.0625, 0.125, 0.25, 0.5, 1.0):
         if min(shares) * 0.9 < tick < max(shares) * 1.12:
             at = x(math.log2(tick))
@@ -271,7 +272,7 @@ def axes(x: Callable[[float], float], y: Callable[[float], float], shares: list[
 
 def level(at: float, words: str) -> str:
     line = f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{INK[0]}" stroke-dasharray="2 3"/>'
-    return line + text(WIDTH - RIGHT + 6, at + 4, words, "start", MUTED[0])
+    return line + text(LEFT + 6, at - 6, words, "start", MUTED[0])
 
 
 def text(x: float, y: float, words: str, anchor: str, color: str = INK[0]) -> str:

@@ -203,6 +203,6 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / "made.md").read_text()
-        assert table.count("| mla, ") == 5 and "exact" in table and "gqa, first" in table
+        assert table.count("| mla, ") == 6 and "exact" in table and "gqa, first" in table
         assert (tmp_path / "made.svg").read_text().startswith("<svg")
     assert "loss" not in done.stderr  # nothing was trained again
