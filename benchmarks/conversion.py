@@ -240,10 +240,11 @@ def drawing(rows: list[dict[str, Any]], longer: float) -> str:
         text(WIDTH - RIGHT + 22, at + 4 + 20 * i, words, "start", MUTED[0])
         for i, words in enumerate(("open: as converted", "filled: healed"))
     ]
+    title = "Validation loss against cache, as converted and healed; at one share of the cache, side by side"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'font-family="system-ui, sans-serif" font-size="13" role="img"><title>Validation loss against cache, as '
-        f'converted and healed; at one share of the cache, side by side</title><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'font-family="system-ui, sans-serif" font-size="13" role="img"><title>{title}</title>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
