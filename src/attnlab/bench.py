@@ -148,6 +148,7 @@ class Training:
         self.dtype = torch.bfloat16 if self.trainer.precision == "bf16" else torch.float32
         self.batch, self.calls = train.batch_size * train.accumulate, 1
         self.tokens = self.batch * config.model.context
+        self.counts: list[int] = []  # of each step, where rows of whole documents are not full
         self.step = 0
 
     def check(self) -> str:
@@ -170,13 +171,16 @@ class Training:
     def timed(self) -> float:
         wait_for(self.device)
         began = time.perf_counter()
-        train_step(self.trainer, self.step)
+        done = train_step(self.trainer, self.step)
         wait_for(self.device)
+        took = time.perf_counter() - began
         self.step += 1
-        return time.perf_counter() - began
+        self.counts.append(done.tokens)
+        self.tokens = round(sum(self.counts) / len(self.counts))
+        return took
 
     def prepare(self) -> Callable[[], object]:
-        uncompiled = replace(self.trainer, loss=self.model.loss)
+        uncompiled = replace(self.trainer, loss=self.model.loss, objective=self.model.loss)
         return lambda: train_step(uncompiled, self.step)
 
     def resident(self) -> int:
