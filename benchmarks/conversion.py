@@ -258,7 +258,7 @@ def axes(x: Callable[[float], float], y: Callable[[float], float], shares: list[
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
         at = y(i * step)
         parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{RULE[0]}"/>')
-        parts.append(text(LEFT - 8, at + 4, f"{i * step:.3g}", "end", MUTED[0]))
+        parts.append(text(LEFT - 8, at + 4, f"{i * step:.3f}", "end", MUTED[0]))
     for tick in (0.0625, 0.125, 0.25, 0.5, 1.0):
         if min(shares) * 0.9 < tick < max(shares) * 1.12:
             at = x(math.log2(tick))
