@@ -41,8 +41,8 @@ def dry_run(source: str, **settings: Any) -> Counts:
 def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, int], None], **settings: Any) -> Counts:
     """`patch` the model in a folder, or on the Hugging Face hub, and write it to `out` with its tokenizer.
 
-    `progress` is told (what, parts done, parts in all). Raises `UserError` for a model that cannot be opened or patched,
-    and where `out` holds something already.
+    `progress` is told (what, parts done, parts in all). Raises `UserError` for a model that cannot be opened or
+    patched, and where `out` holds something already.
     """
     out, folder = Path(out).expanduser(), Path(source).expanduser()
     files.check_free(out)
