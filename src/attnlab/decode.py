@@ -18,6 +18,8 @@ from .model import Decoder
 from .spec import UserError
 from .train import check_compiler
 
+VARIANTS = 64  # kinds of blocks that one process may compile
+
 
 def prefill(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
@@ -144,11 +146,14 @@ def evaluating(model: Decoder) -> Iterator[None]:
 def compiled(model: Decoder) -> Iterator[None]:
     """Inside, a block is one compiled function, the same for all blocks that are alike, and so is the head."""
     check_compiler("compile", next(model.parameters()).device)
+    from torch._dynamo import config
+
     parts = [*model.blocks(), model.head]
     for part in parts:
         part.compile(dynamic=True)
     try:
-        yield
+        with config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):  # its default is to stop quietly
+            yield
     finally:
         for part in parts:
             part._compiled_call_impl = None
