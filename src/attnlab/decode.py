@@ -58,9 +58,9 @@ def generate(
 
     `temperature` 0 takes the likeliest token. `top_k` and `top_p` narrow the choice, in this order. A prompt's sample
     depends on `seed` and the prompt alone, not on its neighbours; a prompt given twice gets two samples. `on_token` is
-    told (number of the prompt, token) as tokens come. `compile` runs the blocks through torch.compile, which takes a
-    minute before the second token and pays in the long run. Raises `UserError` for an empty prompt, a token that the
-    model does not know, or a length that learned positions do not reach.
+    told (number of the prompt, token) as tokens come. `compile` runs the blocks through torch.compile, which takes up
+    to a minute before the second token (benchmarks/decode.py has what it brings). Raises `UserError` for an empty
+    prompt, a token that the model does not know, or a length that learned positions do not reach.
     """
     check(model, prompts, n, temperature, top_k, top_p, seed)
     how = (temperature, top_k, top_p, seed)

@@ -1,7 +1,8 @@
-"""x W^T + b. Decoding is reading weights, and PyTorch's own way reads them slowly on some processors: in float32 MKL
-gets less than half of what memory gives. oneDNN, which comes with PyTorch too, gets most of it from the same layout, so
-without gradients it is used instead. In bfloat16 no library does; there, one row under `torch.compile` becomes a plain
-loop over the matrix, which does. benchmarks/decode.py measures all of these."""
+"""x W^T + b. Decoding is reading weights, and PyTorch's own way reads them slowly on some processors: for one row in
+float32, MKL got 13 GB/s of the 37 that an AMD EPYC gives to two threads. oneDNN, which comes with PyTorch too, got 21 to
+32 from the same layout, so without gradients it is used instead. In bfloat16 it gets 13 to 18, unless the weights are
+stored a second time in an order of its own; a plain loop over the matrix, which is what one row becomes under
+`torch.compile`, got 19 to 31. benchmarks/decode.py measures what comes of it."""
 
 from __future__ import annotations
 

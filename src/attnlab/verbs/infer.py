@@ -88,7 +88,7 @@ def infer(
         seed: The same seed gives the same text.
         checkpoint: A step that has a checkpoint, in a run folder; the newest if left out.
         dtype: Of weights and cache; "auto" is fp32 on a CPU and bf16 elsewhere.
-        compile_: Run the layers through torch.compile: a minute of waiting, then faster steps, in bf16 above all.
+        compile_: Run the layers through torch.compile: a minute of waiting first; docs/performance.md has what it brings.
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
         trust: Open a pickle that is more than tensors: it may run any code.
         json_: Print one JSON object at the end instead of the text.
@@ -104,6 +104,8 @@ def infer(
     kind = torch.bfloat16 if narrow else torch.float32
     loaded = hub.load(source, checkpoint=checkpoint, dtype=kind, device=place, trust=trust)
     prompts = prompt or ([] if chat else ["\n"])
+    if compile_:
+        print("compiling the layers once the prompt is read: up to a minute", file=sys.stderr)
     shown = [f"{text}\n" for text in prompts] if chat else prompts
     found = continue_texts(
         loaded,
