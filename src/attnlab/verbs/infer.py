@@ -88,7 +88,7 @@ def infer(
         seed: The same seed gives the same text.
         checkpoint: A step that has a checkpoint, in a run folder; the newest if left out.
         dtype: Of weights and cache; "auto" is fp32 on a CPU and bf16 elsewhere.
-        compile_: Run the layers through torch.compile: a minute of waiting first; docs/performance.md has what it brings.
+        compile_: Run the layers through torch.compile: a minute of waiting, and what docs/performance.md shows.
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
         trust: Open a pickle that is more than tensors: it may run any code.
         json_: Print one JSON object at the end instead of the text.
