@@ -66,6 +66,20 @@ def test_the_published_patch_has_the_published_counts(capsys):
     assert {p.requires_grad for name, p in model.named_parameters() if ".after." in name} == {False}  # c_proj stays
 
 
+@torch.no_grad()
+def test_a_kept_output_projection_follows_and_stays(tmp_path):
+    model = host("gpt2")
+    kept = model.transformer.h[1].attn.c_proj
+    patch(model, **PRESETS["published-msla"] | {"options": {"n_latents": 9, "top_k": 3}})
+    adapter = model.transformer.h[1].attn
+    assert adapter.after[0] is kept and not kept.weight.requires_grad and "o.weight" not in adapter.patch.carried
+    model.save_pretrained(tmp_path)
+    tokens, _ = prompts(9)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+    with pytest.raises(UserError, match="a Decoder has no place"):
+        hub.load(tmp_path)
+
+
 SAME = [
     ("gpt2", "mha", {}),
     ("llama", "mha", {}),

@@ -140,8 +140,10 @@ def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -
     found = {}
     for name, parameter in module.named_parameters():
         letters, _, kind = name.rpartition(".")
-        value = parts.get(name) if means >= {"q", "k"} else None  # norms of heads
-        if letters and set(letters) <= means:
+        value = None
+        if letters.endswith("_norm") and means >= {"q", "k"}:  # of heads
+            value = parts.get(name)
+        elif letters and set(letters) <= means:
             heads = len(parameter) // config.head_dim - config.n_heads * ("q" in letters)
             heads //= max(len(set(letters) & {"k", "v"}), 1)
             blank = {letter: parts[f"{letter}.weight"].new_zeros(len(parts[f"{letter}.weight"])) for letter in letters}
