@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,7 +151,7 @@ def overview() -> str:
             "",
             "attnlab COMMAND --help shows its options. --version shows the version.",
             "--debug, anywhere, shows the traceback of an error.",
-            f"Presets: {', '.join(presets.names())}.",
+            *textwrap.wrap(f"Presets: {', '.join(presets.names())}.", 80, break_on_hyphens=False),
             "",
         ]
     )

@@ -27,7 +27,7 @@ def evaluate(
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     json_: Json = False,
 ) -> int:
-    """Loss per token, perplexity and bits per byte of a trained model, on held-out text.
+    """Loss per token, perplexity and bits per byte of a model, on held-out text.
 
     Args:
         model: A run folder, an exported or a Hugging Face folder, nanoGPT's ckpt.pt, or a name on the Hugging Face hub.

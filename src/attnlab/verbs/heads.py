@@ -29,7 +29,7 @@ def heads(
     png: Annotated[Path | None, arg(metavar="DIR")] = None,
     json_: Json = False,
 ) -> int:
-    """What each head attends to, copies and is needed for, with two null distributions.
+    """What each head attends to and is needed for, with two null distributions.
 
     Args:
         source: A run folder, an exported or Hugging Face folder, a name on the hub; with --untrained, a preset.

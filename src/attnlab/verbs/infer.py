@@ -72,7 +72,7 @@ def infer(
     trust: Flag = False,
     json_: Json = False,
 ) -> int:
-    r"""Continue prompts, or answer in a chat, with any model: how fast, and how much memory it takes.
+    r"""Continue prompts, or answer in a chat, with any model, and say how fast.
 
     A text ends where the model says so, or after --tokens.
 

@@ -70,9 +70,9 @@ def export(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     *,
     out: Annotated[Path, arg(metavar="DIR")],
-    family: Annotated[str, arg(metavar="NAME")] = "attnlab",
+    family: Annotated[str, arg(metavar="FAMILY")] = "attnlab",
     checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
-    results: Annotated[Path | None, arg(metavar="FILE")] = None,
+    results: Annotated[Path | None, arg(metavar="EVAL.JSON")] = None,
     trust: Flag = False,
 ) -> int:
     """Write a trained model as a folder that transformers loads, with a model card.
