@@ -34,8 +34,7 @@ def prepare(
 ) -> int:
     """Turn text into a folder of token ids to train on: --data prepared:DIR.
 
-    Interrupted, the same command goes on where it stopped.
-    Given again, it reads the folder and compares every byte.
+    Interrupted, it goes on where it stopped; given again, it compares every byte.
 
     Args:
         source: shakespeare-char, shakespeare, tinystories, wikitext-2, wikitext-103, openwebtext, fineweb-edu,
