@@ -28,13 +28,15 @@ METHODS = {"svd": False, "aware": True}
 
 
 def widths(source: Dense, wish: Wish) -> dict[str, Any]:
-    """All rotary pairs and all values of the model, where there is room; else as many pairs as one head has."""
+    """All rotary pairs and all values of the model, where there is room; else half of it for either, which came out
+    best where it was measured."""
     if source.norms:
         raise UserError(
             "a model that norms its query and key heads cannot be converted to latents: a norm is no product"
         )
     K, H, D = source.k.shape[0], source.k.shape[1], source.k.shape[2] - 1
-    usual, biased = wish.build(wish.given), {"bias": True} if source.biased else {}
+    usual: Any = wish.build(wish.given)
+    biased = {"bias": True} if source.biased else {}
     fixed = {"norm": "none", "q_rank": 0, "v_dim": H} | ({} if usual.bias else biased)
     fixed |= {"head_dim": H} if usual.head_dim != H else {}
     if source.frequencies is None:
@@ -43,8 +45,9 @@ def widths(source: Dense, wish: Wish) -> dict[str, Any]:
     free = not {"rope_dim", "kv_rank"} & set(wish.given)
     if free and (wish.rank is None or (isinstance(wish.rank, float) and wish.share(whole) <= wish.rank)):
         return whole
-    room = wish.floats / wish.context * (wish.rank if isinstance(wish.rank, float) else 1)
-    dim = wish.given.get("rope_dim", min(H, int(room) // 4 * 2))
+    latent, beside = wish.given.get("kv_rank", wish.rank), usual.cache_spec.per_token - usual.kv_rank - usual.rope_dim
+    room = wish.floats / wish.context * latent - beside if isinstance(latent, float) else 2 * (latent or D)
+    dim = wish.given.get("rope_dim", min(K * H, max(int(room), 0) // 4 * 2))
     return fixed | {"rope_dim": dim, "kv_rank": wish.choose("kv_rank", range(1, min(D, 2 * K * H) + 1), rope_dim=dim)}
 
 
