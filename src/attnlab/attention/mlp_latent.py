@@ -33,9 +33,7 @@ class Attention(mha.Attention):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         D = config.d_model
-        self.latent = nn.Sequential(
-            Linear(D, 2 * D, bias=config.bias), nn.GELU(), Linear(2 * D, D, bias=config.bias)
-        )
+        self.latent = nn.Sequential(Linear(D, 2 * D, bias=config.bias), nn.GELU(), Linear(2 * D, D, bias=config.bias))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
