@@ -76,7 +76,7 @@ class RunFolder:
             "environment": environment(),
         }
         try:
-            write_json(path / "tokenizer.json", corpus.tokenizer.to_json())
+            write_json(path / "tokenizer.json", corpus.tokenizer.to_json(), indent=None)
             write_json(path / "run.json", about)  # last: a folder that has it is complete
         except BaseException:
             (path / "tokenizer.json").unlink(missing_ok=True)

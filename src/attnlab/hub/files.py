@@ -156,7 +156,7 @@ def write(
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
         if tokenizer is not None:
-            write_json(half / "tokenizer.json", vocabulary.written(tokenizer))
+            write_json(half / "tokenizer.json", vocabulary.written(tokenizer), indent=None)
             write_json(half / "tokenizer_config.json", about.get("tokenizer_config") or vocabulary.config(tokenizer))
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
