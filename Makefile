@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 
 help:
 	@echo 'make demo    train eight mechanisms on Shakespeare, compare them, write $(OUT)/report.html (about 6 minutes on 2 cores)'
-	@echo 'make test    run all tests (under 10 minutes on 2 cores)'
+	@echo 'make test    run all tests (about 12 minutes on 2 cores)'
 	@echo 'make check   lint, types, tests'
 	@echo 'make format  apply the linter and formatter'
 	@echo 'make clean   remove the virtual environment; results are kept'
