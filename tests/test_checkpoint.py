@@ -252,10 +252,10 @@ def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
 def test_a_folder_that_cannot_be_begun_is_not_there(tmp_path, monkeypatch):
     write = checkpoint.write_json
 
-    def full(path: Path, content: dict) -> Path:
+    def full(path: Path, content: dict, indent: int | None = 1) -> Path:
         if path.name == "run.json":
             raise UserError("the disk is full")
-        return write(path, content)
+        return write(path, content, indent)
 
     monkeypatch.setattr(checkpoint, "write_json", full)
     (tmp_path / "mine").mkdir()
