@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
 from typing import Any
 
+import browser as chromium
+import pytest
 import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
@@ -65,3 +67,17 @@ class Hook(MetaPathFinder):
 
 assert not [name for name in sys.modules if name.startswith(CHECKED)], "imported before it could be checked"
 sys.meta_path.insert(0, Hook())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[chromium.Browser]:
+    """A browser for the tests of one file. Where there is none, CI fails; elsewhere the tests say that they were not
+    run, because nobody has to install a browser to work on a mechanism."""
+    program = chromium.find()
+    if program is None:
+        said = "no Chromium was found (apt-get install chromium), so the page was NOT tried in a browser"
+        if os.environ.get("CI") == "true":
+            pytest.fail(said)
+        pytest.skip(said)
+    with chromium.Browser(program) as opened:
+        yield opened

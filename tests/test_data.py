@@ -311,7 +311,6 @@ def test_what_prepare_made_is_trained_on_document_by_document(tmp_path, end):
     corpus, byte, found = data.load(config), data.tokenizer("byte"), set()
     for step in range(40):
         x, y, documents = corpus.batch(0, step, 4, 128)
-        assert documents is not None
         for row in range(4):
             for number in set(documents[row].tolist()) - {-1}:
                 own = documents[row] == number

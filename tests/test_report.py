@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import subprocess
@@ -454,18 +453,6 @@ def test_text_stays_text(tmp_path: Path) -> None:
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[chromium.Browser]:
-    program = chromium.find()
-    if program is None:
-        said = "no Chromium was found (apt-get install chromium), so the page was NOT tried in a browser"
-        if os.environ.get("CI") == "true":
-            pytest.fail(said)
-        pytest.skip(said)
-    with chromium.Browser(program) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,29 +62,24 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-def test_every_view_draws_in_a_browser(folder: Path) -> None:
-    program = chromium.find()
-    if program is None:
-        assert not os.environ.get("CI"), "CI must have a browser"
-        pytest.skip("no Chromium here")
+def test_every_view_draws_in_a_browser(browser: chromium.Browser, folder: Path) -> None:
     page = write_report(folder)
-    with chromium.Browser(program) as browser:
-        browser.open(page.as_uri(), ready="document.documentElement.dataset.ready === 'yes'")
-        views = browser.run("[...document.querySelectorAll('#inside .views button')].map(b => b.textContent)")
-        assert views == [
-            "When: induction",
-            "When: previous token",
-            "When: gain",
-            "Where: induction",
-            "Where: previous token",
-            "Where: copying",
-            "Cause",
-            "Latents of mla",
-        ]
-        for number in range(len(views)):
-            browser.run(f"document.querySelectorAll('#inside .views button')[{number}].click()")
-            drawn = browser.run("document.querySelectorAll('#plot-inside .main-svg').length > 0")
-            titles = browser.run("[...document.querySelectorAll('#plot-inside .infolayer [class*=title]')].length")
-            caption = browser.run("document.querySelector('#inside figcaption').textContent")
-            assert drawn and titles and caption, views[number]
-        assert not browser.console and not [r for r in browser.requests if r.startswith("http")]
+    browser.open(page.as_uri(), ready="document.documentElement.dataset.ready === 'yes'")
+    views = browser.run("[...document.querySelectorAll('#inside .views button')].map(b => b.textContent)")
+    assert views == [
+        "When: induction",
+        "When: previous token",
+        "When: gain",
+        "Where: induction",
+        "Where: previous token",
+        "Where: copying",
+        "Cause",
+        "Latents of mla",
+    ]
+    for number in range(len(views)):
+        browser.run(f"document.querySelectorAll('#inside .views button')[{number}].click()")
+        drawn = browser.run("document.querySelectorAll('#plot-inside .main-svg').length > 0")
+        titles = browser.run("[...document.querySelectorAll('#plot-inside .infolayer [class*=title]')].length")
+        caption = browser.run("document.querySelector('#inside figcaption').textContent")
+        assert drawn and titles and caption, views[number]
+    assert not browser.console and not [r for r in browser.requests if r.startswith("http")]

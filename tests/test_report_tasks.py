@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -153,18 +151,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (made / "compare.json").write_text(json.dumps(data))
         with pytest.raises(UserError, match=r"compare\.json does not hold what this version reads"):
             render(made)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[chromium.Browser]:
-    program = chromium.find()
-    if program is None:
-        said = "no Chromium was found (apt-get install chromium), so the page was NOT tried in a browser"
-        if os.environ.get("CI") == "true":
-            pytest.fail(said)
-        pytest.skip(said)
-    with chromium.Browser(program) as opened:
-        yield opened
 
 
 @pytest.mark.browser

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,8 @@ from .kernels import Pairs, one_row, reference
 from .kernels.linear import Linear as Linear  # a mechanism takes all it needs from here
 from .kernels.linear import linear as linear
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
+
+Collection = TypeVar("Collection")
 
 
 class Maps(list[Tensor]):
@@ -222,25 +224,29 @@ def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_attention() -> Iterator[Maps]:
+def _collecting(name: str, found: Collection) -> Iterator[Collection]:
+    """`found` stands as this module's `name` while it is open, and what stood there stands again afterwards."""
+    outer = globals()[name]
+    globals()[name] = found
+    try:
+        yield found
+    finally:
+        globals()[name] = outer
+
+
+def record_attention() -> AbstractContextManager[Maps]:
     """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing when not in use."""
-    global _maps
-    outer, _maps = _maps, Maps()
-    try:
-        yield _maps
-    finally:
-        _maps = outer
+    return _collecting("_maps", Maps())
 
 
-@contextmanager
-def record_notes() -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what mechanisms tell with `note`, by name, in order: latents, gates, what an indexer selected."""
-    global _notes
-    outer, _notes = _notes, defaultdict(list)
-    try:
-        yield _notes
-    finally:
-        _notes = outer
+def record_notes() -> AbstractContextManager[dict[str, list[Tensor]]]:
+    """Collect what mechanisms tell with `note`, by name, in order: latents, gates, the load of experts."""
+    return _collecting("_notes", defaultdict(list))
+
+
+def record_losses() -> AbstractContextManager[dict[str, list[Tensor]]]:
+    """Collect the values of auxiliary losses by name, in order."""
+    return _collecting("_losses", defaultdict(list))
 
 
 def note(name: str, value: Tensor) -> Tensor:
@@ -248,17 +254,6 @@ def note(name: str, value: Tensor) -> Tensor:
     if _notes is not None:
         _notes[name].append(value.detach())
     return value
-
-
-@contextmanager
-def record_losses() -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the values of auxiliary losses by name, in order."""
-    global _losses
-    outer, _losses = _losses, defaultdict(list)
-    try:
-        yield _losses
-    finally:
-        _losses = outer
 
 
 def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:

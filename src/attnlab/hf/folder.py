@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..hub import files
-from ..hub.card import cell
+from ..hub.card import FRONT, cell
 from ..laws.subject import span
 from ..spec import UserError, choose
 from .hosts import MODELS
@@ -89,12 +89,7 @@ def card(model: Any, source: str, counts: Counts) -> str:
     rows = [(e["mechanism"], span(e["layers"]), c) for e, c in zip(model.config.attnlab, configs, strict=True)]
     floats = sum(a.mechanism.config.cache_spec.per_token for a in model.adapters().values())
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [attnlab]",
-        "---",
-        "",
+        *FRONT,
         f"# {source} with {'+'.join(dict.fromkeys(name for name, _, _ in rows))} attention",
         "",
         f"Made from {source} by attnlab patch.",

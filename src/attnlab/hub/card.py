@@ -7,6 +7,8 @@ from typing import Any
 
 from ..model import Decoder, flops_per_token
 
+FRONT = ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [attnlab]", "---", "")
+
 
 def card(model: Decoder, family: str, source: str, results: Mapping[str, Any] | None) -> str:
     """README.md of an exported folder."""
@@ -15,12 +17,7 @@ def card(model: Decoder, family: str, source: str, results: Mapping[str, Any] | 
     floats = sum(block.attention.config.cache_spec.per_token for block in model.blocks())
     size = model.embed.weight.element_size()
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [attnlab]",
-        "---",
-        "",
+        *FRONT,
         f"# {'+'.join(mixers)} decoder, {model.parameter_count():,} parameters",
         "",
         f"Made from {source} by attnlab, in the form of the family `{family}`.",
