@@ -31,7 +31,7 @@ TEXTS = [
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
     {"spec", "config", "results", "stats"},
-    {"kernels"},
+    {"kernels", "crew"},
     {"cache", "ops", "documents"},
     {"attention"},
     {"laws", "presets"},
@@ -40,7 +40,7 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "convert", "workers", "progress", "measure"},
+    {"train", "strategies", "convert", "workers", "progress", "measure"},
     {"decode", "chat", "infer"},
     {"hf"},
     {"evaluate", "examine", "bench", "forecast", "heads"},

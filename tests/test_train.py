@@ -237,8 +237,8 @@ def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
 
     honest = module.train_step
 
-    def poisoned(trainer: Trainer, step: int):
-        done = honest(trainer, step)
+    def poisoned(trainer: Trainer, step: int, *rest):
+        done = honest(trainer, step, *rest)
         return done._replace(loss=done.loss * math.nan) if step + 1 >= at else done
 
     monkeypatch.setattr(module, "train_step", poisoned)

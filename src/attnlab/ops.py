@@ -33,6 +33,7 @@ class Maps(list[Tensor]):
 _maps: Maps | None = None  # what `record_attention`, `record_losses` and `record_notes` are collecting, if anything
 _losses: dict[str, list[Tensor]] | None = None
 _notes: dict[str, list[Tensor]] | None = None
+_scale = 1.0  # of auxiliary losses
 
 
 def rope(
@@ -256,11 +257,17 @@ def note(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def scale_losses(factor: float) -> AbstractContextManager[float]:
+    """Auxiliary losses attached meanwhile weigh `factor` times as much: that of the loss that they stand beside, where
+    it is one part of a batch, or scaled for float16."""
+    return _collecting("_scale", factor)
+
+
 def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
     """`y` unchanged; in the backward pass, the gradient of `weight * loss` joins that of whatever is made from `y`."""
     if _losses is not None:
         _losses[name].append(loss.detach())
-    return _Attach.apply(y, loss, weight)
+    return _Attach.apply(y, loss, weight * _scale)
 
 
 class _Attach(torch.autograd.Function):
