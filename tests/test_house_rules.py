@@ -30,7 +30,7 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats"},
+    {"spec", "config", "results", "stats", "launcher"},
     {"kernels", "crew"},
     {"cache", "ops", "documents"},
     {"attention"},

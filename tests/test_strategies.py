@@ -24,7 +24,7 @@ from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainC
 from attnlab.evaluate import evaluate_source
 from attnlab.infer import sample_run
 from attnlab.spec import UserError
-from attnlab.train import Trainer, dealt, resolve, train
+from attnlab.train import Trainer, dealt, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
 WORKER = Path(__file__).parent / "crew_worker.py"
@@ -37,8 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe-bias": {"ff": "moe", "n_experts": 3, "balance": "bias"},
 }
 STEPS = {"msla": 10}  # it selects discretely: what rounding tells apart may be chosen differently
-Jobs = dict[str, list[Any]]
-Results = dict[str, dict[str, Any]]
+Results = dict[Any, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def config_of(home: Path, name: str, **fields: Any) -> RunConfig:
     )
 
 
-def launch(home: Path, processes: int, jobs: Mapping[str, Any], **environment: str) -> Results:
+def launch(home: Path, processes: int, jobs: Mapping[Any, Any], **environment: str) -> Results:
     """What each job came to. No processes: without a launcher."""
     listed = home / f"jobs-{processes}-{len(list(home.iterdir()))}.json"
     listed.write_text(json.dumps(list(jobs.values())))
@@ -78,12 +77,15 @@ def launch(home: Path, processes: int, jobs: Mapping[str, Any], **environment: s
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stderr[-5000:]
-    found = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [
+        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     return dict(zip(jobs, found, strict=True))
 
 
 def strategies(home: Path) -> dict[str, str]:
     return {
+        "single": "single",
         "ddp": "ddp",
         "fsdp": "fsdp",
         "zero1": "deepspeed",
@@ -124,3 +126,123 @@ def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tup
             assert steps == there
             torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=0, atol=1e-4, msg=job)
         assert result["tokens"] == expected["tokens"] and result["parameters"] == expected["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mla", "moe-bias"])
+def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Path, name: str) -> None:
+    """Eight sittings, across the edge of an epoch (200 windows, 50 steps)."""
+    config = config_of(home, name, steps=60, eval_every=20, log_every=3)
+    whole = train(config, home / f"whole-{name}")
+    out, ways = home / f"travelling-{name}", strategies(home)
+    sittings = [
+        (0, [("single", 6)]),
+        (2, [("fsdp", 15), ("zero1", 21), ("zero3", 27), ("ddp", 33)]),
+        (4, [("zero2", 42), ("fsdp", 54)]),
+    ]
+    for processes, stops in sittings:
+        jobs = {
+            stop: [
+                to_dict(config),
+                str(out),
+                {"how": {"strategy": ways.get(way, way)}, "stop_at": stop, "resume": True},
+            ]
+            for way, stop in stops
+        }
+        for stop, result in launch(home, processes, jobs).items():
+            assert f"stopped after step {stop};" in result.get("stopped", ""), result
+        assert RunFolder.open(out).newest() == stops[-1][1]
+        model, _ = checkpoint.load_model(out)  # by one process, whoever wrote it
+        assert sum(p.numel() for p in model.parameters()) == whole.parameters
+    result = train(config, out, resume=True)
+    assert result.status == "done" and [step for step, _ in result.curve] == [20, 40, 60]
+    for curve in ("curve", "train_curve"):
+        found, expected = (torch.tensor(getattr(run, curve)) for run in (result, whole))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    one, other = RunFolder.open(home / f"whole-{name}").load(), RunFolder.open(out).load()
+    assert one.model.keys() == other.model.keys() and one.optimizer.keys() == other.optimizer.keys()
+    for key, value in one.optimizer.items():
+        torch.testing.assert_close(other.optimizer[key], value, rtol=1e-2, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
+    """Sampled, evaluated and listed file by file; what is damaged in it is named."""
+    config, ways = config_of(home, "mla", steps=5), strategies(home)
+    jobs = {way: [to_dict(config), f"{home}/cut-{way}", {"how": {"strategy": ways[way]}}] for way in ("fsdp", "zero3")}
+    for way in launch(home, 2, jobs):
+        folder = RunFolder.open(home / f"cut-{way}")
+        place = folder.path / "step-00000005"
+        held = {what: [f"{what}.safetensors", f"{what}.rank-00001.safetensors"] for what in ("model", "optimizer")}
+        assert {file.name for file in place.iterdir()} == {
+            *held["model"],
+            *held["optimizer"],
+            "state.json",
+            "commit.json",
+        }
+        sizes = [(place / file).stat().st_size for file in held["optimizer"]]
+        assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
+        assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
+        assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
+        rank = place / "model.rank-00001.safetensors"
+        rank.write_bytes(rank.read_bytes()[:-1] + b"!")
+        with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(its checksum is wrong\)"):
+            checkpoint.load_model(folder.path)
+        rank.unlink()
+        with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(it is missing\)"):
+            checkpoint.load_model(folder.path)
+
+
+def test_rows_are_dealt_out() -> None:
+    train = TrainConfig(batch_size=4, accumulate=6)
+    assert dealt(train, 1) == [4] * 6 and dealt(train, 2) == [4] * 3 and dealt(train, 3) == [4, 4]
+    assert dealt(train, 4) == [3, 3] and dealt(train, 8) == [3] and dealt(train, 12) == [2]
+    with pytest.raises(UserError, match=r"24 sequences a step .* among 5 processes: make one of them a multiple of 5"):
+        dealt(train, 5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fields", "said"),
+    [
+        ("dpp", {}, "unknown strategy 'dpp'.*did you mean 'ddp'"),
+        ("fsdp:x.json", {}, "fsdp takes none: leave out ':x.json'"),
+        ("deepspeed:none.json", {}, "no such file"),
+        ("deepspeed:{home}/fp16.json", {}, "sets fp16, which is --train.precision here"),
+        ("deepspeed:{home}/zero0.json", {}, "stage 0: give .* 1, 2 or 3, or --strategy ddp"),
+        ("deepspeed:{home}/offload.json", {}, "offload_optimizer"),
+        ("deepspeed:{home}/list.json", {}, "not a JSON object"),
+        ("deepspeed", {"optimizer": "muon"}, "muon needs whole matrices"),
+        ("fsdp", {"optimizer": "muon"}, "muon needs whole matrices"),
+        ("deepspeed", {"guard": "skip"}, "train.guard skip"),
+        ("deepspeed", {"precision": "fp16"}, "train.precision fp16"),
+        ("deepspeed:{home}/zero3.json", {"compile": True}, "train.compile cannot see"),
+    ],
+)
+def test_what_a_strategy_refuses(home: Path, strategy: str, fields: dict[str, Any], said: str) -> None:
+    for name, content in {
+        "fp16": {"fp16": {"enabled": True}},
+        "zero0": {"zero_optimization": {"stage": 0}},
+        "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        "list": [],
+    }.items():
+        (home / f"{name}.json").write_text(json.dumps(content))
+    out = home / "refused"
+    shutil.rmtree(out, ignore_errors=True)
+    with pytest.raises(UserError, match=said):
+        train(config_of(home, "mha", **fields), out, how=Execution(strategy=strategy.format(home=home)))
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputing_changes_no_number(home: Path, name: str) -> None:
+    """Activations that are computed again give the same gradients to the bit, dropout and auxiliary losses included."""
+    config = config_of(home, name)
+    config = replace(config, model=replace(config.model, dropout=0.2))
+    found = []
+    for recompute in (False, True):
+        trainer = Trainer.of(*resolve(config), how=Execution(recompute=recompute))
+        steps = [value for step in range(3) for value in train_step(trainer, step)[:2]]
+        found.append([*steps, *trainer.model.parameters(), *trainer.model.buffers()])
+    assert trainer.model.recompute
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

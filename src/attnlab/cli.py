@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from . import __version__, presets
+from .launcher import launched, rank
 from .spec import UserError, choose
 from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
@@ -44,7 +45,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"attnlab: {sentence(error)}", file=sys.stderr)
+        if launched() == 1:
+            print(f"attnlab: {sentence(error)}", file=sys.stderr)
+        elif rank() == 0 or not getattr(error, "shared", False):
+            print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
         return 2
 
 

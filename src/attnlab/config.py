@@ -160,8 +160,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     deterministic: bool = False  # only kernels that give the same bits every time, on a GPU too; an error where none is
-    guard: Literal["stop", "skip", "rewind"] = "stop"  # on a loss or gradient that is not finite, or a spike; skip: the
-    # step is not taken; rewind: to the newest checkpoint, and the batches since then are left out
+    guard: Literal["stop", "skip", "rewind"] = (
+        "stop"  # what a loss or gradient that is not finite, or a spike, leads to
+    )
     spike: float = 0.0  # nats above the median of the last 50 losses that make a spike; 0: none does
     train: Literal["all", "attention", "new"] = "all"  # which parameters; new: those that multi-head attention lacks
     distill: float = 0.0  # the teacher's share of the objective, from 0 to 1

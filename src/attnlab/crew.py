@@ -3,7 +3,6 @@ deepspeed, srun), each with a rank from 0 on. Joining them is Accelerate's work,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,12 +11,19 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .launcher import launched
 from .spec import UserError, need
 
 T = TypeVar("T")
 
 
-class Lost(UserError):
+class Alone(UserError):
+    """An error of this process, which the others do not know of."""
+
+    shared = False
+
+
+class Lost(Alone):
     """Another process of the crew is gone."""
 
 
@@ -77,23 +83,11 @@ class Crew:
 ALONE = Crew()
 
 
-def launched() -> int:
-    """How many processes a launcher started; 1 where none did."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def restarted() -> bool:
-    """Whether a launcher started this process in the place of one that failed (torchrun --max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def join(device: torch.device, grouped: bool = False) -> Crew:
     """The crew of this process; `grouped` where a group is needed even of one. `leave` it in the end."""
-    state = need("accelerate.state", "train")
+    need("accelerate", "train")
+    from accelerate import state
+
     state.AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run's device
     ours, cpu = not dist.is_initialized(), device.type == "cpu"
     if launched() == 1:

@@ -30,7 +30,8 @@ from . import data, ops, strategies
 from .checkpoint import RunFolder, load_weights
 from .config import Execution, RunConfig, TrainConfig
 from .convert.heal import distilled, freeze, start_from
-from .crew import ALONE, Crew, Lost, join, leave, lost, restarted, unreachable
+from .crew import ALONE, Alone, Crew, join, leave, lost, unreachable
+from .launcher import restarted
 from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError
@@ -50,10 +51,6 @@ class Diverged(UserError):
 
 class Stopped(KeyboardInterrupt):
     """A request to stop was honoured, and the run is saved."""
-
-
-class Alone(UserError):
-    """An error of this process, which the others do not know of."""
 
 
 class Rewind(Exception):
@@ -104,26 +101,31 @@ def _train(
 ) -> RunResult:
     config, corpus = crew.agree(lambda: resolve(config))
     dealt(config.train, crew.size)
-    folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, crew)
-    result = folder.result()
-    if result is not None and result.status == "done":
-        return result
+    folder = None
+    if any(crew.gather((out / "run.json").exists())):
+        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, crew)
+        result = folder.result()
+        if result is not None and result.status == "done":
+            return result
+    trainer, log = ready(config, corpus, crew, how, folder)
+    if folder is None:  # only now, so that nothing is left where something cannot be trained
+        folder = RunFolder.create(out, config, corpus, crew)
     tell = progress if progress and crew.first else lambda event: None
-    past: Log | None = None
     while True:
-        trainer, log = ready(config, corpus, folder, how, past)
         run = Run(trainer, folder, log, stop, tell)
         try:
             finished = run.go()
             break
         except Rewind as back:
-            past = replace(log, shift=log.shift + back.step - (folder.newest() or 0), rewinds=log.rewinds + 1)
-            run.note({"rewound_from": back.step, "reason": str(back)}, folder.newest() or 0)
+            start = folder.newest() or 0
+            past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
+            trainer, log = ready(config, corpus, crew, how, folder, past)
+            folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
         except Diverged as error:
             folder.write_result(summary(trainer, folder, log, "failed", str(error)))
             raise
         except (UserError, OSError) as error:
-            raise error if crew.first or isinstance(error, Lost) else Alone(str(error)) from error
+            raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
     result = summary(trainer, folder, log, "done" if finished else "interrupted")
     folder.write_result(result)
     if not finished:
@@ -132,18 +134,23 @@ def _train(
 
 
 def ready(
-    config: RunConfig, corpus: data.Corpus, folder: RunFolder, how: Execution, past: Log | None = None
+    config: RunConfig,
+    corpus: data.Corpus,
+    crew: Crew,
+    how: Execution,
+    folder: RunFolder | None,
+    past: Log | None = None,
 ) -> tuple[Trainer, Log]:
-    """What goes on from the newest checkpoint, if there is one; `past` is what is known since then."""
-    newest = folder.newest()
-    folder.forget_after(-1 if newest is None else newest)
-    weights = None if newest is None else folder.stored(newest, "model").all()
-    trainer = Trainer.of(config, corpus, how, folder.crew, weights)
-    if newest is None:
-        log = Log()
+    """What goes on from the newest checkpoint of `folder`, or begins; `past` is what is known since then."""
+    newest = folder.newest() if folder else None
+    if folder is None or newest is None:
+        trainer, log = Trainer.of(config, corpus, how, crew), Log()
     else:
+        trainer = Trainer.of(config, corpus, how, crew, folder.stored(newest, "model").all())
         trainer.strategy.remember(folder.stored(newest, "optimizer"))
         log = Log.of(newest, folder.state(newest))
+    if folder is not None:
+        folder.forget_after(-1 if newest is None else newest)
     if past:
         log = replace(log, shift=past.shift, skipped=past.skipped, rewinds=past.rewinds, seconds=past.seconds)
     trainer.scale.factor, trainer.scale.good = log.scale
@@ -342,10 +349,10 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
     counts = [part.counted() for part in parts]
     everyone = int(crew.sum(sum(counts))[0])
     total = torch.zeros((), device=trainer.device)
-    for part, count in zip(parts, counts, strict=True):
+    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
         weight = share * crew.size * trainer.scale.now
-        with strategy.part(last=part is parts[-1]), ops.scale_losses(weight):
+        with strategy.part(number + 1 == len(parts)), ops.part_of_step(number), ops.scale_losses(weight):
             with trainer.autocast():
                 loss = strategy(*part.to(trainer.device))
             strategy.backward(loss * weight)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..crew import launched
+from ..launcher import launched
 from ..spec import UserError, choose
 from .single import Strategy as Strategy
 
