@@ -22,15 +22,13 @@ from .model import flops_per_token
 from .spec import UserError
 
 TRAINING = 3  # forward passes that a forward and a backward pass cost
-DATASHEETS = {  # dense products per second by NVIDIA's datasheets: in bfloat16, and in float32 without tensor cores
+DATASHEETS = {  # words of a GPU's name: NVIDIA's dense products per second, in bfloat16 and in float32 without TF32
+    "H100 HBM3": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
     "H200": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
 }
+PARTIAL = {"MIG", "NVL"}  # a slice of a GPU, and the slower cards of a pair
 
 
 def training_flops(model: ModelConfig, length: int | None = None) -> float:
@@ -75,12 +73,12 @@ def find_peak(device: torch.device, precision: str, given: float | None = None) 
 
 
 def datasheet(gpu: str, precision: str) -> Peak | None:
-    """By the name that the driver gives; None for one not listed, and for a slice of a GPU."""
-    words = re.findall(r"\w+", gpu)
-    for name, rates in DATASHEETS.items():
-        if set(name.split()) <= set(words) and "MIG" not in words:
-            bf16 = precision == "bf16"
-            return Peak(rates[0 if bf16 else 1], f"datasheet of the {name}, dense {'bfloat16' if bf16 else 'float32'}")
+    """By the name that the driver gives; None for a GPU not listed."""
+    words = set(re.findall(r"\w+", gpu))
+    for name, (bf16, fp32) in DATASHEETS.items():
+        if set(name.split()) <= words and not words & PARTIAL:
+            rate, kind = (bf16, "bfloat16") if precision == "bf16" else (fp32, "float32")
+            return Peak(rate, f"datasheet of the {gpu}, dense {kind}")
     return None
 
 
@@ -100,7 +98,7 @@ class Interval(NamedTuple):
     seconds: float
     waited: float  # of these seconds, for data
     flops: float  # that the model needs; NaN: not known
-    executed: float  # that were computed
+    executed: float  # that were computed, padding aside
     peak: float  # FLOPs per second; NaN: not known
     memory: float  # bytes, the most so far
 

@@ -6,7 +6,8 @@ that are done twice, and TensorBoard's one writes each sitting's hyperparameters
     track/wandb            Weights & Biases; without credentials, or with WANDB_MODE=offline, for wandb sync
     track/trackio          a database; TRACKIO_DIR=FOLDER/track/trackio trackio show
 
-A resumed run goes on in the same run of each, and steps that it does again do not show twice.
+A resumed run goes on in the same run of each. What TensorBoard and trackio have of steps that it does again is taken
+back; Weights & Biases keeps the first, which is the same, since such steps repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Trackers:
         self.say = say
         self.open: dict[str, tuple[Write, ExitStack]] = {}
 
-    def begin(self, name: str, tracker: AbstractContextManager[Write]) -> None:
+    def begin(self, name: str, run: Run) -> None:
         stack = ExitStack()
         try:
-            self.open[name] = stack.enter_context(tracker), stack
+            run.folder.mkdir(exist_ok=True)
+            self.open[name] = stack.enter_context(TRACKERS[name](run)), stack
         except Exception as error:
             self._drop(name, error)
 
@@ -110,9 +112,7 @@ def open_trackers(
         write_json(place / "ids.json", {"id": id, "name": f"{config.name}-{config.mechanism}-{id}"})
     ids = read_json(place / "ids.json")
     for name in dict.fromkeys(names):
-        (place / name).mkdir(exist_ok=True)
-        run = Run(place / name, ids["id"], ids["name"], to_dict(config), progress_step)
-        trackers.begin(name, TRACKERS[name](run))
+        trackers.begin(name, Run(place / name, ids["id"], ids["name"], to_dict(config), progress_step))
     try:
         yield trackers
     except BaseException as error:
@@ -149,7 +149,7 @@ def _tensorboard(run: Run) -> Iterator[Write]:
 
 @contextmanager
 def _wandb(run: Run) -> Iterator[Write]:
-    """Its server ignores steps before the last that it has."""
+    """It takes no step before the last that it has. Without a network each sitting has a folder, and all one id."""
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_CACHE_DIR", str(run.folder / "cache"))  # its logs, else in the home folder
     import wandb
