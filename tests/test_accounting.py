@@ -216,7 +216,7 @@ def test_of_one_nobody_falls_behind_and_of_two_one_can():
     ],
 )
 def test_datasheets_are_found_by_the_name_of_the_gpu(gpu, bf16, fp32):
-    for precision, rate in (("bf16", bf16), ("fp32", fp32)):
+    for precision, rate in (("bf16", bf16), ("fp16", bf16), ("fp32", fp32)):
         found = datasheet(gpu, precision)
         assert found is not None and found.rate == rate and f"datasheet of the {gpu}, dense" in found.source
 

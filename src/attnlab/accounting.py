@@ -22,12 +22,13 @@ from .model import flops_per_token
 from .spec import UserError
 
 TRAINING = 3  # forward passes that a forward and a backward pass cost
-DATASHEETS = {  # words of a GPU's name: NVIDIA's dense products per second, in bfloat16 and in float32 without TF32
+DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32
     "H100 HBM3": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
     "H200": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTIAL = {"MIG", "NVL"}  # a slice of a GPU, and the slower cards of a pair
 
 
@@ -62,7 +63,7 @@ class Peak(NamedTuple):
 def find_peak(device: torch.device, precision: str, given: float | None = None) -> Peak:
     """What MFU is relative to: as given, else by the GPU's datasheet, else measured, in half a second.
 
-    `precision`: fp32 or bf16. Raises `UserError` for a rate that is none.
+    `precision`: fp32, bf16 or fp16. Raises `UserError` for a rate that is none.
     """
     if given is not None:
         if not (given > 0 and math.isfinite(given)):
@@ -75,20 +76,22 @@ def find_peak(device: torch.device, precision: str, given: float | None = None) 
 def datasheet(gpu: str, precision: str) -> Peak | None:
     """By the name that the driver gives; None for a GPU not listed."""
     words = set(re.findall(r"\w+", gpu))
-    for name, (bf16, fp32) in DATASHEETS.items():
+    for name, (half, single) in DATASHEETS.items():
         if set(name.split()) <= words and not words & PARTIAL:
-            rate, kind = (bf16, "bfloat16") if precision == "bf16" else (fp32, "float32")
-            return Peak(rate, f"datasheet of the {gpu}, dense {kind}")
+            return Peak(single if precision == "fp32" else half, f"datasheet of the {gpu}, dense {_kind(precision)}")
     return None
 
 
 def measured_peak(device: torch.device, precision: str) -> Peak:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size, where = matrix_size(device), device.type
     if device.type == "cpu":
         where += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-    product = f"product of two {size}x{size} {str(dtype).removeprefix('torch.')} matrices"
-    return Peak(matrix_rate(device, dtype), f"measured: {product} on {where}")
+    product = f"product of two {size}x{size} {_kind(precision)} matrices"
+    return Peak(matrix_rate(device, DTYPES[precision]), f"measured: {product} on {where}")
+
+
+def _kind(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 class Interval(NamedTuple):

@@ -7,7 +7,7 @@ that are done twice, and TensorBoard's one writes each sitting's hyperparameters
     track/trackio          a database; TRACKIO_DIR=FOLDER/track/trackio trackio show
 
 A resumed run goes on in the same run of each. What TensorBoard and trackio have of steps that it does again is taken
-back; Weights & Biases keeps the first, which is the same, since such steps repeat bit for bit.
+back; Weights & Biases takes no step that it has already.
 """
 
 from __future__ import annotations
