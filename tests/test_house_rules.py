@@ -40,7 +40,7 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "strategies", "convert", "workers", "progress", "measure"},
+    {"train", "strategies", "convert", "workers", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
     {"evaluate", "examine", "bench", "forecast", "heads"},
@@ -112,6 +112,9 @@ EXTRAS = {
     "datasets",
     "tokenizers",
     "tiktoken",
+    "tensorboard",
+    "wandb",
+    "trackio",
 }
 
 

@@ -51,6 +51,13 @@ class RunResult(Record):
     val_loss: float | None = None
     best_val_loss: float | None = None
     tokens_per_s: float | None = None
+    mfu: float | None = None  # model FLOPs per second, as a share of the peak
+    peak: str = ""  # what that is, and how it is known
+    data_wait: float | None = None  # share of the time
+    strategy: str = ""
+    processes: int = 1
+    skipped: int = 0  # steps not taken, because of what they would have done
+    rewinds: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
     precision: str = ""

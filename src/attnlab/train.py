@@ -6,7 +6,6 @@ whatever their mechanism is.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import shlex
@@ -27,15 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from . import data, ops, strategies
+from .accounting import Account, Laggards, Peak, combine, document_lengths, find_peak
 from .checkpoint import RunFolder, load_weights
 from .config import Execution, RunConfig, TrainConfig
 from .convert.heal import distilled, freeze, start_from
 from .crew import ALONE, Alone, Crew, join, leave, lost, unreachable
+from .heartbeat import Heartbeat
 from .launcher import restarted
+from .measure import peak_bytes, reset_peak
 from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError
 from .strategies import Strategy
+from .trackers import Trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 HOW = Execution()
@@ -76,7 +79,6 @@ def train(
     what cannot be run and `Diverged` for a loss that is not finite; the last good checkpoint stays. Under a launcher
     all processes call it alike, and the first one writes and tells.
     """
-    _reset_peak()
     kind, _ = strategies.find(how.strategy)
     crew = join(find_device(config.train.device), kind.grouped)
     try:
@@ -107,27 +109,39 @@ def _train(
         result = folder.result()
         if result is not None and result.status == "done":
             return result
+    device = find_device(config.train.device)
+    peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
+    reset_peak()
     trainer, log = ready(config, corpus, crew, how, folder)
     if folder is None:  # only now, so that nothing is left where something cannot be trained
         folder = RunFolder.create(out, config, corpus, crew)
     tell = progress if progress and crew.first else lambda event: None
-    while True:
-        run = Run(trainer, folder, log, stop, tell)
-        try:
-            finished = run.go()
-            break
-        except Rewind as back:
-            start = folder.newest() or 0
-            past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
-            trainer, log = ready(config, corpus, crew, how, folder, past)
-            folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
-        except Diverged as error:
-            folder.write_result(summary(trainer, folder, log, "failed", str(error)))
-            raise
-        except (UserError, OSError) as error:
-            raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
-    result = summary(trainer, folder, log, "done" if finished else "interrupted")
-    folder.write_result(result)
+
+    def say(words: str) -> None:
+        tell({"step": log.step, "say": words})
+
+    names, saved = how.track if crew.first else (), -1 if log.saved is None else log.saved
+    if names:
+        say(f"opening {', '.join(names)}")
+    with open_trackers(names, out, config, saved, say) as trackers:
+        while True:
+            run = Run(trainer, folder, log, stop, tell, trackers, peak)
+            try:
+                finished = run.go()
+                break
+            except Rewind as back:
+                start = folder.newest() or 0
+                past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
+                trainer, log = ready(config, corpus, crew, how, folder, past)
+                folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
+                say(f"{back}: back to step {start}, and its batches are left out")
+            except Diverged as error:
+                folder.write_result(summary(trainer, folder, log, peak, "failed", str(error)))
+                raise
+            except (UserError, OSError) as error:
+                raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
+        result = summary(trainer, folder, log, peak, "done" if finished else "interrupted")
+        folder.write_result(result)
     if not finished:
         raise Stopped(f"stopped after step {log.step}; the run is saved in {out}")
     return result
@@ -334,7 +348,10 @@ class Step(NamedTuple):
     norm: Tensor  # of the gradient, before clipping
     tokens: int  # targets that counted, of all processes
     applied: bool = True
+    own: int = 0  # targets that this process read
+    lengths: tuple[int, ...] = ()  # of the documents that it read, where rows hold whole ones
     waited: float = 0.0  # seconds for data
+    alone: float = 0.0  # seconds of data and forward passes, in which a process does not wait for others but in fsdp
 
 
 def train_step(trainer: Trainer, step: int, place: int | None = None, limit: float = math.inf) -> Step:
@@ -348,13 +365,15 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
     waited = time.perf_counter() - began
     counts = [part.counted() for part in parts]
     everyone = int(crew.sum(sum(counts))[0])
-    total = torch.zeros((), device=trainer.device)
+    total, alone = torch.zeros((), device=trainer.device), waited
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
         weight = share * crew.size * trainer.scale.now
         with strategy.part(number + 1 == len(parts)), ops.part_of_step(number), ops.scale_losses(weight):
+            began = time.perf_counter()
             with trainer.autocast():
                 loss = strategy(*part.to(trainer.device))
+            alone += time.perf_counter() - began
             strategy.backward(loss * weight)
         total += loss.detach() * share
     skips = config.guard == "skip"
@@ -365,7 +384,8 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
         experts.move_bias()
     if trainer.scale.used and fine:
         trainer.scale.learn(applied)
-    return Step(total, norm, everyone, applied, waited)
+    lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))
+    return Step(total, norm, everyone, applied, sum(counts), lengths, waited, alone)
 
 
 @torch.no_grad()
@@ -441,8 +461,7 @@ class Log:
     scale: tuple[float, int] = (2.0**16, 0)  # of float16 gradients, and its good steps
     # of this sitting only:
     norm: float = 0.0
-    recent: int = 0  # tokens since the last record
-    busy: float = 0.0  # seconds of those steps
+    alone: float = 0.0  # seconds since the last record in which this process waited for no other
     warm: bool = False  # whether a whole interval has passed
     saved: int | None = None
     validated: tuple[int, float] | None = None  # step and loss of the last validation
@@ -469,7 +488,15 @@ class Run:
     log: Log
     stop: threading.Event
     tell: Listener
+    trackers: Trackers
+    peak: Peak
     fresh: list[Step] = field(default_factory=list)  # steps whose numbers have not been looked at
+
+    def __post_init__(self) -> None:
+        trainer, crew = self.trainer, self.trainer.crew
+        self.account = Account(trainer.config, self.peak, trainer.device, recompute=trainer.model.recompute)
+        self.heart = Heartbeat(self.folder.path, crew.rank, crew.size)
+        self.laggards = Laggards()
 
     def go(self) -> bool:
         """Whether it came to the end; if not, it was asked to stop. Saved either way."""
@@ -491,12 +518,14 @@ class Run:
             self.fresh.append(done)
             log.step += 1
             log.tokens += done.tokens
-            log.recent += done.tokens
+            log.alone += done.alone
+            self.heart.beat(log.step)
             owed = _due(log.step, config.eval_every, config.steps)
             saves = _due(log.step, config.save_every, config.steps)
             if reports or owed or saves or watchful:
                 self.look()
-            log.busy += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.account.step(tokens=done.own, seconds=seconds, waited=done.waited, lengths=done.lengths)
             if reports:
                 self.report(auxiliary)
             if owed and not self.validate():
@@ -533,7 +562,9 @@ class Run:
         return True
 
     def note(self, record: Mapping[str, Any], step: int | None = None) -> None:
-        self.folder.log({"step": self.log.step if step is None else step, **record})
+        step = self.log.step if step is None else step
+        self.folder.log({"step": step, **record})
+        self.trackers.log(record, step)
 
     def limit(self) -> float:
         """The loss from which on a step is a spike."""
@@ -584,17 +615,20 @@ class Run:
         )
 
     def report(self, auxiliary: Mapping[str, list[Tensor]]) -> None:
-        config, log = self.trainer.config, self.log
+        config, crew, log = self.trainer.config, self.trainer.crew, self.log
+        mine, alone = zip(*crew.gather((self.account.take(), log.alone)), strict=True)
         record = {
             "loss": statistics.fmean(log.interval) if log.interval else None,
             "lr": learning_rate(config.train, log.step - 1),
             "grad_norm": log.norm,
-            "tokens_per_s": log.recent / log.busy,
+            **combine(mine),
             **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
         }
         self.note(record if log.warm else record | {"warm_up": True})
-        log.interval, log.recent, log.busy, log.warm = [], 0, 0.0, True
+        log.interval, log.alone, log.warm = [], 0.0, True
         self.tell({"step": log.step, **record})
+        for behind in self.laggards.look(alone) if crew.size > 1 else ():
+            self.tell({"step": log.step, "say": str(behind)})
 
     def save(self) -> None:
         if self.log.saved != self.log.step:
@@ -607,13 +641,18 @@ def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: str = "") -> RunResult:
+def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: str, error: str = "") -> RunResult:
     """Everything a comparison needs to know about a run."""
+
+    def middle(name: str) -> float | None:
+        values = [r[name] for r in timed if r.get(name) is not None]
+        return statistics.median(values) if values else None
+
     config, model, records = trainer.config, trainer.model, folder.metrics()
     curve = [[r["step"], r["val_loss"]] for r in records if "val_loss" in r]
     train_curve = [[r["step"], r["loss"]] for r in records if "loss" in r]
-    timed = [r for r in records if "tokens_per_s" in r]
-    rates = [r["tokens_per_s"] for r in timed if "warm_up" not in r] or [r["tokens_per_s"] for r in timed]
+    every = [r for r in records if "tokens_per_s" in r]
+    timed = [r for r in every if "warm_up" not in r] or every
     specs = [layer.cache_spec for layer in attention_configs(config.model)]
     context = config.model.context
     return RunResult(
@@ -633,9 +672,16 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
         train_loss=train_curve[-1][1] if train_curve else None,
         val_loss=curve[-1][1] if curve else None,
         best_val_loss=min((loss for _, loss in curve), default=None),
-        tokens_per_s=statistics.median(rates) if rates else None,
+        tokens_per_s=middle("tokens_per_s"),
+        mfu=middle("mfu"),
+        peak=str(peak),
+        data_wait=middle("data_wait"),
+        strategy=trainer.strategy.name,
+        processes=trainer.crew.size,
+        skipped=log.skipped,
+        rewinds=log.rewinds,
         seconds=log.seconds,
-        peak_bytes=_peak_bytes(trainer.device),
+        peak_bytes=peak_bytes(trainer.device),
         precision=trainer.precision,
         impl=config.model.impl,
         threads=torch.get_num_threads(),
@@ -705,30 +751,6 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _reset_peak() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from what is resident now
-    except OSError:
-        pass
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory resident at once: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,6 +15,7 @@ from .single import Optimizers
 
 
 class Strategy(single.Strategy):
+    name = "ddp"
     grouped = True
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:

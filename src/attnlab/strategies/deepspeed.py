@@ -73,12 +73,14 @@ def settings_of(path: str) -> dict[str, Any]:
 
 
 class Strategy(single.Strategy):
+    name = "deepspeed"
     grouped = True
     careful = False
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         settings = settings_of(self.settings)
         self.stage: int = settings["zero_optimization"]["stage"]
+        self.name = f"deepspeed, ZeRO stage {self.stage}"
         if self.config.optimizer == "muon":
             raise UserError("train.optimizer muon needs whole matrices, which deepspeed flattens: give adamw")
         if self.config.compile and self.stage == 3:

@@ -22,6 +22,7 @@ from .single import Optimizers
 
 
 class Strategy(single.Strategy):
+    name = "fsdp"
     grouped = True
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:

@@ -33,6 +33,7 @@ class Objective(nn.Module):
 class Strategy:
     """A model made ready: called, it is the `Objective`. Everything is called by all processes alike."""
 
+    name = "single"
     grouped = False  # whether it needs a process group, if only of one process
     careful = True  # whether a step's gradient is known before it is applied
 

@@ -85,6 +85,8 @@ def train(
     if result is not None and rank() == 0:
         loss, rate = shown(result.val_loss), shown(result.tokens_per_s, 0)
         print(f"val loss {loss} after {result.steps} steps, {rate} tokens/s, {out}")
+        if result.mfu is not None:
+            print(f"model FLOPs used: {result.mfu:.0%} of {result.peak}", file=sys.stderr)
         print(f"next: attnlab sample {out} --prompt 'ROMEO:'", file=sys.stderr)
     return 0
 
