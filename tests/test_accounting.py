@@ -237,7 +237,7 @@ def test_a_peak_says_where_it_is_from():
     threads = torch.get_num_threads()
     words = f"measured: product of two 1024x1024 float32 matrices on cpu, {threads} thread{'s' if threads > 1 else ''}"
     assert found.source == words and str(found) == f"{found.rate / 1e12:.3g} TFLOP/s ({words})"
-    assert "bfloat16" in measured_peak(CPU, "bf16").source
+    assert "bfloat16" in measured_peak(CPU, "bf16", torch.get_num_threads()).source
 
 
 def test_peak_memory_is_of_this_process_and_begins_anew():
