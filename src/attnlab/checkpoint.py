@@ -250,7 +250,8 @@ class RunFolder:
             raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made."""
+        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made or
+        did not come to drop."""
         if self.crew.first:
             self._forget_after(step)
         self.crew.wait()
@@ -259,6 +260,7 @@ class RunFolder:
         half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
         for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*"), *half_gone):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        self._tidy()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
         else:
@@ -290,8 +292,7 @@ class RunFolder:
             if crew.first:
                 shutil.rmtree(half, ignore_errors=True)
         if crew.first:
-            for old in self._spare():
-                _drop(self._place(old))
+            self._tidy()
         return place
 
     def _commit(
@@ -304,11 +305,13 @@ class RunFolder:
         os.replace(half, place)
         _sync(self.path)
 
-    def _spare(self) -> list[int]:
-        """Checkpoints that need not stay."""
+    def _tidy(self) -> None:
+        """Drop the checkpoints that need not stay."""
         steps, keep = self.steps(), self.config.train.keep
         best = self.best()
-        return [step for step in steps[:-keep] if step != best] if keep else []
+        for step in steps[:-keep] if keep else ():
+            if step != best:
+                _drop(self._place(step))
 
     def best(self) -> int | None:
         """The step, of those with a checkpoint and a validation at that very step, with the least loss."""
