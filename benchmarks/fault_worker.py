@@ -13,22 +13,22 @@ overflow. A process that a launcher started again meets no fault but poison.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate.state  # noqa: F401, like the next two: so that the server has it
-import rich.progress  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
 
 from attnlab import checkpoint, cli, train
 from attnlab.launcher import rank, restarted
@@ -41,6 +41,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         arm(json.loads(sys.argv[1]))
         return cli.main(sys.argv[2:])
+    warm()
     for line in sys.stdin:
         print(json.dumps(serve(**json.loads(line))), flush=True)
     return 0
@@ -220,6 +221,17 @@ def spoil(owner: Any, kind: Callable[[], str]) -> None:
 
 
 # the server
+
+
+def warm() -> None:
+    """One small run, so that no child has to import anything, or to look at what its parent had made."""
+    with tempfile.TemporaryDirectory() as home, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with contextlib.redirect_stdout(nowhere):
+            (Path(home) / "text.txt").write_text("pack my box with five dozen liquor jugs\n" * 50)
+            shape = "--model.context 8 --model.n-layers 1 --model.d-model 8 --model.n-heads 1 --train.steps 1 --peak 1e9"
+            cli.main(["train", "quick", "--data", f"text:{home}/text.txt", "--out", f"{home}/run", *shape.split()])
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) == 1, "what forks may have one thread"
 
 
 def serve(words: list[str], fault: dict[str, Any], processes: int, log: str, timeout: float) -> dict[str, Any]:

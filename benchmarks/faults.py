@@ -192,7 +192,7 @@ def resumed(lab: Lab, out: Path, whole: Path, options: Mapping[str, Any] | None 
 # a: killed at every write
 
 
-WALK = {"train.steps": 6, "train.save-every": 2, "train.eval-every": 3, "train.keep": 1, "model.d-model": 8}
+WALK = {"train.steps": 4, "train.save-every": 2, "train.eval-every": 3, "train.keep": 1, "model.d-model": 8}
 
 
 def walk(
