@@ -164,7 +164,7 @@ def at_compilation(tick: Act, fault: dict[str, Any]) -> None:
     to = {"self": f"{os.getpid()}", "group": f"-{os.getpgid(0)}"}[fault.get("to", "self")]
     compiler = Path(fault["mark"]).with_suffix(".cxx")
     compiler.write_text(
-        f"#!/bin/sh\n[ -e {fault['mark']} ] || case \"$*\" in *.main.cpp*|*cpp*)\n"
+        f'#!/bin/sh\n[ -e {fault["mark"]} ] || case "$*" in *.main.cpp*|*cpp*)\n'
         f"date +%s.%N > {fault['mark']}; kill -{fault['do'].removeprefix('SIG')} -- {to}; sleep 0.2;; esac\n"
         'exec g++ "$@"\n'
     )
@@ -176,9 +176,7 @@ def at_compilation(tick: Act, fault: dict[str, Any]) -> None:
 PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {
     "start": lambda tick, _: before(train, "resolve", tick),
     "step": lambda tick, _: before(train.Trainer, "batch", tick),
-    "evaluation": lambda tick, _: before(
-        single.Strategy, "__call__", tick, lambda *_, plain=False, **__: plain
-    ),
+    "evaluation": lambda tick, _: before(single.Strategy, "__call__", tick, lambda *_, plain=False, **__: plain),
     "compilation": at_compilation,
     "saving": lambda tick, _: before(checkpoint, "_write", tick),
     "write": at_write,
@@ -228,7 +226,9 @@ def warm() -> None:
     with tempfile.TemporaryDirectory() as home, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         with contextlib.redirect_stdout(nowhere):
             (Path(home) / "text.txt").write_text("pack my box with five dozen liquor jugs\n" * 50)
-            shape = "--model.context 8 --model.n-layers 1 --model.d-model 8 --model.n-heads 1 --train.steps 1 --peak 1e9"
+            shape = (
+                "--model.context 8 --model.n-layers 1 --model.d-model 8 --model.n-heads 1 --train.steps 1 --peak 1e9"
+            )
             cli.main(["train", "quick", "--data", f"text:{home}/text.txt", "--out", f"{home}/run", *shape.split()])
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "what forks may have one thread"
@@ -245,7 +245,9 @@ def serve(words: list[str], fault: dict[str, Any], processes: int, log: str, tim
         sys.stdout.flush()
         if (pid := os.fork()) == 0:
             if processes > 1:
-                os.environ |= {name: str(value) for name, value in (crew | {"RANK": number, "LOCAL_RANK": number}).items()}
+                os.environ |= {
+                    name: str(value) for name, value in (crew | {"RANK": number, "LOCAL_RANK": number}).items()
+                }
             child(words, fault, log)
         pids.append(pid)
     codes: dict[int, int] = {}
