@@ -51,13 +51,17 @@ def main() -> int:
 
 
 def arm(fault: dict[str, Any]) -> None:
-    poison({int(place): kind for place, kind in fault.get("poison", {}).items()}, fault.get("ranks", [0]))
+    poison(
+        {int(place): kind for place, kind in fault.get("poison", {}).items()},
+        fault.get("ranks", [0]),
+        Path(fault["mark"]),
+    )
     if "at" in fault and rank() == fault.get("rank", 0) and not restarted():
         PLACES[fault["at"]](nth(fault.get("number", 1), lambda: strike(fault)), fault)
 
 
 def strike(fault: dict[str, Any]) -> None:
-    Path(fault["mark"]).write_text(str(time.time()))
+    note(Path(fault["mark"]))
     do = fault["do"]
     if do == "raise":
         raise RuntimeError("the roof fell in")
@@ -72,6 +76,10 @@ def strike(fault: dict[str, Any]) -> None:
             "parent": lambda: os.kill(os.getppid(), number),
             "group": lambda: os.killpg(0, number),
         }[fault.get("to", "self")]()
+
+
+def note(mark: Path) -> None:
+    mark.write_text(str(time.time()))
 
 
 def fill(path: Path) -> None:
@@ -165,11 +173,13 @@ def at_compilation(tick: Act, fault: dict[str, Any]) -> None:
     compiler = Path(fault["mark"]).with_suffix(".cxx")
     compiler.write_text(
         f'#!/bin/sh\n[ -e {fault["mark"]} ] || case "$*" in *.main.cpp*|*cpp*)\n'
-        f"date +%s.%N > {fault['mark']}; kill -{fault['do'].removeprefix('SIG')} -- {to}; sleep 0.2;; esac\n"
+        f"date +%s.%N > {fault['mark']}; kill -s {fault['do'].removeprefix('SIG')} -- {to}; sleep 0.2;; esac\n"
         'exec g++ "$@"\n'
     )
     compiler.chmod(0o755)
-    os.environ["CXX"] = str(compiler)
+    from torch._inductor import config
+
+    config.cpp.cxx = (None, str(compiler))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(fault["mark"]).with_suffix(".cache"))
 
 
@@ -185,7 +195,7 @@ PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {
 }
 
 
-def poison(places: dict[int, str], ranks: list[int]) -> None:
+def poison(places: dict[int, str], ranks: list[int], mark: Path) -> None:
     """Batches whose loss or gradient is wrong, whoever meets them and however often."""
     if not places or rank() not in ranks:
         return
@@ -199,16 +209,18 @@ def poison(places: dict[int, str], ranks: list[int]) -> None:
 
     train.Trainer.batch = read  # type: ignore[method-assign]
     for owner in (single.Strategy, ddp.Strategy):
-        spoil(owner, lambda: kind)
+        spoil(owner, lambda: kind, mark)
 
 
-def spoil(owner: Any, kind: Callable[[], str]) -> None:
+def spoil(owner: Any, kind: Callable[[], str], mark: Path) -> None:
     honest = owner.__call__
 
     def call(self: Any, x: Any, y: Any, documents: Any = None, plain: bool = False) -> torch.Tensor:
         loss: torch.Tensor = honest(self, x, y, documents, plain)
         if plain or not kind():
             return loss
+        if not mark.exists():
+            note(mark)
         return {
             "nan": lambda: loss * float("nan"),
             "spike": lambda: loss + 5,
@@ -239,7 +251,7 @@ def serve(words: list[str], fault: dict[str, Any], processes: int, log: str, tim
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    crew = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    crew = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pids = []
     for number in range(processes):
         sys.stdout.flush()

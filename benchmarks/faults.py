@@ -51,7 +51,8 @@ SHAPE: dict[str, Any] = {
     "train.precision": "fp32",
     "train.device": "cpu",
 }
-COMPILED = {"train.compile": "", "train.steps": 4, "train.eval-every": 2}
+COMPILED = {"train.compile": True, "train.steps": 4, "train.eval-every": 2}
+Options = Mapping[str, Any] | None
 PROMPT = 60.0  # seconds in which all processes must have ended, once one of them has
 
 
@@ -110,8 +111,8 @@ class Lab:
     def run(
         self,
         out: Path,
-        fault: Mapping[str, Any] | None = None,
-        options: Mapping[str, Any] | None = None,
+        fault: Options = None,
+        options: Options = None,
         *,
         resume: bool = False,
         processes: int = 1,
@@ -145,9 +146,7 @@ class Lab:
         assert not hung, f"not all processes ended within {timeout:.0f} s:\n{said[-3000:]}"
         return Done(codes, said, ended - (float(mark.read_text()) if mark.exists() else began))
 
-    def whole(
-        self, options: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None, processes: int = 1
-    ) -> Path:
+    def whole(self, options: Options = None, fault: Options = None, processes: int = 1) -> Path:
         """The folder of a run with these options, and this poison, to which nothing else happened."""
         key = json.dumps([options, fault, processes])
         if key not in self.wholes:
@@ -213,8 +212,8 @@ def resumed(
     lab: Lab,
     out: Path,
     whole: Path,
-    options: Mapping[str, Any] | None = None,
-    fault: Mapping[str, Any] | None = None,
+    options: Options = None,
+    fault: Options = None,
     processes: int = 1,
 ) -> None:
     done = lab.run(out, fault, options, resume=True, processes=processes, fast=True)
@@ -237,7 +236,7 @@ def walk(
     points: Iterator[int] | range = range(1, 1000),
     rank: int = 0,
     processes: int = 1,
-    fault: Mapping[str, Any] | None = None,
+    fault: Options = None,
 ) -> tuple[int, float]:
     """Kill at each point until one is not reached: how many were, and the longest it took until all had ended."""
     whole, tried, longest = lab.whole(options, fault, processes), 0, 0.0
@@ -305,9 +304,7 @@ def killed_one_of_two(lab: Lab, step: int = 4) -> Outcome:
 # b: asked to stop
 
 
-def stopped(
-    lab: Lab, at: str, number: int, step: int, do: str, options: Mapping[str, Any] | None = None, **more: Any
-) -> Outcome:
+def stopped(lab: Lab, at: str, number: int, step: int, do: str, options: Options = None, **more: Any) -> Outcome:
     """It ends well at `step`."""
     whole, out = lab.whole(options), lab.new()
     done = lab.run(out, {"at": at, "number": number, "do": do, **more}, options)
@@ -383,7 +380,7 @@ def refused(done: Done, out: Path) -> None:
 
 
 def small_disk_full(lab: Lab) -> Outcome:
-    """A file system in memory, really full; None where none may be mounted."""
+    """A file system in memory, really full."""
     with small_disk(lab.home / "disk") as disk:
         out, ballast = disk / "run", disk / "ballast"
         done = lab.run(out, {"at": "step", "number": 7, "do": "full", "fill": str(ballast)})
@@ -405,10 +402,6 @@ def small_disk(place: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
-
-
-def may_mount() -> bool:
-    return os.name == "posix" and os.geteuid() == 0 and shutil.which("mount") is not None
 
 
 # e: guards
