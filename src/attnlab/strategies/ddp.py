@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,7 +22,9 @@ class Strategy(single.Strategy):
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         made = super().prepare(optimizers)
         dead = any("no dead parameters" in config.breaks for config in attention_configs(self.model.config))
-        self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, find_unused_parameters=dead)
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
+        self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=dead, **{sync: False})
         return made
 
     def __call__(self, x: Tensor, y: Tensor, documents: Tensor | None = None, plain: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -86,6 +87,7 @@ class Strategy(single.Strategy):
         if self.config.compile and self.stage == 3:
             raise UserError("train.compile cannot see the parameters that ZeRO stage 3 takes away: leave it off")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # which it calls
         deepspeed = need("deepspeed", "scale")
         made = super().prepare(optimizers)
         settings |= {
