@@ -14,7 +14,7 @@ import torch
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.latent import angles
-from attnlab.stats import holm, welch
+from attnlab.stats import beyond, holm, welch
 
 VOCAB, PLACES = 24, 32
 WIDTH = 2 * VOCAB + PLACES  # a token, the token before it, a position: each one-hot in a place of its own
@@ -98,10 +98,37 @@ def test_without_the_circuit_the_second_half_cannot_be_told() -> None:
     assert len(found.loss_by_position) == 17
 
 
-@pytest.mark.parametrize("mechanism", ["mha", "mla", "mka"])
-def test_random_weights_score_at_the_null(mechanism: str) -> None:
-    found = head_scores(small(mechanism), sequences=16)
+@pytest.mark.parametrize("mechanism", ["mha", "mqa", "mla", "mka"])
+@pytest.mark.parametrize("segments", [[24], [6, 12]])
+def test_random_weights_score_at_the_null(mechanism: str, segments: list[int]) -> None:
+    """With many sequences too: chance makes heads that differ from each other, and none of them is a finding."""
+    found = head_scores(small(mechanism), sequences=64, segments=segments)
     assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+def test_large_random_weights_score_at_their_own_null() -> None:
+    def large(seed: int) -> Decoder:
+        torch.manual_seed(seed)
+        model = Decoder(small("mha").config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4 if parameter.ndim > 1 else 1)
+        return model
+
+    found = head_scores(large(99), untrained=map(large, range(8)), sequences=32, segments=[20])
+    spread = torch.tensor(found.scores["previous token"]).std()
+    assert spread > 1e-3, "these heads differ"
+    assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+def test_samples_of_several_lengths_are_their_means() -> None:
+    model = small("mha")
+    apart = [head_scores(model, sequences=4, segments=[n]).scores for n in (7, 20)]
+    joined = head_scores(model, sequences=4, segments=[20, 7, 7])
+    assert joined.segments == [7, 20]
+    for name in ("induction", "entropy"):
+        mean = (torch.tensor(apart[0][name]) + torch.tensor(apart[1][name])) / 2
+        torch.testing.assert_close(torch.tensor(joined.scores[name]), mean)
 
 
 SOFTMAX = [name for name in attention.names() if "mixing" not in attention.module(name).Config.breaks]
@@ -208,13 +235,17 @@ def test_repeats_and_their_null() -> None:
 def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(UserError, match="no softmax"):
         head_scores(small("latent_lookup"), sequences=2)
-    with pytest.raises(UserError, match="two repeats of 40 tokens are longer than the 48 learned positions"):
-        head_scores(small("mha", positions="learned"), segments=[40])
+    for positions in ("learned", "rope"):
+        said = (
+            "segments of 9, 40 tokens, each repeated once, must fit into the context .*48: give segments from 2 to 24"
+        )
+        with pytest.raises(UserError, match=said):
+            head_scores(small("mha", positions=positions), segments=[9, 40])
     with pytest.raises(UserError, match="at least 2"):
         head_scores(small("mha"), sequences=1)
-    with pytest.raises(UserError, match="fit twice into the context, which is 6"):
+    with pytest.raises(UserError, match=r"segment of at least 4 tokens, .* which is 6: give segments from 2 to 3"):
         head_scores(small("mha", context=6))
-    with pytest.raises(UserError, match="segment of 30 tokens"):
+    with pytest.raises(UserError, match="segments of 30 tokens"):
         ablate(small("mha", positions="learned"), segment=30)
 
 
@@ -223,6 +254,11 @@ def test_welch_and_holm_against_known_values() -> None:
     assert welch([3, 4, 5, 9], [1, 2, 2, 4]) == pytest.approx(0.0543504756624618, abs=1e-12)
     assert welch([1, 2, 2, 4], [3, 4, 5, 9]) == pytest.approx(1 - 0.0543504756624618, abs=1e-12)
     assert welch([1.0, 1.0], [0.0, 0.0]) == 0 and welch([1.0, 1.0], [1.0, 1.0]) == 1
+    # one more of a kind: 8 groups of 1, so Student's t of 7 degrees; t.sf(2.998, 7) = 0.01
+    kind = [[float(v)] for v in range(8)]
+    far = 3.5 + 2.997952 * torch.arange(8.0).std().item() * (1 + 1 / 8) ** 0.5
+    assert beyond(far, kind) == pytest.approx(0.01, abs=1e-5) and beyond(7 - far, kind) == pytest.approx(0.99, abs=1e-5)
+    assert beyond(1.0, [[0.0], [0.0]]) == 0 and beyond(0.0, [[0.0], [0.0]]) == 1
     assert holm([0.001, 0.02, 0.5, 0.012], 0.05) == [True, True, False, True]
     assert holm([0.03, 0.04], 0.05) == [False, False]
 
@@ -285,7 +321,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_along_training(run: Path) -> None:
     found = emergence(run, sequences=4)
     assert found.steps == [2, 4, 6]
-    last = head_scores(load_model(run)[0], sequences=4, segments=[found.segment])
+    last = head_scores(load_model(run)[0], sequences=4, segments=found.segments)
     for name, by_step in found.scores.items():
         assert torch.tensor(by_step[-1]) == pytest.approx(torch.tensor(last.scores[name]), abs=1e-6)
     assert found.second_half[-1] == pytest.approx(ablate(load_model(run)[0], sequences=4).second_half, abs=1e-6)
@@ -298,10 +334,15 @@ def test_the_command_writes_everything(run: Path, tmp_path: Path, capsys: pytest
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "induction" in printed and "Holm" in printed
+    assert "effective rank" in printed and "keys apart" in printed and "gate" not in printed
     found = json.loads(out.read_text())
-    assert set(found) == {"source", "mechanisms", "untrained", "scores", "ablation", "inside", "emergence"}
+    assert set(found) == {"source", "mechanisms", "untrained", "scores", "ablation", "inside", "patterns", "emergence"}
     figures = sorted(png.iterdir())
-    assert [f.stem for f in figures] == ["ablation", "emergence", "latents", "loss-by-position", "scores"]
+    drawn = ["ablation", "emergence", "latent-paths", "latents", "loss-by-position", "patterns", "scores"]
+    assert [f.stem for f in figures] == drawn
+    assert [p["score"] for p in found["patterns"]] == ["previous token", "duplicate token", "induction", "first token"]
+    for pattern in found["patterns"]:
+        assert torch.tensor(pattern["weights"]).sum(1) == pytest.approx(torch.ones(24), abs=0.02)
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
     assert (
         cli.main(["heads", "quick", "--untrained", "--no-ablation", "--sequences", "2", "--segments", "8", "--json"])

@@ -262,11 +262,11 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
             table.add_row(
                 name if not place else "",
-                f"{layer}.{head}",
+                f"{layer + 1}.{head + 1}",
                 f"{value:.3f}{mark or ' '}",
                 cell("not_repeated", ".3f"),
                 cell("untrained", ".3f"),
-                cell("p", ".0e"),
+                _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
                 change,
             )
     marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
@@ -282,4 +282,46 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
         )
     if found["untrained"]:
         notes.append("These weights are random: nothing was loaded.")
-    return Group(table, "", *(f"[dim]{note}" for note in notes))
+    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
+    remembered = _remembered(found["inside"])
+    return Group(table, "", *remembered, *(f"[dim]{note}" for note in notes))
+
+
+def _tail(p: float) -> str:
+    return f"{p:.0e}" if p >= 1e-12 else "<1e-12"  # less is rounding
+
+
+def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """What the layers remember, as far as they have such parts: a table, or nothing."""
+    left, right = "left", "right"
+    rows = []
+    for layer in layers:
+        rank, recall = layer["effective_rank"], layer["selection_recall"]
+        gate = [sum(weights) / len(weights) for weights in zip(*layer["gate"], strict=True)]
+        load = layer["expert_load"]
+        rows.append(
+            [
+                f"{layer['layer'] + 1}",
+                layer["mechanism"],
+                "" if rank is None else f"{rank:.1f} of {layer['rank']}",
+                _apart(layer["key_angles"]),
+                _apart(layer["value_angles"]),
+                "" if recall is None else f"{recall:.2f}, by chance {layer['selection_chance']:.2f}",
+                " ".join(f"{weight:.2f}" for weight in gate),
+                f"{min(load):.2f} to {max(load):.2f}" if load else "",
+            ]
+        )
+    if not any(cell for row in rows for cell in row[2:]):
+        return []
+    titles = "layer,mechanism,effective rank,keys apart,values apart,top-k found,gate,expert load".split(",")
+    shown = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    table = columns(**{titles[i]: left if i < 2 else right for i in shown})
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    return [table, ""]
+
+
+def _apart(angles: Sequence[Sequence[float]]) -> str:
+    """Between the subspaces of different heads, on average."""
+    between = [angle for i, row in enumerate(angles) for angle in row[:i]]
+    return f"{sum(between) / len(between):.0f}°" if between else ""
