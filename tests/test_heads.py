@@ -190,23 +190,73 @@ def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
     assert value_sizes(model, layers) == [None, None]
 
 
-def test_absorbed_maps_equal_expanded_maps() -> None:
-    tokens = repeated(40, 2, 15, 3)
-    maps = {}
+def dense(maps: ops.Maps, length: int) -> list[torch.Tensor]:
+    """Each map with a column per key position, wherever its keys were stored: B N L length."""
+    found = []
+    for weights, (_, keys) in zip(maps, maps.at, strict=True):
+        column = torch.where(keys >= 0, keys, length)[:, None, None].expand_as(weights)
+        found.append(weights.new_zeros(*weights.shape[:3], length + 1).scatter_add_(-1, column, weights)[..., :length])
+    return found
+
+
+@pytest.mark.parametrize("mechanism", SOFTMAX)
+def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> None:
+    """Whatever is cached, and in which order: a query looks at the same tokens."""
+    model, tokens, length = small(mechanism).double(), repeated(40, 2, 13, 3), 26
+    with ops.record_attention() as whole, torch.no_grad():
+        model(tokens)
+    cache = model.empty_cache(2, length)
+    with ops.record_attention() as apart, torch.no_grad():
+        _, cache = model(tokens[:, :11], cache=cache)
+        each = len(apart)
+        for t in range(11, length):
+            _, cache = model(tokens[:, t : t + 1], cache=cache)
+    assert each == len(whole) and len(apart) == each * (1 + length - 11)
+    full, parts = dense(whole, length), dense(apart, length)
+    for i, expected in enumerate(full):
+        joined = torch.cat(parts[i::each], 2)
+        torch.testing.assert_close(joined, expected, atol=1e-6, rtol=0)
+    model.train()
+    with ops.record_attention() as training:
+        logits, _ = model(tokens)
+        logits.sum().backward()
+    assert len(training) == len(whole) and not any(weights.requires_grad for weights in training)
+    for weights, evaluated in zip(training, whole, strict=True):  # a memory that holds nothing yet gets no weight
+        torch.testing.assert_close(weights.sum(-1), evaluated.sum(-1).round())
+
+
+@pytest.mark.parametrize("mechanism", ["mla", "msla"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absorbed_maps_equal_expanded_maps(mechanism: str, dtype: torch.dtype) -> None:
+    """Over whole sequences, and token by token from a cache."""
+    tokens, length, maps = repeated(40, 2, 15, 3), 30, {}
     for mode in ("expanded", "absorbed"):
-        torch.manual_seed(0)
-        model = small("mla", options={"mla": {"mode": mode}}).double()
-        with ops.record_attention() as found:
+        model = small(mechanism, options={mechanism: {"mode": mode}}).to(dtype)
+        cache = model.empty_cache(2, length)
+        with ops.record_attention() as found, torch.no_grad():
             model(tokens)
-        maps[mode] = found
-        cache = model.empty_cache(2, 30)
-        with ops.record_attention() as stepwise:
-            for t in range(30):
+            for t in range(length):
                 _, cache = model(tokens[:, t : t + 1], cache=cache)
-        for t in range(30):
-            torch.testing.assert_close(stepwise[2 * t + 1][:, :, 0], found[1][:, :, t, : t + 1], atol=1e-9, rtol=0)
+        maps[mode] = dense(found, length)
+    assert len(maps["absorbed"]) == 2 * (1 + length)
     for a, b in zip(maps["expanded"], maps["absorbed"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_hooks_of_residual_and_latent_while_decoding() -> None:
+    model, tokens = small("mla").double(), repeated(40, 2, 6, 0)
+    cache = model.empty_cache(2, 12)
+    with watch(model) as whole, torch.no_grad():
+        model(tokens)
+    with watch(model) as steps, torch.no_grad():
+        for t in range(12):
+            _, cache = model(tokens[:, t : t + 1], cache=cache)
+    for i, layer in enumerate(whole):
+        torch.testing.assert_close(torch.cat([s.residual for s in steps[i::2]], 1), layer.residual)
+        torch.testing.assert_close(torch.cat([s.latent for s in steps[i::2]], 1), layer.latent)
+        torch.testing.assert_close(torch.cat([s.wrote for s in steps[i::2]], 1), layer.wrote)
+    with pytest.raises(UserError, match="came after others in a cache"):
+        steps[-1].pattern()
 
 
 def test_scores_of_patterns_drawn_by_hand() -> None:

@@ -292,36 +292,12 @@ def _tail(p: float) -> str:
 
 
 def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """What the layers remember, as far as they have such parts: a table, or nothing."""
-    left, right = "left", "right"
-    rows = []
-    for layer in layers:
-        rank, recall = layer["effective_rank"], layer["selection_recall"]
-        gate = [sum(weights) / len(weights) for weights in zip(*layer["gate"], strict=True)]
-        load = layer["expert_load"]
-        rows.append(
-            [
-                f"{layer['layer'] + 1}",
-                layer["mechanism"],
-                "" if rank is None else f"{rank:.1f} of {layer['rank']}",
-                _apart(layer["key_angles"]),
-                _apart(layer["value_angles"]),
-                "" if recall is None else f"{recall:.2f}, by chance {layer['selection_chance']:.2f}",
-                " ".join(f"{weight:.2f}" for weight in gate),
-                f"{min(load):.2f} to {max(load):.2f}" if load else "",
-            ]
-        )
-    if not any(cell for row in rows for cell in row[2:]):
+    from .report.inside import remembered
+
+    titles, rows = remembered(layers)
+    if not rows:
         return []
-    titles = "layer,mechanism,effective rank,keys apart,values apart,top-k found,gate,expert load".split(",")
-    shown = [i for i in range(len(titles)) if any(row[i] for row in rows)]
-    table = columns(**{titles[i]: left if i < 2 else right for i in shown})
+    table = columns(**{title: "left" if title == "mechanism" else "right" for title in titles})
     for row in rows:
-        table.add_row(*(row[i] for i in shown))
+        table.add_row(*row)
     return [table, ""]
-
-
-def _apart(angles: Sequence[Sequence[float]]) -> str:
-    """Between the subspaces of different heads, on average."""
-    between = [angle for i, row in enumerate(angles) for angle in row[:i]]
-    return f"{sum(between) / len(between):.0f}°" if between else ""
