@@ -241,18 +241,19 @@ def reach(found: Findings, look: dict[str, Look]) -> list[View]:
     """How far back what an indexer selects, or a memory recalls, lies."""
     views = []
     for kind, unit, what in (
-        ("selection_distance", "tokens", "tokens that the indexer selects"),
-        ("recalled_distance", "chunks", "chunks that are recalled, by their weight"),
+        ("selection_distance", "tokens", "the indexer selects tokens"),
+        ("recalled_distance", "chunks", "recalled chunks lie, counted by their weight"),
     ):
         traces = [
-            _layer_line(mechanism, layer, *map(list, zip(*layer[kind], strict=True)), look)
+            _layer_line(
+                mechanism, layer, [place[0] for place in layer[kind]], [place[1] for place in layer[kind]], look
+            )
             for mechanism, own in by_mechanism(found).items()
             for layer in own[0].get("inside", ())
             if layer[kind]
         ]
         if traces:
-            caption = f"How far back the {what}, lie. Distances above 16 are counted in bins that double."
-            caption = caption.replace("selects, lie", "selects lie")
+            caption = f"How far back {what}. Distances above 16 are counted in bins that double."
             x = {"title": {"text": f"distance ({unit})"}}
             views.append(View(f"Reach, {unit}", caption, figure(traces, x, {"title": {"text": "share"}})))
     return views
