@@ -348,6 +348,7 @@ def test_an_indexer_is_compared_with_dense_attention() -> None:
 def test_gates_recall_and_experts() -> None:
     model = small("mka", options={"mka": {"chunk": 4}}, ff="moe", n_experts=4)
     found = inside(model, torch.randint(40, (2, 24)))
+    assert found[0].mechanism == "mka" and inside(small("mha"), torch.randint(40, (2, 24)))[1].mechanism == "mha"
     assert len(found[0].gate) == 24 and all(sum(row) == pytest.approx(1, abs=1e-5) for row in found[0].gate)
     assert all(distance >= 1 for distance, _ in found[0].recalled_distance), "only chunks of the past are recalled"
     assert sum(found[1].expert_load) == pytest.approx(1) and len(found[1].expert_load) == 4

@@ -16,6 +16,7 @@ import report_fixture as fixture
 from attnlab import TrainConfig, UserError, presets
 from attnlab.compare import heads_of_run
 from attnlab.report import render, write_report
+from attnlab.report.inside import _within
 from attnlab.train import train
 
 
@@ -50,6 +51,13 @@ def test_numbers_on_the_page_are_those_of_the_file(folder: Path) -> None:
     assert "Holm" in page and "no curves over training" not in page
     latent = next(e for e in entries if e["mechanism"] == "mla")["inside"][1]
     assert f"{latent['effective_rank']:.1f} of {latent['rank']}" in page
+
+
+def test_bins_of_distances_become_shares_within_their_far_ends() -> None:
+    assert _within([[1.0, 0.25], [15.0, 0.25], [16.0, 0.375], [32.0, 0.125]]) == (
+        [1, 15, 31, 63],
+        [0.25, 0.5, 0.875, 1],
+    )
 
 
 def test_a_folder_without_it_has_no_such_section(tmp_path: Path) -> None:

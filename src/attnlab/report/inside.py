@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -245,18 +246,28 @@ def reach(found: Findings, look: dict[str, Look]) -> list[View]:
         ("recalled_distance", "chunks", "recalled chunks lie, counted by their weight"),
     ):
         traces = [
-            _layer_line(
-                mechanism, layer, [place[0] for place in layer[kind]], [place[1] for place in layer[kind]], look
-            )
+            _layer_line(mechanism, layer, *_within(layer[kind]), look)
             for mechanism, own in by_mechanism(found).items()
             for layer in own[0].get("inside", ())
             if layer[kind]
         ]
         if traces:
-            caption = f"How far back {what}. Distances above 16 are counted in bins that double."
+            caption = f"How far back {what}: the share of those that are no further away."
             x = {"title": {"text": f"distance ({unit})"}}
-            views.append(View(f"Reach, {unit}", caption, figure(traces, x, {"title": {"text": "share"}})))
+            views.append(
+                View(
+                    f"Reach, {unit}",
+                    caption,
+                    figure(traces, x, {"title": {"text": "share within"}, "range": [0, 1.02]}),
+                )
+            )
     return views
+
+
+def _within(bins: list[list[float]]) -> tuple[list[float], list[float]]:
+    """From [[nearest distance, share], ...], where bins double from 16 on: the share within each bin's far end."""
+    far = [nearest if nearest < 16 else 2 * nearest - 1 for nearest, _ in bins]
+    return far, list(accumulate(share for _, share in bins))
 
 
 def _layer_line(
@@ -275,7 +286,7 @@ def _layer_line(
         y=y,
         mode="lines+markers",
         name=plain(name),
-        legendgroup=mechanism,
+        legendgroup=name,
         meta=mechanism,
         line={"color": style.color, "width": 1.2, "dash": DASHES[((memory or 1) - 1) % len(DASHES)]},
         marker={"symbol": MARKERS[number % len(MARKERS)], "size": 4, "color": style.color},
