@@ -14,6 +14,7 @@ import torch
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.latent import angles
+from attnlab.heads.scores import lengths
 from attnlab.stats import beyond, holm, welch
 
 VOCAB, PLACES = 24, 32
@@ -119,6 +120,23 @@ def test_large_random_weights_score_at_their_own_null() -> None:
     spread = torch.tensor(found.scores["previous token"]).std()
     assert spread > 1e-3, "these heads differ"
     assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [(9, [4]), (35, [4, 8, 17]), (64, [8, 16, 32]), (1024, [32, 64, 128]), (10**6, [32, 64, 128])],
+)
+def test_several_lengths_whatever_the_context(context: int, expected: list[int]) -> None:
+    assert lengths(ModelConfig(context=context)) == expected
+
+
+def test_progress_is_told_batch_by_batch_and_ends_at_the_end() -> None:
+    told: list[tuple[int, int]] = []
+    head_scores(
+        small("mha"), sequences=9, segments=[5, 8], batch_size=4, tell=lambda _, done, of: told.append((done, of))
+    )
+    assert [of for _, of in told] == [2 * (9 + 9 + 8 * 2)] * len(told) and told[-1][0] == told[-1][1]
+    assert [done for done, _ in told][:3] == [4, 8, 9] and sorted(told) == told
 
 
 def test_samples_of_several_lengths_are_their_means() -> None:

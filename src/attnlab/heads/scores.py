@@ -133,14 +133,15 @@ def head_scores(
             f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
         )
     each = max(2, -(-sequences // FRESH))
-    done, total = 0, 2 * sequences + FRESH * each
+    done, total = 0, (2 * sequences + FRESH * each) * len(segments)
 
-    def scored(subject: Decoder, count: int, repeat: bool = True) -> Samples:
+    def read(count: int) -> None:
         nonlocal done
-        found = _samples(subject, count, segments, seed, repeat, batch_size)
         done = min(done + count, total)
         tell("scoring heads", done, total)
-        return found
+
+    def scored(subject: Decoder, count: int, repeat: bool = True) -> Samples:
+        return _samples(subject, count, segments, seed, batch_size, repeat, read)
 
     alone = torch.from_numpy(np.random.default_rng(seed).permutation(config.vocab_size)[:512]).to(device)
     ours, not_repeated = scored(model, sequences), scored(model, sequences, False)
@@ -150,6 +151,7 @@ def head_scores(
         other = other.to(next(model.parameters())).eval()
         fresh.append(scored(other, each))
         fresh_copying.append(copying_scores(other, alone))
+    assert len(fresh) > 1, "one untrained model has no spread"
     null = {
         name: [torch.stack([found[name][layer].mean(0) for found in fresh]) for layer in range(config.n_layers)]
         for name in ours
@@ -187,10 +189,11 @@ def head_scores(
 
 
 def lengths(config: ModelConfig, given: Sequence[int] | None = None) -> list[int]:
-    """Lengths of the segment, ascending. None: an eighth, a quarter and a half of the context (at most 128), as far as
-    they reach 4 tokens. `UserError` where one is no segment, or does not fit twice into the context."""
+    """Lengths of the segment, ascending. None: half of the context, at most 128, and a half and a quarter of that, as
+    far as they reach 4 tokens. `UserError` where one is no segment, or does not fit twice into the context."""
     if given is None:
-        given = [n for n in (min(config.context // share, 128) for share in (8, 4, 2)) if n >= 4]
+        longest = min(config.context // 2, 128)
+        given = [n for n in (longest // 4, longest // 2, longest) if n >= 4]
     if not given or min(given) < 2 or 2 * max(given) > config.context:
         told = f"segments of {', '.join(map(str, given))} tokens" if given else "a segment of at least 4 tokens"
         raise UserError(
@@ -210,7 +213,15 @@ def fresh_models(config: ModelConfig, seed: int) -> Iterator[Decoder]:
 
 
 @torch.no_grad()
-def _samples(model: Decoder, count: int, segments: Sequence[int], seed: int, repeat: bool, batch_size: int) -> Samples:
+def _samples(
+    model: Decoder,
+    count: int,
+    segments: Sequence[int],
+    seed: int,
+    batch_size: int,
+    repeat: bool = True,
+    read: Callable[[int], None] = lambda count: None,
+) -> Samples:
     """Each sample is the mean over one sequence of every length, so that lengths do not add to the spread."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -221,6 +232,7 @@ def _samples(model: Decoder, count: int, segments: Sequence[int], seed: int, rep
             with watch(model) as layers:
                 model(part.to(device))
             found.append([pattern_scores(layer.pattern(), segment) for layer in layers])
+            read(len(part))
         by_length.append(
             {
                 name: [torch.cat([part[name] for part in layer]) for layer in zip(*found, strict=True)]
@@ -242,4 +254,4 @@ def mean_scores(
     model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: int = 16
 ) -> dict[str, list[list[float]]]:
     """The patterns' scores without a null: score -> layers -> heads."""
-    return _means(_samples(model, sequences, segments, seed, True, batch_size))
+    return _means(_samples(model, sequences, segments, seed, batch_size))
