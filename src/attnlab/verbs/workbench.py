@@ -131,7 +131,7 @@ def compare(
     Args:
         preset: The run that all share; every field of it can be overridden below.
         mechanisms: What to compare, the baseline mha among them; a hybrid is written sliding+sliding+mla.
-        tasks: Also train and examine all on synthetic tasks: mqar, induction, copying, selective, needle.
+        tasks: Also train and examine all on synthetic tasks: mqar, induction, repeats, copying, selective, needle.
         seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
