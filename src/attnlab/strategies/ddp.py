@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,8 @@ class Strategy(single.Strategy):
         dead = any("no dead parameters" in config.breaks for config in attention_configs(self.model.config))
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
-        self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=dead, **{sync: False})
+        options: dict[str, Any] = {sync: False, "find_unused_parameters": dead}
+        self.wrapped = DistributedDataParallel(self.module, **options)
         return made
 
     def __call__(self, x: Tensor, y: Tensor, documents: Tensor | None = None, plain: bool = False) -> Tensor:

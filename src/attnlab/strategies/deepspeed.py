@@ -89,6 +89,10 @@ class Strategy(single.Strategy):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # which it calls
         deepspeed = need("deepspeed", "scale")
+        if self.device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+                False  # gloo is there; this would be compiled first
+            )
         made = super().prepare(optimizers)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed divides nothing by these two here
