@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab import checkpoint
+from attnlab import checkpoint, hub
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.evaluate import evaluate_source
@@ -193,6 +193,21 @@ def test_lower_precision_accumulation_and_recomputing(home: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_each_process_achieves_is_told_and_a_slow_one_is_named(home: Path) -> None:
+    config = config_of(home, "mha", steps=12, log_every=2)
+    job = [to_dict(config), f"{home}/slow", {"how": {"peak": 1e12}, "slow": [1, 0.05]}]
+    result = launch(home, 2, {"slow": job})["slow"]
+    named = [words for words in result["said"] if "falls behind" in words]
+    assert len(named) == 1 and named[0].startswith("rank 1 falls behind")
+    records = [record for record in RunFolder.open(home / "slow").metrics() if "loss" in record]
+    for record in records:
+        assert record["tokens_per_s_min"] <= record["tokens_per_s_max"] and record["memory_total"] >= record["memory"]
+        assert record["mfu"] == pytest.approx(record["tokens_per_s"] * 3 * result["flops_per_token"] / 2e12)
+    beats = sorted(file.name for file in (home / "slow" / "heartbeat").iterdir())
+    assert beats == ["rank-00000.json", "rank-00001.json"] and result["processes"] == 2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compiled_steps_of_two_processes(home: Path) -> None:
     config = config_of(home, "mha", steps=3)
@@ -226,6 +241,8 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
         assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
         assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
+        exported = hub.save(hub.load(folder.path), home / f"exported-{way}")
+        assert hub.load(exported).model.parameter_count() == folder.result().parameters
         rank = place / "model.rank-00001.safetensors"
         rank.write_bytes(rank.read_bytes()[:-1] + b"!")
         with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(its checksum is wrong\)"):

@@ -38,7 +38,7 @@ from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError
 from .strategies import Strategy
-from .trackers import Trackers, open_trackers
+from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 HOW = Execution()
@@ -80,6 +80,7 @@ def train(
     all processes call it alike, and the first one writes and tells.
     """
     kind, _ = strategies.find(how.strategy)
+    check_trackers(how.track)
     crew = join(find_device(config.train.device), kind.grouped)
     try:
         with _own_random_state(), _stop_requests() as stop, _deterministic(config.train.deterministic):
