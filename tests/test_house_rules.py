@@ -30,7 +30,7 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats"},
+    {"spec", "config", "results", "stats", "lock"},
     {"kernels"},
     {"cache", "ops", "documents"},
     {"attention"},
@@ -40,7 +40,7 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "convert", "workers", "progress", "measure"},
+    {"train", "convert", "engines", "progress", "measure"},
     {"decode", "chat", "infer"},
     {"hf"},
     {"evaluate", "examine", "bench", "forecast", "heads"},
@@ -112,6 +112,8 @@ EXTRAS = {
     "datasets",
     "tokenizers",
     "tiktoken",
+    "ray",
+    "submitit",
 }
 
 

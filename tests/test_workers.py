@@ -8,9 +8,10 @@ import time
 
 from rich.console import Console
 
+from attnlab.engines import Call
+from attnlab.engines.local import Workers
 from attnlab.progress import Progress
 from attnlab.spec import UserError
-from attnlab.workers import Workers
 
 # What the workers are asked to do: functions of a module, because they must pickle.
 
@@ -47,7 +48,7 @@ def told(jobs, calls, on=lambda *_: None):
 
     with Workers(jobs, 1) as workers:
         try:
-            workers.run(calls, tell)
+            workers.run([Call(*call) for call in calls], tell)
         except KeyboardInterrupt:
             heard.append("KeyboardInterrupt")
     return heard
