@@ -105,15 +105,13 @@ class Kind(Protocol):
 
 
 def attempt(call: Call, report: Callable[[Any], None]) -> tuple[Outcome, Any]:
-    """Make a call, and say how it ended. A pipe that broke is nobody's outcome: whoever asked has gone."""
+    """Make a call, and say how it ended."""
     try:
         return "done", call.function(*call.arguments, report)
     except KeyboardInterrupt:
         return "interrupted", None
     except UserError as error:
         return "failed", Failure(str(error), again=False)
-    except (BrokenPipeError, ConnectionResetError):
-        raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"

@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
+from typing import Any
 
 from ..spec import UserError
 from .calls import Call, Engine, Failure, Listener, Needs, Waiting, attempt, cores, interrupts, torch_threads
@@ -151,12 +152,20 @@ def _serve(pipe: Connection, threads: int, device: int | None) -> None:
             _release_signals()
             threading.Thread(target=_end_with_parent, daemon=True).start()
             while True:
-                outcome, value = attempt(pipe.recv(), lambda event: pipe.send(("event", event)))
+                outcome, value = attempt(pipe.recv(), lambda event: _report(pipe, event))
                 pipe.send((outcome, value))
                 if outcome == "interrupted":
                     return
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return  # the parent has gone, or wants us to go
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would break what is done at the exit
+
+
+def _report(pipe: Connection, event: Any) -> None:
+    """Where nobody listens any more, the call is about to be interrupted, and saves."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        pipe.send(("event", event))
 
 
 def _end_with_parent() -> None:
