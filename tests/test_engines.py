@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fake_slurm
 import pytest
+from engine_calls import fails, square, write
 
 from attnlab import compare as module
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
@@ -27,34 +28,6 @@ from attnlab.spec import UserError
 
 HERE = Path(__file__).parent
 SLURM_HERE = Slurm(cluster="local", time="60")
-
-# What engines are asked to do: functions of a module that other processes import.
-
-
-def square(folder, x, report):
-    write(folder, {"step": 1})
-    return x * x, os.getpid()
-
-
-def fails(folder, kind, report):
-    """Dies or fails: always, or only "once"."""
-    tries = folder / "tries"
-    count = int(tries.read_text()) + 1 if tries.exists() else 1
-    folder.mkdir(exist_ok=True)
-    tries.write_text(str(count))
-    if kind.endswith("once") and count > 1:
-        return count
-    if kind.startswith("dies"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise {"user": UserError("a bad field"), "bug": ZeroDivisionError("by nothing"), "disk": OSError("no disk")}[
-        kind.split()[0]
-    ]
-
-
-def write(folder, record):
-    folder.mkdir(exist_ok=True)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 @pytest.fixture
@@ -127,7 +100,7 @@ def test_a_folder_is_held_by_one_process_and_released_by_its_death(tmp_path):
     other = spawn.Process(target=hold, args=(tmp_path / "run", ready), daemon=True)
     other.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match="another process trains into .*run: wait until it has ended"):
+    with pytest.raises(UserError, match=r"another process trains into .*run: wait until it has ended"):
         with alone(tmp_path / "run", "trains into", patience=0.3):
             pass
     other.kill()
@@ -328,7 +301,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=said):
             options.open(needs)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="found no sbatch here.*--dry-run"), Slurm().open(needs):
+    with pytest.raises(UserError, match=r"found no sbatch here.*--dry-run"), Slurm().open(needs):
         pass
     for name, value in (("jobs", 0), ("threads", 0), ("gpus", -1)):
         with pytest.raises(UserError, match=f"{name} is {value}"):

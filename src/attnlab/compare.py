@@ -465,8 +465,7 @@ def _lost(cell: RunResult, size: str = "") -> str:
     from rich.markup import escape
 
     who = " ".join(filter(None, (f"{cell.mechanism} s{cell.seed}", size)))
-    count = f" ({cell.attempts} attempts)" if cell.attempts > 1 else ""
-    return f"[red]{escape(who)} failed: {escape(cell.error)}{count}"
+    return f"[red]{escape(who)} failed{' twice' if cell.attempts > 1 else ''}: {escape(cell.error)}"
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
