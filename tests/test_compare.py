@@ -407,7 +407,7 @@ def test_widths_are_solved_for_tasks_too(preset, recall, tmp_path):
 
 def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     work = plan(recall, ["mha", "mqa", "gqa"], 3, tmp_path)
-    known = {c: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
+    known = {c.folder: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
     share = {"mha": (0.5, 0.6, 0.7), "mqa": (0.61, 0.7, 0.8), "gqa": (0.5, 0.7, 0.6)}
 
     def answers(cell, result):

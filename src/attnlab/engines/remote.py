@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import UserError
-from .calls import Call, Engine, Listener, Outcome, Waiting, attempt, interrupts
+from .calls import Call, Engine, Listener, Outcome, Waiting, interrupts
 
 
 class Refused(UserError):
@@ -27,10 +27,9 @@ class Job:
 
 
 class Remote(Engine):
-    """`limit` calls at a time, or all at once; those without a run folder are made here where `small_here`."""
+    """`limit` calls at a time, or all at once."""
 
     limit: int | None = None
-    small_here = False
     pause = 0.5  # seconds between looks
 
     @abstractmethod
@@ -74,12 +73,6 @@ class Remote(Engine):
     def _begin(self, waiting: Waiting, under_way: dict[int, tuple[Call, Job]], tell: Listener) -> None:
         while waiting and (self.limit is None or len(under_way) < self.limit):
             number, call = waiting[0]
-            if call.folder is None and self.small_here:
-                waiting.popleft()
-                tell(number, "start", None)
-                outcome, value = attempt(call, lambda event: None)
-                tell(number, outcome, value)
-                continue
             tail = Tail(call.folder)
             try:
                 handle, said = self.begin(call)

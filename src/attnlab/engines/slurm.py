@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from ..results import read_json, write_json
 from ..spec import UserError, need
 from .calls import Call, Failure, Listener, Needs, Outcome, Waiting, attempt, cores, torch_threads
+from .local import Workers
 from .remote import Refused, Remote
 
 SITTINGS = 100  # how often a run may go on in a new job because its time was up
@@ -41,9 +42,8 @@ class Slurm:
 
 
 class OnSlurm(Remote):
-    """One job for each run; what is small is done here."""
+    """One job for each run; what does not train is small, and made here."""
 
-    small_here = True
     pause = 1.0
 
     def __init__(self, options: Slurm, needs: Needs) -> None:
@@ -107,16 +107,16 @@ class OnSlurm(Remote):
             return f"as jobs of submitit's local executor{limit}, {self.threads} threads each"
         executor = self.executor(names[0])
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
-        others = "".join(f"\n#   {name}" for name in names[1:])
-        return f"by sbatch{limit}, each with this file and a name of its own\n\n{text}" + (
-            f"\n# and the same for\n{others[1:]}\n" if others else ""
-        )
+        others = "\n".join(["", "# the same for", *(f"#   {name}" for name in names[1:])]) if names[1:] else ""
+        return f"by sbatch{limit}, each with this file and a name of its own\n\n{text}{others}"
 
     def begin(self, call: Call) -> tuple[Any, str]:
         assert call.folder is not None
         name = call.folder.name
         if name in self.book:
-            return self._job(self.book[name]), f"job {self.book[name]}, submitted before"
+            job = self._job(self.book[name])
+            if not self._over(job):
+                return job, f"job {job.job_id}, submitted before"
         absolute = call._replace(arguments=tuple(a.absolute() if isinstance(a, Path) else a for a in call.arguments))
         try:
             job = self.executor(name).submit(Sitting(self.threads), absolute)
@@ -136,8 +136,11 @@ class OnSlurm(Remote):
         kind = {"local": self.submitit.LocalJob, "slurm": self.submitit.SlurmJob}[self.cluster]
         return kind(self.place, number)
 
+    def _over(self, job: Any) -> bool:
+        return job.done() and not (self.cluster == "local" and _lives(job))
+
     def ended(self, handle: Any) -> tuple[Outcome, Any] | None:
-        if not handle.done() or (self.cluster == "local" and _lives(handle)):
+        if not self._over(handle):
             return None
         if handle.paths.result_pickle.exists():
             try:
@@ -158,7 +161,9 @@ class OnSlurm(Remote):
         raise KeyboardInterrupt(f"its jobs are left alone, and '{command} {numbers}' ends them" if numbers else "")
 
     def _run(self, waiting: Waiting, tell: Listener) -> None:
-        known = sorted(waiting, key=lambda item: item[1].folder is None or item[1].folder.name not in self.book)
+        if all(call.folder is None for _, call in waiting):
+            return Workers(1, self.threads)._run(waiting, tell)
+        known = sorted(waiting, key=lambda item: item[1].folder is not None and item[1].folder.name not in self.book)
         waiting.clear()
         waiting.extend(known)  # what was submitted before is found first
         super()._run(waiting, tell)

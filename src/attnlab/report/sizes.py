@@ -141,9 +141,8 @@ def losses(found: Findings, look: dict[str, Look]) -> Html:
         if mechanism != found.baseline:
             ends = standing.interval
             between = f" ({signed(ends[0])} to {signed(ends[1])})" if ends else ""
-            sign = VERDICTS.get(standing.verdict, "")
-            gap = f"{sign} {standing.verdict} {signed(standing.difference)}{between}"
-            said.append(tag("span", gap, class_="interval"))
+            said.append(tag("span", f"{VERDICTS.get(standing.verdict, '')} {standing.verdict}", class_="interval"))
+            said.append(tag("span", f"{signed(standing.difference)}{between}", class_="interval"))
         return join([loss(standing.val_loss), *said])
 
     rows: list[list[Any]] = [
