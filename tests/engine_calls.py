@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 from attnlab.spec import UserError
 
@@ -33,3 +34,13 @@ def write(folder, record):
     folder.mkdir(exist_ok=True)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def until_interrupted(folder, report):
+    write(folder, {"step": 1})
+    try:
+        for _ in range(1200):
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        write(folder, {"step": 2})  # "saves"
+        raise

@@ -1,4 +1,4 @@
-"""A Slurm of one machine, as much of it as submitit asks for: sbatch, srun and sacct in a folder to put on PATH.
+"""A Slurm of one machine, as much of it as is asked for: sbatch, srun, sacct and scancel in a folder to put on PATH.
 
 jobs/N/script   what was submitted        jobs/N/pid   its process group
 jobs/N/state    how it ended              refuse       if there, sbatch says this and fails
@@ -16,7 +16,8 @@ mkdir $home/jobs/$number
 cp "$1" $home/jobs/$number/script
 export SLURM_JOB_ID=$number
 setsid bash -c "echo \\$\\$ > $home/jobs/$number/pid; bash $home/jobs/$number/script;
-  if [ \\$? = 0 ]; then echo COMPLETED; else echo FAILED; fi > $home/jobs/$number/state" >/dev/null 2>&1 </dev/null &
+  if [ \\$? = 0 ]; then end=COMPLETED; else end=FAILED; fi
+  [ -e $home/jobs/$number/state ] || echo \\$end > $home/jobs/$number/state" >/dev/null 2>&1 </dev/null &
 echo "Submitted batch job $number"
 """
 SRUN = """#!/bin/bash
@@ -35,13 +36,17 @@ for word in "$@"; do
   elif [ -e {home}/jobs/$word ]; then echo "$word|RUNNING|here"; fi
 done
 """
+SCANCEL = """#!/bin/bash
+echo "CANCELLED by 0" > {home}/jobs/$1/state
+kill -TERM -- -$(cat {home}/jobs/$1/pid)
+"""
 
 
 def make(home: Path) -> Path:
     """The folder for PATH."""
     (home / "jobs").mkdir(parents=True)
     (home / "bin").mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT}.items():
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scancel": SCANCEL}.items():
         (home / "bin" / name).write_text(text.format(home=home))
         (home / "bin" / name).chmod(0o755)
     return home / "bin"

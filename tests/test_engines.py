@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fake_slurm
 import pytest
-from engine_calls import fails, square, write
+from engine_calls import fails, square, until_interrupted, write
 
 from attnlab import compare as module
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
@@ -60,13 +60,49 @@ def test_what_the_machine_spoilt_is_made_once_more_and_spoils_nothing_else(kind,
     assert set(again) == {2, 3, 4} and "no disk" in again[2]
     failed = {number: value for number, what, value in heard if what == "failed"}
     assert set(failed) == {0, 1, 4} and failed[0] == "a bad field"
-    assert failed[1].startswith("ZeroDivisionError: by nothing (test_engines.py, line") and len(failed[4]) > 10
+    assert failed[1].startswith("ZeroDivisionError: by nothing (engine_calls.py, line") and len(failed[4]) > 10
     assert [(tmp_path / what / "tries").read_text() for what in whats] == ["1", "1", "2", "2", "2"]
     for number, begun in enumerate([1, 1, 2, 2, 2, 1, 1]):
         own = [what for n, what, _ in heard if n == number and what != "note"]
         assert own.count("start") == begun and own[0] == "start" and own[-1] in ("done", "failed")
     if not isinstance(kind, Local):  # who hears of its runs through their folders
         assert [value for n, what, value in heard if n == 5 and what == "event"] == [{"step": 1}]
+
+
+@pytest.mark.slow
+def test_an_interrupt_lets_tasks_of_ray_save(tmp_path, importable):
+    heard = []
+
+    def interrupt(*message):
+        heard.append(message)
+        if message[1] == "event" and message[2] == {"step": 1}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    calls = [Call(until_interrupted, (tmp_path / "a",), tmp_path / "a"), Call(square, (tmp_path / "b", 3))]
+    with Ray().open(Needs(runs=2, folder=tmp_path, jobs=1, device="cpu")) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(calls, interrupt)
+    assert [(n, what) for n, what, _ in heard] == [(0, "start"), (0, "event"), (0, "event"), (0, "interrupted")]
+    assert heard[2][2] == {"step": 2}
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_is_not_submitted_again(preset, tmp_path, importable, slurm_path):
+    preset = replace(preset, train=replace(preset.train, steps=100_000, save_every=100_000))
+    cell, heard = module.plan(preset, ["mha"], 1, tmp_path).cells[0], []
+
+    def cancel(*message):
+        heard.append(message)
+        if [what for _, what, _ in heard].count("event") == 1 == (message[1] == "event"):
+            subprocess.run(["scancel", "1"], check=True)
+
+    (tmp_path / "runs").mkdir()
+    with Slurm().open(Needs(runs=1, folder=tmp_path, device="cpu")) as engine:
+        engine.run([cell.call], cancel)
+    assert heard[-1][1] == "interrupted" and len(os.listdir(slurm_path / "jobs")) == 1
+    result = cell.result()
+    assert result is not None and result.status == "interrupted" and result.steps > 0
+    assert (cell.folder / f"step-{result.steps:08d}").exists()
 
 
 def test_a_tail_reads_what_is_added_and_all_of_a_new_file(tmp_path):
@@ -188,7 +224,7 @@ def until(what, seconds=90):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "submitit", "slurm"])
 def test_a_driver_that_was_killed_is_taken_up(engine, preset, tmp_path, importable, slurm_path):
-    preset = replace(preset, train=replace(preset.train, steps=1200, log_every=100, eval_every=600, save_every=400))
+    preset = replace(preset, train=replace(preset.train, steps=700, log_every=50, eval_every=350, save_every=200))
     out = tmp_path / "out"
     driver = drive(engine, preset, out)
     until(lambda: len(list(out.glob("runs/*/metrics.jsonl"))) == 2)
@@ -200,10 +236,10 @@ def test_a_driver_that_was_killed_is_taken_up(engine, preset, tmp_path, importab
     after = {path.name for path in out.glob("jobs-*/[0-9]*_submitted.pkl")} | set(os.listdir(slurm_path / "jobs"))
     assert after == jobs and len(jobs) == (0 if engine == "local" else 2), "submitted once"
     found = read_json(out / "compare.json")
-    assert [(c["status"], c["attempts"], c["steps"]) for c in found["cells"]] == [("done", 1, 1200)] * 2
+    assert [(c["status"], c["attempts"], c["steps"]) for c in found["cells"]] == [("done", 1, 700)] * 2
     for cell, folder in zip(found["cells"], sorted((out / "runs").iterdir()), strict=True):
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [s for s, _ in cell["train_curve"]] == list(range(100, 1300, 100)) and steps == sorted(steps)
+        assert [s for s, _ in cell["train_curve"]] == list(range(50, 750, 50)) and steps == sorted(steps)
 
 
 @pytest.mark.slow
