@@ -6,12 +6,13 @@ jobs/N/state    how it ended              refuse       if there, sbatch says thi
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 SBATCH = """#!/bin/bash
 home={home}
 if [ -e $home/refuse ]; then cat $home/refuse >&2; exit 1; fi
-number=$(($(ls $home/jobs | wc -l) + 1))
+number=$(({first} + $(ls $home/jobs | wc -l)))
 mkdir $home/jobs/$number
 cp "$1" $home/jobs/$number/script
 export SLURM_JOB_ID=$number
@@ -44,9 +45,10 @@ kill -TERM -- -$(cat {home}/jobs/$1/pid)
 
 def make(home: Path) -> Path:
     """The folder for PATH."""
+    first = random.randrange(1, 10**9)  # submitit remembers what it heard of a number
     (home / "jobs").mkdir(parents=True)
     (home / "bin").mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scancel": SCANCEL}.items():
-        (home / "bin" / name).write_text(text.format(home=home))
+        (home / "bin" / name).write_text(text.format(home=home, first=first))
         (home / "bin" / name).chmod(0o755)
     return home / "bin"

@@ -94,7 +94,7 @@ def test_a_cancelled_job_saves_and_is_not_submitted_again(preset, tmp_path, impo
     def cancel(*message):
         heard.append(message)
         if [what for _, what, _ in heard].count("event") == 1 == (message[1] == "event"):
-            subprocess.run(["scancel", "1"], check=True)
+            subprocess.run(["scancel", *os.listdir(slurm_path / "jobs")], check=True)
 
     (tmp_path / "runs").mkdir()
     with Slurm().open(Needs(runs=1, folder=tmp_path, device="cpu")) as engine:
@@ -279,10 +279,11 @@ def test_an_interrupt_leaves_jobs_alone_and_says_how_to_end_them(preset, tmp_pat
 
     call = Call(time.sleep, (60,), tmp_path / "run")
     with Slurm().open(Needs(runs=1, folder=tmp_path / "out")) as engine:
-        with pytest.raises(KeyboardInterrupt, match="left alone, and 'scancel 1' ends them"):
+        with pytest.raises(KeyboardInterrupt, match=r"left alone, and 'scancel \d+' ends them"):
             engine.run([call], interrupt)
-    assert read_json(tmp_path / "out" / "jobs-slurm" / "jobs.json") == {"run": "1"}
-    until((slurm_path / "jobs" / "1" / "pid").exists)
+    (number,) = os.listdir(slurm_path / "jobs")
+    assert read_json(tmp_path / "out" / "jobs-slurm" / "jobs.json") == {"run": number}
+    until((slurm_path / "jobs" / number / "pid").exists)
 
 
 def test_a_dry_run_shows_the_batch_file_and_submits_nothing(preset, tmp_path, monkeypatch):

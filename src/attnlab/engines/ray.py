@@ -29,14 +29,17 @@ class OnRay(Remote):
         self.ray = need("ray", "scale")
         self.address, self.limit = address, needs.jobs
         self.threads, self.runs = needs.threads or 1, needs.runs
-        self.gpus = needs.gpus
-        self.cpu = needs.device == "cpu"
+        self.gpus, self.cpu = needs.gpus, needs.device == "cpu"
         self.mine = False  # whether it was started, or joined, here
         self.task: Any = None  # what makes a call there
 
     def __enter__(self) -> Self:
         if self.runs:
-            self._connect()
+            try:
+                self._connect()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
@@ -48,8 +51,8 @@ class OnRay(Remote):
 
     def describe(self, calls: Sequence[Call]) -> str:
         side = "as many side by side as fit" if self.limit is None else f"{self.limit} side by side"
-        gpus = "" if self.cpu else ", a GPU where there is one" if self.gpus is None else f", {self.gpus} GPUs"
-        return f"on Ray ({self.address}), {side}, {self.threads} CPUs{gpus} each"
+        gpus = ("no GPU" if self.cpu else "a GPU where there is one") if self.gpus is None else f"{self.gpus} GPUs"
+        return f"on Ray ({self.address}), {side}, {self.threads} CPUs and {gpus} each"
 
     def begin(self, call: Call) -> tuple[Any, str]:
         self._connect()

@@ -57,9 +57,10 @@ class Remote(Engine):
 
         with interrupts(note):
             while waiting or under_way:
+                if asked:
+                    waiting.clear()
                 if asked > passed:
                     passed = asked
-                    waiting.clear()
                     self.interrupt([job.handle for _, job in under_way.values()], hard=passed > 1)
                 self._begin(waiting, under_way, tell)
                 for number, (call, job) in list(under_way.items()):

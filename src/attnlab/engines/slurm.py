@@ -38,46 +38,35 @@ class Slurm:
     cluster: Literal["slurm", "local"] = "slurm"  # local: to try it out without Slurm, submitit runs processes here
 
     def open(self, needs: Needs) -> OnSlurm:
-        return OnSlurm(self, needs)
+        return {"slurm": OnSlurm, "local": OnStandIn}[self.cluster](self, needs)
 
 
 class OnSlurm(Remote):
     """One job for each run; what does not train is small, and made here."""
 
     pause = 1.0
+    command = "scancel"  # ends a job
 
     def __init__(self, options: Slurm, needs: Needs) -> None:
         self.submitit = need("submitit", "scale")
-        self.options, self.cluster = options, options.cluster
         self.folder = (needs.folder / f"jobs-{options.cluster}").absolute()
-        self.place = self.folder / {"slurm": "%j", "local": ""}[options.cluster]
-        self.threads, self.runs = needs.threads or 1, needs.runs
+        self.limit, self.runs = needs.jobs, needs.runs
+        self.threads = needs.threads or 1
         self.gpus = int(needs.device != "cpu") if needs.gpus is None else needs.gpus
-        self.limit = needs.jobs or {"local": max(1, cores() // self.threads)}.get(options.cluster)
-        time, gpus = minutes(options.time), self.gpus or None
-        variables = {k: v for k in ("PYTHONPATH",) if (v := os.environ.get(k))} | {"OMP_NUM_THREADS": self.threads}
-        self.parameters: dict[str, Any] = {
-            "partition": options.partition,
-            "time": time,
-            "account": options.account,
-            "cpus_per_task": self.threads,
-            "gpus_per_node": gpus,
-            "additional_parameters": dict(map(_line, options.sbatch)) or None,
-            "setup": [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()],
-        }
-        if options.cluster == "local":
-            self.parameters = {"timeout_min": time, "gpus_per_node": gpus}
+        self.minutes = minutes(options.time)
+        self.partition, self.account = options.partition, options.account
+        self.lines = dict(map(_line, options.sbatch))
         self.book: dict[str, str] = {}  # run folder's name -> job id
         if self._file.exists():
             self.book = read_json(self._file)
-        self.over: dict[str, float] = {}  # job id -> when it was first seen to have ended
+        self.seen: dict[str, float] = {}  # job id -> when it had ended without a result
 
     @property
     def _file(self) -> Path:
         return self.folder / "jobs.json"
 
     def __enter__(self) -> Self:
-        if self.cluster == "slurm" and self.runs and shutil.which("sbatch") is None:
+        if self.runs and shutil.which("sbatch") is None:
             raise UserError(
                 "the engine slurm found no sbatch here: start it on a machine that submits to Slurm; "
                 "--dry-run shows the batch file anywhere"
@@ -91,31 +80,43 @@ class OnSlurm(Remote):
 
     def executor(self, name: str) -> Any:
         """What submits a job of this name."""
-        if self.cluster == "local":
-            executor, named = self.submitit.LocalExecutor(self.place), {}
-        else:
-            executor = _slurm_executor()(self.place, max_num_timeout=SITTINGS)
-            named = {"job_name": name}
-        executor.update_parameters(**named, **{k: v for k, v in self.parameters.items() if v is not None})
+        variables = {k: v for k in ("PYTHONPATH",) if (v := os.environ.get(k))} | {"OMP_NUM_THREADS": self.threads}
+        given: dict[str, Any] = {
+            "job_name": name,
+            "partition": self.partition,
+            "time": self.minutes,
+            "account": self.account,
+            "cpus_per_task": self.threads,
+            "gpus_per_node": self.gpus or None,
+            "additional_parameters": self.lines or None,
+            "setup": [f"export {variable}={shlex.quote(str(value))}" for variable, value in variables.items()],
+        }
+        executor = _slurm_executor()(self.folder / "%j", max_num_timeout=SITTINGS)
+        executor.update_parameters(**{field: value for field, value in given.items() if value is not None})
         return executor
+
+    def job(self, number: str) -> Any:
+        """The job of this id."""
+        return self.submitit.SlurmJob(self.folder / "%j", number)
+
+    def over(self, job: Any) -> bool:
+        return bool(job.done())
 
     def describe(self, calls: Sequence[Call]) -> str:
         """The batch file of each run, as sbatch would read it: they differ in the name alone."""
         names = [call.folder.name for call in calls if call.folder is not None]
-        limit = "" if self.limit is None else f", {self.limit} at a time"
-        if self.cluster == "local" or not names:
-            return f"as jobs of submitit's local executor{limit}, {self.threads} threads each"
         executor = self.executor(names[0])
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
         others = "\n".join(["", "# the same for", *(f"#   {name}" for name in names[1:])]) if names[1:] else ""
+        limit = "" if self.limit is None else f", {self.limit} at a time"
         return f"by sbatch{limit}, each with this file and a name of its own\n\n{text}{others}"
 
     def begin(self, call: Call) -> tuple[Any, str]:
         assert call.folder is not None
         name = call.folder.name
         if name in self.book:
-            job = self._job(self.book[name])
-            if not self._over(job):
+            job = self.job(self.book[name])
+            if not self.over(job):
                 return job, f"job {job.job_id}, submitted before"
         absolute = call._replace(arguments=tuple(a.absolute() if isinstance(a, Path) else a for a in call.arguments))
         try:
@@ -129,18 +130,11 @@ class OnSlurm(Remote):
 
     def forget(self, call: Call) -> None:
         assert call.folder is not None
-        if self.book.pop(call.folder.name, None) is not None:
-            write_json(self._file, self.book)
-
-    def _job(self, number: str) -> Any:
-        kind = {"local": self.submitit.LocalJob, "slurm": self.submitit.SlurmJob}[self.cluster]
-        return kind(self.place, number)
-
-    def _over(self, job: Any) -> bool:
-        return job.done() and not (self.cluster == "local" and _lives(job))
+        del self.book[call.folder.name]
+        write_json(self._file, self.book)
 
     def ended(self, handle: Any) -> tuple[Outcome, Any] | None:
-        if not self._over(handle):
+        if not self.over(handle):
             return None
         if handle.paths.result_pickle.exists():
             try:
@@ -148,25 +142,56 @@ class OnSlurm(Remote):
                 return found
             except self.submitit.core.utils.UncompletedJobError as error:  # what it raised, written down
                 return "failed", Failure(f"job {handle.job_id} failed: {_last_error(str(error))}", again=True)
-        if time.monotonic() - self.over.setdefault(handle.job_id, time.monotonic()) < GRACE:
+        if time.monotonic() - self.seen.setdefault(handle.job_id, time.monotonic()) < GRACE:
             return None
         if handle.state.startswith("CANCELLED"):
             return "interrupted", None
-        what = f" ({handle.state})" if self.cluster == "slurm" else ""
-        return "failed", Failure(f"job {handle.job_id} ended early{what}: see {handle.paths.stderr}", again=True)
+        said = f"job {handle.job_id} ended without a result ({handle.state}): see {handle.paths.stderr}"
+        return "failed", Failure(said, again=True)
 
     def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
         numbers = " ".join(handle.job_id for handle in handles)
-        command = {"slurm": "scancel", "local": "kill"}[self.cluster]
-        raise KeyboardInterrupt(f"its jobs are left alone, and '{command} {numbers}' ends them" if numbers else "")
+        raise KeyboardInterrupt(f"its jobs are left alone, and '{self.command} {numbers}' ends them" if numbers else "")
 
     def _run(self, waiting: Waiting, tell: Listener) -> None:
         if all(call.folder is None for _, call in waiting):
             return Workers(1, self.threads)._run(waiting, tell)
-        known = sorted(waiting, key=lambda item: item[1].folder is not None and item[1].folder.name not in self.book)
+        found_first = sorted(waiting, key=lambda item: item[1].folder is None or item[1].folder.name not in self.book)
         waiting.clear()
-        waiting.extend(known)  # what was submitted before is found first
+        waiting.extend(found_first)
         super()._run(waiting, tell)
+
+
+class OnStandIn(OnSlurm):
+    """submitit's local executor in Slurm's place: processes here, which outlive the driver too."""
+
+    command = "kill"
+
+    def __init__(self, options: Slurm, needs: Needs) -> None:
+        super().__init__(options, needs)
+        self.limit = self.limit or max(1, cores() // self.threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def executor(self, name: str) -> Any:
+        executor = self.submitit.LocalExecutor(self.folder)
+        executor.update_parameters(timeout_min=self.minutes, gpus_per_node=self.gpus)
+        return executor
+
+    def job(self, number: str) -> Any:
+        return self.submitit.LocalJob(self.folder, number)
+
+    def over(self, job: Any) -> bool:
+        """submitit knows that of its own children alone; another driver's are looked up."""
+        try:
+            there = b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()
+        except OSError:
+            there = False
+        return bool(job.done()) and not there
+
+    def describe(self, calls: Sequence[Call]) -> str:
+        return f"by submitit's local executor, {self.limit} at a time, {self.threads} threads each"
 
 
 class Sitting:
@@ -239,14 +264,6 @@ def _slurm_executor() -> type[Any]:
             return 2
 
     return Anywhere
-
-
-def _lives(job: Any) -> bool:
-    """Whether a process of submitit's local executor is there: it may be another driver's child."""
-    try:
-        return b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _last_error(text: str) -> str:
