@@ -340,6 +340,12 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"found no sbatch here.*--dry-run"), Slurm().open(needs):
         pass
+    for address in ("127.0.0.1:1", "nonsense"):
+        with (
+            pytest.raises(UserError, match=f"Ray cannot be reached at '{address}'.*--ray-address"),
+            Ray(address).open(needs),
+        ):
+            pass
     for name, value in (("jobs", 0), ("threads", 0), ("gpus", -1)):
         with pytest.raises(UserError, match=f"{name} is {value}"):
             replace(needs, **{name: value})

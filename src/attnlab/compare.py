@@ -255,9 +255,9 @@ def compare(
     cells = work.cells
     known = {cell.folder: result for cell in cells if (result := cell.result()) is not None}
     todo = [cell for cell in cells if not cell.finished()]
-    opened = engine.open(
-        Needs(runs=len(todo), folder=out, jobs=jobs, threads=threads, gpus=gpus, device=preset.train.device)
-    )
+    progress = _progress(sum(cell.config.train.steps for cell in todo), console, quiet)
+    share = {"jobs": jobs, "threads": threads, "gpus": gpus}
+    opened = engine.open(Needs(runs=len(todo), folder=out, device=preset.train.device, say=progress.say, **share))
     command = command or default_command(work, out)
     started = environment()
 
@@ -273,7 +273,7 @@ def compare(
         _make(out)
         stack.enter_context(alone(out, "compares in", patience=1.0))
         found = write()
-        progress = stack.enter_context(_progress(sum(c.config.train.steps for c in todo), console, quiet))
+        stack.enter_context(progress)
         for cell in cells:
             if cell not in todo:
                 progress.say(f"{cell}: {_words(known[cell.folder])}, finished before")

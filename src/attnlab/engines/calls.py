@@ -50,6 +50,7 @@ class Needs:
     threads: int | None = None  # of each
     gpus: int | None = None  # of each
     device: str = "auto"  # train.device
+    say: Callable[[str], None] = lambda text: None  # where a line goes about what takes long
 
     def __post_init__(self) -> None:
         for name, least in (("jobs", 1), ("threads", 1), ("gpus", 0)):

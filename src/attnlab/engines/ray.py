@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +30,7 @@ class OnRay(Remote):
         self.ray = need("ray", "scale")
         self.address, self.limit = address, needs.jobs
         self.threads, self.runs = needs.threads or 1, needs.runs
+        self.say = needs.say
         self.gpus, self.cpu = needs.gpus, needs.device == "cpu"
         self.mine = False  # whether it was started, or joined, here
         self.task: Any = None  # what makes a call there
@@ -64,9 +66,11 @@ class OnRay(Remote):
         here = self.address == "local"
         own = {"num_cpus": max(self.threads * (self.limit or 1), cores()), "include_dashboard": False} if here else {}
         if not self.ray.is_initialized():
+            self.say("starting Ray here" if here else f"joining Ray at {self.address}")
             try:
+                _reach(self.address)
                 self.ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 said = str(error).partition("\n")[0].rstrip(".")
                 raise UserError(
                     f"Ray cannot be reached at {self.address!r} ({said}): give --ray-address local, auto or HOST:PORT"
@@ -101,6 +105,13 @@ class OnRay(Remote):
     def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
         for handle in handles:
             self.ray.cancel(handle, force=hard)
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _task(call: Call, threads: int, folder: str) -> tuple[Outcome, Any]:
