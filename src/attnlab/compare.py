@@ -484,7 +484,8 @@ def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[Renderable
         ]
         view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *shown)
     notes: list[RenderableType] = [
-        "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; ?: too few seeds."
+        "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; "
+        "?: too few seeds."
     ]
     cells = [
         (each["size"], RunResult.from_dict(cell)) for each in sizes if each["size"] != main for cell in each["cells"]
