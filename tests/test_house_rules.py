@@ -30,8 +30,8 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats", "lock"},
-    {"kernels"},
+    {"spec", "config", "results", "stats", "launcher", "lock"},
+    {"kernels", "crew"},
     {"cache", "ops", "documents"},
     {"attention"},
     {"laws", "presets"},
@@ -40,7 +40,7 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "convert", "engines", "progress", "measure"},
+    {"train", "strategies", "convert", "engines", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
     {"evaluate", "examine", "bench", "forecast", "heads"},
@@ -114,6 +114,9 @@ EXTRAS = {
     "tiktoken",
     "ray",
     "submitit",
+    "tensorboard",
+    "wandb",
+    "trackio",
 }
 
 

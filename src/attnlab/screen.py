@@ -262,11 +262,11 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
             table.add_row(
                 name if not place else "",
-                f"{layer}.{head}",
+                f"{layer + 1}.{head + 1}",
                 f"{value:.3f}{mark or ' '}",
                 cell("not_repeated", ".3f"),
                 cell("untrained", ".3f"),
-                cell("p", ".0e"),
+                _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
                 change,
             )
     marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
@@ -282,4 +282,22 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
         )
     if found["untrained"]:
         notes.append("These weights are random: nothing was loaded.")
-    return Group(table, "", *(f"[dim]{note}" for note in notes))
+    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
+    remembered = _remembered(found["inside"])
+    return Group(table, "", *remembered, *(f"[dim]{note}" for note in notes))
+
+
+def _tail(p: float) -> str:
+    return f"{p:.0e}" if p >= 1e-12 else "<1e-12"  # less is rounding
+
+
+def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    from .report.inside import remembered
+
+    titles, rows = remembered(layers)
+    if not rows:
+        return []
+    table = columns(**{title: "left" if title == "mechanism" else "right" for title in titles})
+    for row in rows:
+        table.add_row(*row)
+    return [table, ""]
