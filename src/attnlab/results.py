@@ -65,6 +65,7 @@ class RunResult(Record):
     threads: int = 0
     device: str = ""
     command: str = ""
+    attempts: int = 1  # 2: what the machine spoilt was made once more
     options: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)  # [step, validation loss]
     train_curve: list[list[float]] = field(default_factory=list)  # [step, training loss]
