@@ -99,12 +99,12 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _Follow() as follow:
+    with Follow() as follow:
         call()
     return follow.peak
 
 
-class _Follow(TorchDispatchMode):
+class Follow(TorchDispatchMode):
     """Counts the bytes of storages that come and go inside it."""
 
     def __init__(self) -> None:

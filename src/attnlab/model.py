@@ -42,15 +42,17 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     return known
 
 
-def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
-    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that."""
+def flops_per_token(config: ModelConfig, context: int | None = None, new: int | None = None) -> float:
+    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that. `new`:
+    of so many tokens at a time, the last of the context; None: of all of them at once."""
     context = context or config.context
+    new = new or context
     matrices = 3 if config.ff_kind == "swiglu" else 2
     dense = 2 * matrices * config.d_model * config.resolved_ff_dim
     used = config.experts_per_token + config.experts.shared
     experts = 2 * config.d_model * (matrices * config.resolved_expert_dim * used + config.n_experts)
     ff = sum(experts if config.has_experts(i) else dense for i in range(config.n_layers))
-    attending = sum(c.flops(context, context) / context for c in attention_configs(config))
+    attending = sum(c.flops(new, context) / new for c in attention_configs(config))
     return attending + ff + 2 * config.d_model * config.vocab_size
 
 
