@@ -30,7 +30,7 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats"},
+    {"spec", "config", "results", "stats", "strategies"},
     {"kernels"},
     {"cache", "ops", "documents"},
     {"attention"},
@@ -43,7 +43,7 @@ ORDER = [
     {"train", "convert", "workers", "progress", "measure"},
     {"decode", "chat", "infer"},
     {"hf"},
-    {"evaluate", "examine", "bench", "forecast", "heads"},
+    {"evaluate", "examine", "bench", "forecast", "footprint", "plan", "heads"},
     {"compare"},
     {"report"},
     {"screen"},

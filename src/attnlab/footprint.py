@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import RunConfig
 from .convert.heal import freeze
-from .measure import Follow
+from .measure import Follow, flop_counter
 from .model import Decoder, attention_configs
 
 META = torch.device("meta")
@@ -27,10 +27,11 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a step, in bytes of tensors."""
+    """A stretch of a step."""
 
-    change: int = 0  # by how much more are in use after it than before
+    change: int = 0  # by how many bytes of tensors more are in use after it than before
     rise: int = 0  # the most that are in use within it, above what was before
+    flops: int = 0  # of its matrix products
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Footprint:
     embed: Layer
     layers: tuple[Layer, ...]
     head: Layer
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products of the step."""
+        return sum(layer.forward.flops + layer.backward.flops for layer in (self.embed, *self.layers, self.head))
 
     @property
     def activations(self) -> int:
@@ -101,7 +107,7 @@ def footprint(
     forward: AbstractContextManager[Any] = stand_in
     if device.type != "meta":
         forward = torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=not recompute)
-    with laps:
+    with laps.counter, laps:
         with forward:
             loss = model.loss(tokens, targets)
         stand_in.forget()
@@ -112,18 +118,20 @@ def footprint(
 
 
 class Laps(Follow):
-    """Follows tensors through a step, from mark to mark."""
+    """Follows tensors through a step, from mark to mark, and counts FLOPs beside."""
 
     def __init__(self, stand_in: AsOnGpu) -> None:
         super().__init__()
-        self.stand_in = stand_in
-        self.start, self.copied = 0, [0]
+        self.stand_in, self.counter = stand_in, flop_counter()
+        self.start, self.flops, self.copied = 0, 0, [0]
         self.there: list[Part] = []  # embed, layers, and at last the head and its way back
         self.back: list[Part] = []  # layers backwards, embed
 
     def lap(self, parts: list[Part]) -> None:
-        parts.append(Part(self.now - self.start, self.peak - self.start))
+        flops = self.counter.get_total_flops()
+        parts.append(Part(self.now - self.start, self.peak - self.start, flops - self.flops))
         self.start = self.peak = self.now
+        self.flops = flops
 
     def forth(self) -> None:
         self.lap(self.there)

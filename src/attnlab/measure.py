@@ -49,11 +49,16 @@ def read_speed(repeats: int = 5) -> float:
 
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
-    with counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts as `counted_flops` does."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
+    return counter
 
 
 class _NoModules(nullcontext[None]):

@@ -120,7 +120,8 @@ class Experts(nn.Module):
         counts = note("load", torch.bincount(expert, minlength=E))
         token = order // self.k
         parts = tokens[token].split(counts.tolist())
-        done = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])
+        each = zip(parts, self.into.unbind(), self.out.unbind(), strict=True)  # indexing adds up whole-size gradients
+        done = torch.cat([self.expert(*one) for one in each])
         done = done * weight.flatten()[order, None].to(done.dtype)
         y = torch.zeros_like(tokens, dtype=done.dtype).index_add(0, token, done).view_as(x)
         return self.even_out(y if self.shared is None else y + self.shared(x), logits, counts)
@@ -139,8 +140,8 @@ class Experts(nn.Module):
         weight = (F.logsigmoid(logits) if sigmoid else logits.log_softmax(-1)).gather(1, chosen)
         return chosen, (weight.softmax(-1) if o.normalize else weight.exp()) * o.scale
 
-    def expert(self, i: int, x: Tensor) -> Tensor:
-        return linear(activate(self.options.kind, linear(x, self.into[i])), self.out[i])
+    def expert(self, x: Tensor, into: Tensor, out: Tensor) -> Tensor:
+        return linear(activate(self.options.kind, linear(x, into)), out)
 
     def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

@@ -56,7 +56,7 @@ GPUS = {
 }
 
 
-def gpu(given: str | Mapping[str, Any]) -> Gpu:
+def find_gpu(given: str | Mapping[str, Any]) -> Gpu:
     """By name, or of numbers: {"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}."""
     if isinstance(given, str):
         return GPUS[choose("GPU", given, GPUS)]
@@ -163,7 +163,7 @@ def plan(
     sizes = Sizes(config)
     found = sizes.memory(machine)
     fits = found.peak <= machine.usable
-    per_token = training_flops(config, machine.recompute)
+    per_token = sizes.training_flops(machine)
     speed = machine.gpus * machine.gpu.flops * mfu
     return Plan(
         name=config.name,
@@ -174,7 +174,7 @@ def plan(
         strategy=str(strategy(machine.strategy)),
         precision=sizes.precision,
         checkpoint_activations=machine.recompute,
-        batch=machine.batch or train.batch_size,
+        batch=sizes.batch(machine),
         context=model.context,
         usable=machine.usable,
         memory=found,
@@ -187,12 +187,6 @@ def plan(
         seconds=per_token * budget / speed if sizes.precision == "bf16" else None,
         decode=sizes.decoding(machine, context),
     )
-
-
-def training_flops(config: RunConfig, recompute: bool) -> float:
-    """Per token; `recompute`: every layer, but not the head, goes forward twice."""
-    forward = flops_per_token(config.model)
-    return TRAINING * forward + recompute * (forward - 2 * config.model.d_model * config.model.vocab_size)
 
 
 class Sizes:
@@ -217,13 +211,22 @@ class Sizes:
             self.steps[case] = footprint(self.config, batch, recompute=recompute, accumulated=accumulated, **how)
         return self.steps[case]
 
+    def batch(self, machine: Machine) -> int:
+        return machine.batch or self.config.train.batch_size
+
+    def training_flops(self, machine: Machine) -> float:
+        """Per token: by the mechanisms' own formulas, and what is computed twice as it is counted."""
+        batch, model = self.batch(machine), self.config.model
+        again = self.step(batch, True, False).flops - self.step(batch, False, False).flops if machine.recompute else 0
+        return TRAINING * flops_per_token(model) + again / (batch * model.context)
+
     def memory(self, machine: Machine) -> Memory:
         """Of a training step, once the optimizer has its state."""
         how, gpus = strategy(machine.strategy), machine.gpus
         shards = how.sharded if gpus > 1 else frozenset()
         accumulates = self.config.train.accumulate > 1
         alone = "gradients" not in shards
-        step = self.step(machine.batch or self.config.train.batch_size, machine.recompute, accumulates and alone)
+        step = self.step(self.batch(machine), machine.recompute, accumulates and alone)
 
         def kept(what: str, tensors: list[Tensor]) -> int:
             return largest_share(tensors, gpus if what in shards else 1, how.by_rows)

@@ -77,7 +77,8 @@ def llama_1b() -> RunConfig:
 
 
 def llama_8b() -> RunConfig:
-    """Llama 3 8B's shape (arXiv 2407.21783, table 3), 8,030,261,248 parameters, and its rate; batch and steps are ours."""
+    """Llama 3 8B's shape (arXiv 2407.21783, table 3), 8,030,261,248 parameters, and its rate; batch and steps are
+    ours."""
     return llama3("llama-8b", n_layers=32, d_model=4096, n_heads=32, ff_dim=14_336, lr=3e-4)
 
 
