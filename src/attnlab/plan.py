@@ -1,6 +1,6 @@
 """What a model will cost on GPUs that are not here, before anyone pays: memory, FLOPs, time, and decoding.
 
-Memory is counted (`footprint`), FLOPs are the mechanisms' own, and what is assumed is said with the result.
+Memory and FLOPs of training are counted (`footprint`); what is assumed is said with the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .config import RunConfig
 from .footprint import META, Footprint, Layer, Part, footprint, on_meta
-from .forecast import TRAINING
 from .match import cache_floats
 from .measure import peak_growth
 from .model import Decoder, Experts, attention_configs, flops_per_token
@@ -215,10 +214,9 @@ class Sizes:
         return machine.batch or self.config.train.batch_size
 
     def training_flops(self, machine: Machine) -> float:
-        """Per token: by the mechanisms' own formulas, and what is computed twice as it is counted."""
-        batch, model = self.batch(machine), self.config.model
-        again = self.step(batch, True, False).flops - self.step(batch, False, False).flops if machine.recompute else 0
-        return TRAINING * flops_per_token(model) + again / (batch * model.context)
+        """Per token, counted: what kernels compute again for their backward passes is in it."""
+        batch = self.batch(machine)
+        return self.step(batch, machine.recompute, False).flops / (batch * self.config.model.context)
 
     def memory(self, machine: Machine) -> Memory:
         """Of a training step, once the optimizer has its state."""

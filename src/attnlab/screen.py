@@ -175,10 +175,11 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
         verdict = [f"[bold red]Training does not fit.[/] {would}", ""]
     notes = (
         f"GB are 10^9 bytes. {USABLE:.0%} of a GPU's memory is used; the rest is left to CUDA, communication and "
-        "fragmentation. Memory is counted on the meta device, with fused attention, a fused AdamW, evenly loaded "
-        "experts, and gradients that share the buffers they are sent in. Time is FLOPs alone; whatever else takes time "
-        "is in the MFU. Decoding: one model split evenly over all GPUs, nothing lost to communication; a step reads at "
-        "full bandwidth or computes at full speed, whichever takes longer."
+        "fragmentation. Memory and FLOPs are counted on the meta device, with fused attention (which computes its "
+        "scores twice), a fused AdamW, evenly loaded experts, and gradients that share the buffers they are sent in. "
+        "Time is FLOPs alone; whatever else takes time is in the MFU. Decoding: one model split evenly over all GPUs, "
+        "nothing lost to communication; a step reads at full bandwidth or computes at full speed, whichever takes "
+        "longer."
     )
     title = f"[bold]{escape(found.name)}, {found.mechanism}[/]: {where}"
     table: list[RenderableType] = [shapes(others), ""] if others else []
