@@ -22,7 +22,7 @@ from attnlab import attention, data, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.footprint import META, AsOnGpu, Recomputed, on_meta
 from attnlab.match import variant
-from attnlab.measure import Follow, counted_flops, peak_growth, tensor_bytes
+from attnlab.measure import Follow, flop_counter, peak_growth, tensor_bytes
 from attnlab.plan import GPUS, Machine, Sizes
 from attnlab.train import Trainer, train_step
 
@@ -90,16 +90,12 @@ def whole(config: RunConfig, batch: int, recompute: bool = False) -> tuple[float
         model.layers = torch.nn.ModuleList(Recomputed(layer, surroundings) for layer in model.layers)
     with META:
         tokens, targets = (torch.zeros(batch, config.model.context, dtype=torch.int64) for _ in "xy")
-
-    def step() -> None:
+    with flop_counter() as counter, Follow() as follow:
         with surroundings:
             loss = model.loss(tokens, targets)
         surroundings.forget()
         loss.backward()
-
-    with Follow() as follow:
-        step()
-    return counted_flops(step) / tokens.numel(), weights * (3 + accumulates) + follow.peak
+    return counter.get_total_flops() / tokens.numel(), weights * (3 + accumulates) + follow.peak
 
 
 def measuring(config: RunConfig, device: torch.device) -> float:

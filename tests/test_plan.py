@@ -24,7 +24,7 @@ from attnlab.spec import CacheSpec
 from attnlab.strategies import STAGES, strategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from plan import EVEN, LONG, counting, measured, measuring
+from plan import EVEN, LONG, counting, few_layers, measured, measuring
 
 CPU = torch.device("cpu")
 H100 = GPUS["h100"]
@@ -266,9 +266,11 @@ def test_the_largest_preset_is_the_published_shape() -> None:
 
 @pytest.mark.parametrize("name", attention.names())
 def test_every_mechanism_in_the_largest_shape(name: str) -> None:
-    found = plan(variant(presets.get("deepseek-v3-671b"), name), Machine(GPUS["mi300"], 128, "fsdp"), advise=False)
-    assert 6.6e11 < found.parameters < 7.1e11
+    """Its first four layers: three plain ones, and one with 256 experts."""
+    config = few_layers(variant(presets.get("deepseek-v3-671b"), name))
+    found = plan(config, Machine(GPUS["mi300"], 128, "fsdp"), advise=False)
     assert found.memory.weights == pytest.approx(4 * found.parameters / 128, rel=0.001)
+    assert found.memory.peak > found.memory.gathered > 2 * 11.5e9
     assert found.seconds is not None and found.decode.seconds > 0
 
 
@@ -312,7 +314,7 @@ def test_the_command_says_what_it_found(said: Said) -> None:
 
 
 def test_wide_tables_fit(said: Said) -> None:
-    _, out, _ = said("llama-70b", "--gpus", "512", "--strategy", "fsdp", "--mechanisms", "latent_lookup,mha,sliding")
+    _, out, _ = said("llama-70b", "--gpus", "512", "--strategy", "fsdp", "--mechanisms", "latent_lookup,sliding")
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
 
 
@@ -323,10 +325,10 @@ def test_what_does_not_fit_says_what_would(said: Said) -> None:
     assert remedy == ["--strategy", "fsdp", "--checkpoint-activations"]
     code, out, _ = said("llama-8b", "--gpus", "8", *remedy, "--mechanisms", "")
     assert code == 0 and "does not fit" not in out
-    code, out, _ = said("llama-70b", "--mechanisms", "", "--gpu", "h200")
+    code, out, _ = said("llama-8b", "--mechanisms", "", "--gpu", "a100", "--batch", "3")
     again = out.partition("It would fit with ")[2].partition("\n\n")[0].split()
     assert code == 1 and "--gpus" in again
-    assert said("llama-70b", "--mechanisms", "", "--gpu", "h200", *again)[0] == 0
+    assert said("llama-8b", "--mechanisms", "", "--gpu", "a100", *again)[0] == 0
     code, out, _ = said("deepseek-v3-671b", "--mechanisms", "", "--gpu", "a100")
     assert code == 1 and "a whole layer" in out and "the weights do not fit" in out
 

@@ -123,8 +123,9 @@ class Laps(Follow):
     def __init__(self, stand_in: AsOnGpu) -> None:
         super().__init__()
         self.stand_in, self.counter = stand_in, flop_counter()
-        self.start, self.flops, self.copied = 0, 0, [0]
-        self.there: list[Part] = []  # embed, layers, and at last the head and its way back
+        self.start, self.flops = 0, 0
+        self.copied = [0]  # at the start, at each mark, and at the loss
+        self.there: list[Part] = []  # embed, layers, and at last the head, there and back
         self.back: list[Part] = []  # layers backwards, embed
 
     def lap(self, parts: list[Part]) -> None:
@@ -140,11 +141,13 @@ class Laps(Follow):
     def turn(self) -> None:
         self.copied.append(self.stand_in.copied)
 
-    def back_to(self) -> None:
-        self.lap(self.back if len(self.there) == len(self.copied) - 1 else self.there)
+    def back_again(self) -> None:
+        head_is_done = len(self.there) == len(self.copied) - 1
+        self.lap(self.back if head_is_done else self.there)
 
     def layers(self) -> list[Layer]:
-        self.back_to()
+        """Embed, each layer, head."""
+        self.back_again()
         copies = [after - before for before, after in pairwise(self.copied)]
         back = self.back + [Part()] * (len(self.there) - 1 - len(self.back))  # below what learns there is no way back
         parts = zip(self.there, [*reversed(back), Part()], copies, strict=True)
@@ -171,7 +174,7 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.laps.back_to()
+        ctx.laps.back_again()
         return grads[0], None
 
 

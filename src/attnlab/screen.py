@@ -142,12 +142,13 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
         "tokens": (short(found.tokens), f"{found.flops:.3g} FLOPs"),
         "time": time,
     }
+    narrow = "bfloat16" if found.precision == "bf16" else "float32"
     parts = {
         "weights": (gigabytes(memory.weights), "float32"),
         "gradients": (gigabytes(memory.gradients), "float32"),
         "optimiser": (gigabytes(memory.optimizer), "float32"),
         "copies of weights": (gigabytes(memory.copies), "bfloat16, for matrix products"),
-        "gathered weights": (gigabytes(memory.gathered), "two layers at a time, embedding and head"),
+        "gathered weights": (gigabytes(memory.gathered), f"{narrow}, of two layers, embedding and head"),
         "activations": (gigabytes(memory.activations), f"of {found.batch:,} x {found.context:,} tokens"),
         "at the worst moment": (
             gigabytes(memory.peak),
