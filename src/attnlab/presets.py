@@ -77,21 +77,21 @@ def llama_1b() -> RunConfig:
 
 
 def llama_8b() -> RunConfig:
-    """Llama 3 8B's shape (arXiv 2407.21783, table 3), 8,030,261,248 parameters, and its rate; batch and steps are
-    ours."""
+    """Llama 3 8B's shape (arXiv 2407.21783, table 3), 8,030,261,248 parameters, and its rate; batch and steps,
+    419 billion tokens in all, are ours."""
     return llama3("llama-8b", n_layers=32, d_model=4096, n_heads=32, ff_dim=14_336, lr=3e-4)
 
 
 def llama_70b() -> RunConfig:
-    """Llama 3 70B's shape (arXiv 2407.21783, table 3), 70,553,706,496 parameters, and its rate; batch and steps are
-    ours."""
+    """Llama 3 70B's shape (arXiv 2407.21783, table 3), 70,553,706,496 parameters, and its rate; batch and
+    steps, 419 billion tokens in all, are ours."""
     return llama3("llama-70b", n_layers=80, d_model=8192, n_heads=64, ff_dim=28_672, lr=1.5e-4)
 
 
 def llama3(name: str, lr: float, **shape: int) -> RunConfig:
     base = llama_1b()
     model = replace(base.model, **shape, norm_eps=1e-5, tied=False)  # type: ignore[arg-type]
-    train = replace(base.train, batch_size=1, lr=lr, min_lr=lr / 100, warmup=8000, betas=(0.9, 0.95))
+    train = replace(base.train, batch_size=1, accumulate=512, lr=lr, min_lr=lr / 100, warmup=8000, betas=(0.9, 0.95))
     return RunConfig(name=name, model=model, train=train)
 
 
