@@ -3,27 +3,28 @@
     python benchmarks/plan.py                  two minutes on one core
     python benchmarks/plan.py --only mha,mla
 
-Counted: the whole model takes a step on the meta device, where the plan counted one layer of each kind. Measured: a
-training step here, on the CPU in float32, with every tensor followed, against a plan of that path; and with a context
-for which PyTorch's fused kernel runs here as on a GPU, against a plan for a GPU.
+Counted: the whole model takes a step on the meta device, where the plan counted one layer of each kind; the worst of
+three shapes, and beside it what the mechanisms' own formulas, times three, are off. Measured: a training step here, on
+the CPU in float32, with every tensor followed, against a plan of that path. Fused: with a context for which PyTorch's
+fused kernel runs here as on a GPU, against a plan for a GPU, in float32 and in bfloat16 under autocast.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
-from speed import markdown, provenance
+from speed import markdown, provenance, say
 
 from attnlab import attention, data, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
-from attnlab.footprint import META, AsOnGpu, Recomputed, on_meta
+from attnlab.footprint import META, AsOnGpu, Recomputed, footprint, on_meta
 from attnlab.match import variant
 from attnlab.measure import Follow, flop_counter, peak_growth, tensor_bytes
-from attnlab.plan import GPUS, Machine, Sizes
+from attnlab.model import Decoder, flops_per_token
+from attnlab.plan import GPUS, Machine, Sizes, walk
 from attnlab.train import Trainer, train_step
 
 CPU = torch.device("cpu")
@@ -49,20 +50,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(attention.names()), help="mechanisms, separated by commas")
     options = parser.parse_args()
-    columns = ("mechanism", *(f"{what}, {shape}" for shape in SHAPES for what in ("FLOPs", "memory")))
-    columns += ("measured", "with experts", "fused")
+    columns = ["mechanism", "FLOPs", "memory", *(f"formula, {shape}" for shape in SHAPES)]
+    columns += ["measured", "with experts", "fused", "fused, bf16"]
     rows = []
     for name in options.only.split(","):
-        print(name, file=sys.stderr)
-        row = [name]
+        say(name)
+        off, formulas = [], []
         for shape in SHAPES:
             config = variant(presets.get(shape), name)
             config = few_layers(config) if config.model.ff == "moe" else config
-            row += [f"{off:+.2%}" for off in counting(config, batch=2)]
-        experts = replace(SMALL, model=replace(SMALL.model, ff="moe"))
-        for base, own, device in ((SMALL, {}, CPU), (experts, {}, CPU), (LONG, EVEN, META)):
-            row.append(f"{measuring(variant(base, name, own), device):+.2%}")
-        rows.append(row)
+            off.append(counting(config, batch=2))
+            formulas.append(3 * flops_per_token(config.model) / whole(config, 2)[0] - 1)
+        found = [max(each, key=abs) for each in zip(*off, strict=True)] + formulas
+        experts, long = replace(SMALL, model=replace(SMALL.model, ff="moe")), variant(LONG, name, EVEN)
+        found += [measuring(variant(base, name), CPU) for base in (SMALL, experts)]
+        rows.append([name, *(f"{each:+.2%}" for each in (*found, measuring(long, META), rounding(long)))])
     print(f"{provenance()}\n\n{markdown(columns, rows)}")
 
 
@@ -101,6 +103,17 @@ def whole(config: RunConfig, batch: int, recompute: bool = False) -> tuple[float
 def measuring(config: RunConfig, device: torch.device) -> float:
     """By how much the memory planned, counted on `device`, is off that of a training step here."""
     return Sizes(config, device).memory(Machine(GPUS["h100"])).peak / measured(config) - 1
+
+
+def rounding(config: RunConfig) -> float:
+    """By how much what a plan for bfloat16 has in use is off what a step here has under autocast."""
+    model, layers = Decoder(config.model), [0] * config.model.n_layers
+    tokens = torch.randint(config.model.vocab_size, (config.train.batch_size, config.model.context))
+    with Follow() as follow:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(tokens, tokens)
+        loss.backward()
+    return walk(footprint(config, len(tokens)), True, layers, layers) / follow.peak - 1
 
 
 def measured(config: RunConfig) -> int:

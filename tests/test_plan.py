@@ -14,17 +14,16 @@ import torch
 
 from attnlab import Decoder, UserError, attention, cli, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
-from attnlab.footprint import META, footprint
+from attnlab.footprint import META
 from attnlab.hub.families import deepseek_v3
 from attnlab.match import variant
-from attnlab.measure import Follow
 from attnlab.model import attention_configs, flops_per_token
-from attnlab.plan import GPUS, Machine, Plan, Sizes, find_gpu, plan, walk
+from attnlab.plan import GPUS, Machine, Plan, Sizes, find_gpu, plan
 from attnlab.spec import CacheSpec
 from attnlab.strategies import STAGES, strategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from plan import EVEN, LONG, counting, few_layers, measured, measuring
+from plan import EVEN, LONG, counting, few_layers, measured, measuring, rounding
 
 CPU = torch.device("cpu")
 H100 = GPUS["h100"]
@@ -73,14 +72,7 @@ def test_memory_is_that_of_a_real_step_through_a_fused_kernel(name: str) -> None
     """On the path that a GPU takes, where a CPU takes it as well; and in bfloat16, with real autocast."""
     config = variant(replace(LONG, train=replace(LONG.train, batch_size=1)), name, EVEN)
     assert abs(measuring(config, META)) < 0.15
-    model = Decoder(config.model)
-    tokens = torch.randint(65, (1, config.model.context))
-    with Follow() as follow:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(tokens, tokens)
-        loss.backward()
-    none = [0] * config.model.n_layers
-    assert walk(footprint(config, 1, precision="bf16"), True, none, none) == pytest.approx(follow.peak, rel=0.15)
+    assert abs(rounding(config)) < 0.15
 
 
 def test_a_hybrid_accumulates_and_freezes_and_uses_muon() -> None:
