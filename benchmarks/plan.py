@@ -113,7 +113,7 @@ def rounding(config: RunConfig) -> float:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(tokens, tokens)
         loss.backward()
-    return walk(footprint(config, len(tokens)), True, layers, layers) / follow.peak - 1
+    return walk(footprint(config, len(tokens)), layers, layers) / follow.peak - 1
 
 
 def measured(config: RunConfig) -> int:
@@ -121,7 +121,9 @@ def measured(config: RunConfig) -> int:
     trainer = Trainer.of(config, data.load(config.data))
     for step in range(2):
         train_step(trainer, step)
-    states = [value for o in trainer.optimizers.values() for state in o.state.values() for value in state.values()]
+    states = [
+        value for o in trainer.strategy.optimizers.values() for state in o.state.values() for value in state.values()
+    ]
     kept = [*trainer.model.parameters(), *(s for s in states if isinstance(s, torch.Tensor))]
     return tensor_bytes(kept) + peak_growth(lambda: train_step(trainer, 2), CPU)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from attnlab import attention, checkpoint, data
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.crew import Crew
 from attnlab.model import Decoder
 from attnlab.results import RunResult
 from attnlab.spec import UserError
@@ -54,7 +56,12 @@ def test_save_and_load(folder):
     model = fill(folder, 5, 10, 15)
     assert folder.steps() == [10, 15] and folder.newest() == 15  # the newest two
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000010", "step-00000015"}
-    assert names(folder.path / "step-00000015") == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert names(folder.path / "step-00000015") == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "commit.json",
+    }
     step, weights, optimizer, state = folder.load()
     assert step == 15 and state == {"step": 15, "seconds": 1.5}
     assert torch.equal(weights["weight"], model.weight) and torch.equal(weights["bias"], model.bias)
@@ -132,30 +139,59 @@ def test_weights_of_another_model_are_refused():
             checkpoint.load_weights(model, tensors)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
-def test_optimizer_state_comes_back(kind):
-    def make() -> tuple[nn.Module, dict[str, torch.optim.Optimizer]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
-        return model, {"it": kind(model.parameters(), lr=0.1)}
+def test_tensors_in_pieces(tmp_path):
+    """Written whole or in stretches, by one or by three, whatever stretch is asked for comes back."""
+    tensors = {"a": torch.randn(7, 3, 2), "b": torch.randn(5), "c": torch.tensor(3), "d": torch.empty(0, 4)}
+    for cuts in ([], [0, 11], [1, 1, 40]):
+        folder = RunFolder.create(tmp_path / f"in-{len(cuts) + 1}", CONFIG, CORPUS)
+        ends = [0, *cuts, 42]
+        place = folder.path / "step-00000003"
+        folder.save_pieces(3, {name: checkpoint.whole(tensor) for name, tensor in tensors.items()}, {}, {})
+        files = []
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            held = {"a": checkpoint.Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
+            held |= {name: checkpoint.whole(tensors[name]) for name in "bcd"} if number == 0 else {}
+            checkpoint._write_pieces(place, held, {}, Crew(rank=number, size=len(ends) - 1))
+            files.append(place / (f"model.rank-{number:05d}.safetensors" if number else "model.safetensors"))
+        stored = checkpoint.Stored(files)
+        assert sorted(stored.names()) == [*"abcd"] and stored.shape("a") == (7, 3, 2)
+        for name, tensor in tensors.items():
+            assert torch.equal(stored.read(name), tensor)
+        for start in range(0, 43, 5):
+            for stop in range(start, 43, 3):
+                assert torch.equal(stored.read("a", start, stop), tensors["a"].flatten()[start:stop])
+        if cuts:
+            with pytest.raises(ValueError, match="parts of a are missing"):
+                checkpoint.Stored(files[:-1])
 
-    def advance(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        model(torch.ones(5, 3)).square().sum().backward()
-        optimizers["it"].step()
-        optimizers["it"].zero_grad()
 
-    model, optimizers = make()
-    advance(model, optimizers)
-    fresh, blank = make()
-    checkpoint.load_weights(fresh, checkpoint.weights(model))
-    tensors = {key: value.clone() for key, value in checkpoint.optimizer_tensors(model, optimizers).items()}
-    assert tensors and all(key.startswith(("it/0.weight/", "it/1.weight/")) for key in tensors)
-    checkpoint.load_optimizer_tensors(fresh, blank, tensors)
-    advance(model, optimizers)
-    advance(fresh, blank)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
-    with pytest.raises(UserError, match=r"'2\.weight' of 'it'"):
-        checkpoint.load_optimizer_tensors(fresh, blank, {"it/2.weight/exp_avg": torch.zeros(1)})
+def test_optimizer_state_of_another_model_is_refused(folder):
+    fill(folder, 5)
+    stored = folder.stored(5, "optimizer")
+    assert list(stored.states({"adamw": None}, {"weight": torch.zeros(2, 3)})) == [
+        ("adamw/weight/exp_avg", "adamw", "weight", "exp_avg")
+    ]
+    with pytest.raises(UserError, match=r"'weight' of 'adamw', which this model lacks"):
+        list(stored.states({"adamw": None}, {"bias": torch.zeros(2)}))
+
+
+def test_the_best_checkpoint_stays(folder):
+    """And the newest two; a checkpoint without a validation of its own is no candidate."""
+    model = nn.Linear(3, 2)
+    for step, loss in ((5, 2.5), (10, 2.0), (15, None), (20, 2.25), (25, 2.1)):
+        folder.save(step, model, {}, {"val_loss": loss})
+    assert folder.steps() == [10, 20, 25] and folder.best() == 10
+    folder.save(30, model, {}, {"val_loss": 1.5})
+    assert folder.steps() == [25, 30] and folder.best() == 30
+    assert RunFolder.create(folder.path.parent / "other", CONFIG, CORPUS).best() is None
+
+
+def test_what_is_not_committed_is_not_there(folder):
+    fill(folder, 5, 10)
+    (folder.path / "step-00000010" / "commit.json").unlink()
+    assert folder.steps() == [5] and folder.load().step == 5
+    folder.forget_after(5)
+    assert "step-00000010" not in names(folder.path)
 
 
 def test_folders_that_are_taken(folder, tmp_path):

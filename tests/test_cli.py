@@ -226,11 +226,11 @@ def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     from attnlab import train
 
     def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt("stopped after step 7; the run is saved in here")
+        raise train.Stopped("stopped after step 7; the run is saved in here")
 
     monkeypatch.setattr(train, "train", interrupted)
     code, out, err = run("train", "quick", "--out", "here")
-    assert (code, out) == (130, "")
+    assert (code, out) == (0, "")
     assert "stopped after step 7" in err and "--resume" in err and "Traceback" not in err
 
 

@@ -107,7 +107,7 @@ def test_what_is_frozen_stays_and_costs_nothing(place, target, part, moves):
     changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert changed and all(".attention." in name for name in changed)
     assert {name.split(".attention.")[1].split(".")[0] for name in changed} == moves
-    remembered = {id(value) for optimizer in trainer.optimizers.values() for value in optimizer.state}
+    remembered = {id(value) for optimizer in trainer.strategy.optimizers.values() for value in optimizer.state}
     known = {name for name, value in trainer.model.named_parameters() if id(value) in remembered}
     assert known == {name for name, value in trainer.model.named_parameters() if value.requires_grad} >= changed
     assert all(v.grad is None for v in trainer.model.parameters() if not v.requires_grad)
@@ -124,8 +124,10 @@ def test_the_teacher_has_its_share(place):
         ours, theirs = (m(part.x)[0][counts].log_softmax(-1) for m in (trainer.model, teacher))
         apart = (theirs.exp() * (theirs - ours)).sum(-1).mean()
         wanted = 0.25 * apart + 0.75 * F.nll_loss(ours, part.y[counts])
-        assert float(trainer.objective(*part)) == pytest.approx(float(wanted), rel=1e-5)
-        assert float(trainer.loss(*part)) == pytest.approx(float(F.nll_loss(ours, part.y[counts])), rel=1e-5)
+        assert float(trainer.strategy(*part)) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(trainer.strategy(*part, plain=True)) == pytest.approx(
+            float(F.nll_loss(ours, part.y[counts])), rel=1e-5
+        )
     assert all(p.grad is None for p in teacher.parameters())
 
 

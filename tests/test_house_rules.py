@@ -30,8 +30,8 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats", "strategies"},
-    {"kernels"},
+    {"spec", "config", "results", "stats", "launcher"},
+    {"kernels", "crew"},
     {"cache", "ops", "documents"},
     {"attention"},
     {"laws", "presets"},
@@ -40,10 +40,10 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "convert", "workers", "progress", "measure"},
+    {"train", "strategies", "convert", "workers", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
-    {"evaluate", "examine", "bench", "forecast", "footprint", "plan", "heads"},
+    {"evaluate", "examine", "bench", "forecast", "footprint", "sharding", "plan", "heads"},
     {"compare"},
     {"report"},
     {"screen"},
@@ -112,6 +112,9 @@ EXTRAS = {
     "datasets",
     "tokenizers",
     "tiktoken",
+    "tensorboard",
+    "wandb",
+    "trackio",
 }
 
 

@@ -149,6 +149,7 @@ def test_bias_balancing_moves_load_without_a_loss():
                 m.router(x.flatten(0, 1)),
                 torch.bincount((m.router(x.flatten(0, 1)) + m.bias).argmax(-1), minlength=4),
             )
+            m.move_bias()
     assert not losses
     assert unevenness() < 0.5 * before
 

@@ -17,8 +17,9 @@ from attnlab.convert import convert
 from attnlab.data import ByteTokenizer
 from attnlab.data.prepare import Plan, prepare
 from attnlab.evaluate import evaluate_source
-from attnlab.forecast import FLOAT, forecast, matrix_rate
+from attnlab.forecast import FLOAT, forecast
 from attnlab.match import parameters
+from attnlab.measure import counted_flops, matrix_rate
 from attnlab.screen import span
 from attnlab.train import learning_rate, train
 
@@ -111,8 +112,6 @@ def test_a_forecast_counts() -> None:
 
 
 def test_training_flops_are_three_forward_passes_as_counted() -> None:
-    from attnlab.measure import counted_flops
-
     model = Decoder(replace(SMALL.model, impl="reference"))
     tokens = torch.randint(1000, (1, 32))
     counted = counted_flops(lambda: model.loss(tokens, tokens).backward())
@@ -120,7 +119,7 @@ def test_training_flops_are_three_forward_passes_as_counted() -> None:
 
 
 def test_the_rate_is_that_of_a_matrix_product() -> None:
-    rate = matrix_rate(torch.device("cpu"), "fp32", seconds=0.05)
+    rate = matrix_rate(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e8 < rate < 1e14
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from attnlab import attention, checkpoint, data, ops
 from attnlab.checkpoint import RunFolder
-from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.infer import sample_run
 from attnlab.spec import UserError
 from attnlab.train import (
@@ -237,8 +237,8 @@ def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
 
     honest = module.train_step
 
-    def poisoned(trainer: Trainer, step: int):
-        done = honest(trainer, step)
+    def poisoned(trainer: Trainer, step: int, *rest):
+        done = honest(trainer, step, *rest)
         return done._replace(loss=done.loss * math.nan) if step + 1 >= at else done
 
     monkeypatch.setattr(module, "train_step", poisoned)
@@ -384,12 +384,11 @@ def test_bad_input_writes_nothing(config, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_launched_as_several_processes_is_refused(config, tmp_path, monkeypatch):
-    from accelerate import Accelerator
-
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(UserError, match="started as 2 processes"):
-        train(config, tmp_path)
+def test_several_processes_need_a_strategy_for_them(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="strategy is single, and a launcher started 2 processes: give ddp, fsdp"):
+        train(config, tmp_path, how=Execution(strategy="single"))
 
 
 def test_a_damaged_checkpoint_stops_a_resume(config, tmp_path):

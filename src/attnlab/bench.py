@@ -180,11 +180,14 @@ class Training:
         return took
 
     def prepare(self) -> Callable[[], object]:
-        uncompiled = replace(self.trainer, loss=self.model.loss, objective=self.model.loss)
-        return lambda: train_step(uncompiled, self.step)
+        def uncompiled() -> None:
+            with torch.compiler.set_stance("force_eager"):
+                train_step(self.trainer, self.step)
+
+        return uncompiled
 
     def resident(self) -> int:
-        states = [s for o in self.trainer.optimizers.values() for s in o.state.values()]
+        states = [s for o in self.trainer.strategy.optimizers.values() for s in o.state.values()]
         moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return tensor_bytes([*self.model.parameters(), *self.model.buffers(), *moments])
 

@@ -3,36 +3,47 @@
     run.json               what the run is: format, config, key, data fingerprint, environment
     tokenizer.json         how its text became ids
     metrics.jsonl          one record per line, as training goes
-    step-00000500/         model.safetensors, optimizer.safetensors, state.json: written whole, or not there
+    step-00000500/         model.safetensors, optimizer.safetensors, state.json; where several processes hold parts of
+                           them, model.rank-00001.safetensors and so on too; and commit.json, written last: what
+                           belongs to the checkpoint, with sizes and checksums
     result.json            what came of it
 
-A checkpoint that is there is whole; what else goes wrong is a `UserError` that names the file.
+A checkpoint is there when its commit.json is, and is checked against it when it is read; what is wrong is a `UserError`
+that names the file. A file holds whole tensors, or stretches of flattened ones (`Piece`); `Stored` puts either
+together again, for one process or for many that hold other stretches than those that were written.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import data
 from .config import RunConfig, from_dict, to_dict
+from .crew import ALONE, Crew
 from .model import Decoder
 from .results import FORMAT, RunResult, environment, read_json, write_bytes, write_json
 from .spec import UserError
 
+T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+COMMIT = "commit.json"
 
 
 class Checkpoint(NamedTuple):
@@ -42,18 +53,111 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
+class Piece(NamedTuple):
+    """A stretch of a tensor; all of it, in its own shape, where `start` is 0 and nothing is left out."""
+
+    data: Tensor  # one dimension, or `shape`
+    start: int  # in the flattened tensor
+    shape: tuple[int, ...]  # of the whole tensor
+
+
+def whole(tensor: Tensor) -> Piece:
+    return Piece(tensor.detach(), 0, tuple(tensor.shape))
+
+
+class Place(NamedTuple):
+    """Where a piece lies."""
+
+    file: Path
+    start: int
+    length: int
+
+
+class Stored:
+    """The tensors of some safetensors files, each in one piece or in several. Nothing is read but what is asked for."""
+
+    def __init__(self, files: Iterable[Path]):
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, list[Place]] = {}
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                pieces = json.loads((opened.metadata() or {}).get("pieces", "{}"))
+                for name in opened.keys():
+                    held = tuple(opened.get_slice(name).get_shape())
+                    start, shape = pieces.get(name, (0, held))
+                    self._shapes[name] = tuple(shape)
+                    self._places.setdefault(name, []).append(Place(file, start, math.prod(held)))
+        for name, places in self._places.items():
+            places.sort(key=lambda place: place.start)
+            ends = [0, *(place.start + place.length for place in places)]
+            if [place.start for place in places] != ends[:-1] or ends[-1] != math.prod(self._shapes[name]):
+                raise ValueError(f"parts of {name} are missing")
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """All of a tensor, in its shape; or elements `start` to `stop` of it flattened."""
+        places, shape = self._places[name], self._shapes[name]
+        end = math.prod(shape) if stop is None else stop
+        found = []
+        for place in places:
+            first, last = max(start, place.start), min(end, place.start + place.length)
+            if first < last:
+                found.append(_read(place, name, first - place.start, last - place.start))
+        flat = found[0] if len(found) == 1 else torch.cat(found or [_read(places[0], name, 0, 0)])
+        return flat.view(shape) if stop is None else flat
+
+    def all(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        return {name: self.read(name).to(device) for name in self.names()}
+
+    def states(
+        self, optimizers: Mapping[str, Any], parameters: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, str, str, str]]:
+        """Every key of optimizers' memories, and its (optimizer, parameter, field). UserError for one of another
+        model."""
+        for key in self.names():
+            label, name, field = key.split("/")
+            if label not in optimizers or name not in parameters:
+                raise UserError(
+                    f"the checkpoint's optimizer state names {name!r} of {label!r}, which this model lacks; "
+                    "load it with the version and the mechanisms it was trained with"
+                )
+            yield key, label, name, field
+
+
+def _read(place: Place, name: str, start: int, stop: int) -> Tensor:
+    """Elements `start` to `stop` of what `place` holds, flattened."""
+    with safe_open(place.file, "pt") as opened:
+        if stop - start == place.length:
+            return opened.get_tensor(name).flatten()
+        held = opened.get_slice(name)
+        row = math.prod(held.get_shape()[1:])  # whole rows are read, and what is too much at the ends is cut off
+        first = start // row
+        return held[first : -(-stop // row)].flatten()[start - first * row : stop - first * row]
+
+
 class RunFolder:
     """`create` or `open` one; nothing is written but by the methods below."""
 
-    def __init__(self, path: str | Path, config: RunConfig, about: Mapping[str, Any]):
+    def __init__(self, path: str | Path, config: RunConfig, about: Mapping[str, Any], crew: Crew = ALONE):
         self.path = Path(path)
         self.config = config
         self.about = about  # run.json
+        self.crew = crew  # whose first process writes what is not shared out
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig, corpus: data.Corpus) -> RunFolder:
+    def create(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
         """Make the folder, with run.json and tokenizer.json in it. UserError where it holds anything else already."""
         path = Path(path)
+        crew.agree(lambda: cls._create(path, config, corpus) if crew.first else None)
+        return cls.open(path, crew)
+
+    @classmethod
+    def _create(cls, path: Path, config: RunConfig, corpus: data.Corpus) -> None:
         if (path / "run.json").exists():
             held = cls.open(path)
             if held.config.key == config.key:
@@ -83,10 +187,9 @@ class RunFolder:
             if made:
                 path.rmdir()
             raise
-        return cls(path, config, about)
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
+    def open(cls, path: str | Path, crew: Crew = ALONE) -> RunFolder:
         """UserError where there is no run, or one that another version wrote."""
         path = Path(path)
         if not (path / "run.json").is_file():
@@ -103,14 +206,14 @@ class RunFolder:
             config = from_dict(RunConfig, about["config"])
         except (KeyError, TypeError):
             raise UserError(f"{path / 'run.json'} lacks parts of the config; train again into another folder") from None
-        return cls(path, config, about)
+        return cls(path, config, about, crew)
 
     @classmethod
-    def resume(cls, path: str | Path, config: RunConfig, corpus: data.Corpus) -> RunFolder:
+    def resume(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
         """`open` the folder if it holds this very run, `create` it if it holds none."""
-        if not (Path(path) / "run.json").exists():
-            return cls.create(path, config, corpus)
-        folder = cls.open(path)
+        if not any(crew.gather((Path(path) / "run.json").exists())):
+            return cls.create(path, config, corpus, crew)
+        folder = cls.open(path, crew)
         if folder.config.key != config.key:
             raise UserError(
                 f"{path} holds another run ({_difference(folder.config, config)}); "
@@ -128,6 +231,8 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; a number that is not finite becomes null."""
+        if not self.crew.first:
+            return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
         with _disk_errors(path), open(path, "a", encoding="utf-8") as file:
@@ -146,7 +251,13 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made."""
-        for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*")):
+        if self.crew.first:
+            self._forget_after(step)
+        self.crew.wait()
+
+    def _forget_after(self, step: int) -> None:
+        half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
+        for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*"), *half_gone):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
@@ -154,28 +265,60 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
     def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`, whole or not at all, then drop all but the newest `train.keep`."""
-        place = self._place(step)
+        """`save_pieces` of one process that holds everything."""
+        pieces = {name: whole(tensor) for name, tensor in weights(model).items()}
+        return self.save_pieces(step, pieces, {name: whole(tensor) for name, tensor in optimizer.items()}, state)
+
+    def save_pieces(
+        self,
+        step: int,
+        model: Mapping[str, Piece],
+        optimizer: Mapping[str, Piece],
+        state: Mapping[str, Any],
+    ) -> Path:
+        """Write the checkpoint of `step`, whole or not at all, then drop old ones: all but the newest `train.keep` and
+        that with the least validation loss (`state["val_loss"]`). Each process of the crew gives what it holds."""
+        crew, place = self.crew, self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
             with _disk_errors(place):
-                shutil.rmtree(half, ignore_errors=True)
-                half.mkdir()
-                _write(half / "model.safetensors", save(weights(model)))
-                _write(half / "optimizer.safetensors", save({k: _plain(v) for k, v in optimizer.items()}))
-                _write(half / "state.json", (json.dumps({"step": step, **state}) + "\n").encode())
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(half, place)
-                _sync(self.path)
+                crew.agree(lambda: _make_anew(half) if crew.first else None)
+                own = crew.agree(lambda: _write_pieces(half, model, optimizer, crew))
+                files = {name: about for each in crew.gather(own) for name, about in each.items()}
+                crew.agree(lambda: self._commit(half, place, step, state, files) if crew.first else None)
         finally:
-            shutil.rmtree(half, ignore_errors=True)
-        for old in self.steps()[: -self.config.train.keep] if self.config.train.keep else []:
-            shutil.rmtree(self._place(old), ignore_errors=True)
+            if crew.first:
+                shutil.rmtree(half, ignore_errors=True)
+        if crew.first:
+            for old in self._spare():
+                _drop(self._place(old))
         return place
+
+    def _commit(
+        self, half: Path, place: Path, step: int, state: Mapping[str, Any], files: dict[str, dict[str, Any]]
+    ) -> None:
+        files["state.json"] = _write(half / "state.json", _line({"step": step, **state}))
+        _write(half / COMMIT, _line({"step": step, "val_loss": state.get("val_loss"), "files": files}))
+        _sync(half)
+        _drop(place)
+        os.replace(half, place)
+        _sync(self.path)
+
+    def _spare(self) -> list[int]:
+        """Checkpoints that need not stay."""
+        steps, keep = self.steps(), self.config.train.keep
+        best = self.best()
+        return [step for step in steps[:-keep] if step != best] if keep else []
+
+    def best(self) -> int | None:
+        """The step, of those with a checkpoint and a validation at that very step, with the least loss."""
+        losses = {step: read_json(self._place(step) / COMMIT)["val_loss"] for step in self.steps()}
+        known = [(loss, step) for step, loss in losses.items() if loss is not None]
+        return min(known)[1] if known else None
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in ascending order."""
-        names = (folder.name.removeprefix("step-") for folder in self.path.glob("step-*"))
+        names = (found.parent.name.removeprefix("step-") for found in self.path.glob(f"step-*/{COMMIT}"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def newest(self) -> int | None:
@@ -184,16 +327,41 @@ class RunFolder:
     def load(self, step: int | None = None, device: str | torch.device = "cpu") -> Checkpoint:
         """The checkpoint of `step` (None: the newest). UserError names the file that is damaged."""
         step = self._known(step)
-        place = self._place(step)
-        state = self._whole(step, place / "state.json", lambda path: json.loads(path.read_bytes()))
-        model = self._tensors(step, "model", device)
-        return Checkpoint(step, model, self._tensors(step, "optimizer", device), state)
+        model, optimizer = self.stored(step, "model"), self.stored(step, "optimizer")
+        return Checkpoint(step, model.all(device), optimizer.all(device), self.state(step))
 
     def load_weights(self, step: int | None = None, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        return self._tensors(self._known(step), "model", device)
+        return self.stored(step, "model").all(device)
 
-    def write_result(self, result: RunResult) -> Path:
-        return write_json(self.path / "result.json", result.to_dict())
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        step = self._known(step)
+        path = self._place(step) / "state.json"
+        self._check(step, [path.name])
+        return self._whole(step, path, lambda: json.loads(path.read_bytes()))
+
+    def stored(
+        self, step: int | None = None, what: Literal["model", "optimizer"] = "model", crew: Crew = ALONE
+    ) -> Stored:
+        """The tensors of a checkpoint, their checksums found right; a crew shares the checking out."""
+        step = self._known(step)
+        names = [name for name in self._files(step) if name.startswith(f"{what}.")]
+        crew.agree(lambda: self._check(step, names[crew.rank :: crew.size]))
+        files = [self._place(step) / name for name in names]
+        return self._whole(step, files[0], lambda: Stored(files))
+
+    def _files(self, step: int) -> dict[str, dict[str, Any]]:
+        path = self._place(step) / COMMIT
+        return self._whole(step, path, lambda: json.loads(path.read_bytes())["files"])
+
+    def _check(self, step: int, names: Iterable[str]) -> None:
+        files = self._files(step)
+        for name in names:
+            path = self._place(step) / name
+            self._whole(step, path, partial(_compare, path, files[name]))
+
+    def write_result(self, result: RunResult) -> None:
+        if self.crew.first:
+            write_json(self.path / "result.json", result.to_dict())
 
     def result(self) -> RunResult | None:
         path = self.path / "result.json"
@@ -210,16 +378,10 @@ class RunFolder:
             raise UserError(f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
-    def _tensors(self, step: int, name: str, device: str | torch.device) -> dict[str, Tensor]:
-        def read(path: Path) -> dict[str, Tensor]:
-            return load_file(path, device=str(device))
-
-        return self._whole(step, self._place(step) / f"{name}.safetensors", read)
-
-    def _whole(self, step: int, path: Path, read: Callable[[Path], Any]) -> Any:
+    def _whole(self, step: int, path: Path, read: Callable[[], T]) -> T:
         try:
-            return read(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            return read()
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
             earlier = [other for other in self.steps() if other < step]
             way = (
@@ -262,23 +424,6 @@ def optimizer_tensors(model: nn.Module, optimizers: Mapping[str, torch.optim.Opt
     }
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], tensors: Mapping[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`; hyperparameters are the config's business, not the checkpoint's."""
-    parameters = dict(model.named_parameters())
-    for optimizer in optimizers.values():
-        optimizer.state.clear()
-    for key, value in tensors.items():
-        label, name, field = key.split("/")
-        if label not in optimizers or name not in parameters:
-            raise UserError(
-                f"the checkpoint's optimizer state names {name!r} of {label!r}, which this model lacks; "
-                "load it with the version and the mechanisms it was trained with"
-            )
-        optimizers[label].state[parameters[name]][field] = value
-
-
 def load_model(
     path: str | Path, step: int | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, RunConfig]:
@@ -305,11 +450,54 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
-def _write(path: Path, content: bytes) -> None:
+def _drop(place: Path) -> None:
+    """Remove a checkpoint: first what says that it is one."""
+    (place / COMMIT).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _write_pieces(
+    folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], crew: Crew
+) -> dict[str, dict[str, Any]]:
+    """The files of one process, and what the commit says of them. The first one's are there even if they are empty."""
+    written = {}
+    for what, pieces in (("model", model), ("optimizer", optimizer)):
+        if crew.first or pieces:
+            name = f"{what}.safetensors" if crew.first else f"{what}.rank-{crew.rank:05d}.safetensors"
+            parts = {key: (p.start, p.shape) for key, p in pieces.items() if tuple(p.data.shape) != p.shape}
+            content = save(
+                {k: _plain(p.data) for k, p in pieces.items()}, {"pieces": json.dumps(parts)} if parts else None
+            )
+            written[name] = _write(folder / name, content)
+    return written
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """To the disk; its size and checksum."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _compare(path: Path, about: Mapping[str, Any]) -> None:
+    """ValueError unless the file is what was written."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != about["bytes"]:
+            raise ValueError(f"it has {size} bytes of {about['bytes']}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+            raise ValueError("its checksum is wrong")
 
 
 def _sync(folder: Path) -> None:

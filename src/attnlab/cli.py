@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from . import __version__, presets
+from .launcher import launched, rank
 from .spec import UserError, choose
 from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
@@ -29,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("ATTNLAB_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
+    if given and given[0].startswith("--local_rank="):
+        del given[0]  # the deepspeed launcher puts it first, and says the same by LOCAL_RANK
     try:
         code = run_verb(given)
         sys.stdout.flush()
@@ -44,7 +47,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"attnlab: {sentence(error)}", file=sys.stderr)
+        if launched() == 1:
+            print(f"attnlab: {sentence(error)}", file=sys.stderr)
+        elif rank() == 0 or not getattr(error, "shared", False):
+            print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
         return 2
 
 

@@ -157,8 +157,13 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
     clip: float = 1.0  # gradient norm; 0: none
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    deterministic: bool = False  # only kernels that give the same bits every time, on a GPU too; an error where none is
+    guard: Literal["stop", "skip", "rewind"] = (
+        "stop"  # what a loss or gradient that is not finite, or a spike, leads to
+    )
+    spike: float = 0.0  # nats above the median of the last 50 losses that make a spike; 0: none does
     train: Literal["all", "attention", "new"] = "all"  # which parameters; new: those that multi-head attention lacks
     distill: float = 0.0  # the teacher's share of the objective, from 0 to 1
     eval_every: int = 250
@@ -180,7 +185,9 @@ class TrainConfig:
             raise UserError(f"train.decay is {self.decay}: it is a share of the steps, above 0 and at most 1")
         if not 0 <= self.distill <= 1:
             raise UserError(f"train.distill is {self.distill}: it is a share of the objective, from 0 to 1")
-        for name in ("optimizer", "schedule", "precision", "train"):
+        if self.spike < 0:
+            raise UserError(f"train.spike is {self.spike}: give nats above the usual loss, or 0 for none")
+        for name in ("optimizer", "schedule", "precision", "guard", "train"):
             allowed = typing.get_args(typing.get_type_hints(type(self))[name])
             choose(f"train.{name}", getattr(self, name), allowed)
 
@@ -212,6 +219,17 @@ class RunConfig:
         data = to_dict(self)
         del data["name"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a run is carried out. What it computes does not depend on any of it, beyond rounding: a run may be gone on
+    with under another."""
+
+    strategy: str = "auto"  # single, ddp, fsdp, deepspeed[:FILE.json]; auto: ddp where several processes were started
+    recompute: bool = False  # keep only the inputs of layers, and compute the rest again: less memory, more work
+    track: tuple[str, ...] = ()  # tensorboard, wandb, trackio
+    peak: float | None = None  # FLOPs per second of one device, of which use is a share; None: known or measured
 
 
 def to_dict(config: Any) -> dict[str, Any]:

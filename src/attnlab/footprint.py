@@ -40,8 +40,7 @@ class Layer:
 
     forward: Part
     backward: Part
-    copies: int = 0  # bytes of the bfloat16 copies of its weights that one pass makes
-    waiting: int = 0  # of these, what its forward pass leaves for the backward pass
+    copies: int = 0  # bytes of the narrow copies of its weights that its forward pass leaves for the backward pass
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ class Footprint:
     @property
     def activations(self) -> int:
         """Bytes that the layers hold for the backward pass, copies of weights left out."""
-        return sum(layer.forward.change - layer.waiting for layer in (self.embed, *self.layers))
+        return sum(layer.forward.change - layer.copies for layer in (self.embed, *self.layers))
 
     @property
     def copies(self) -> int:
         """Bytes of those of weights, where they are most."""
-        return sum(layer.waiting for layer in (self.embed, *self.layers, self.head))
+        return sum(layer.copies for layer in (self.embed, *self.layers, self.head))
 
 
 def on_meta(config: RunConfig) -> Decoder:
@@ -97,7 +96,7 @@ def footprint(
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     order = [f"{layer} {config.model.has_experts(i)}" for i, layer in enumerate(attention_configs(config.model))]
     kinds = list(dict.fromkeys(order))
-    stand_in = AsOnGpu(bf16=precision == "bf16", keep=not recompute)
+    stand_in = AsOnGpu(bf16=precision != "fp32", keep=not recompute)
     laps = Laps(stand_in)
     marked: list[nn.Module] = [Mark(laps)]
     for kind in kinds:
@@ -106,7 +105,7 @@ def footprint(
     model.layers = nn.ModuleList(marked)
     forward: AbstractContextManager[Any] = stand_in
     if device.type != "meta":
-        forward = torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=not recompute)
+        forward = torch.autocast(device.type, torch.bfloat16, precision != "fp32", cache_enabled=not recompute)
     with laps.counter, laps:
         with forward:
             loss = model.loss(tokens, targets)
@@ -151,7 +150,7 @@ class Laps(Follow):
         copies = [after - before for before, after in pairwise(self.copied)]
         back = self.back + [Part()] * (len(self.there) - 1 - len(self.back))  # below what learns there is no way back
         parts = zip(self.there, [*reversed(back), Part()], copies, strict=True)
-        return [Layer(forth, back, made, made * self.stand_in.keep) for forth, back, made in parts]
+        return [Layer(forth, back, made * self.stand_in.keep) for forth, back, made in parts]
 
 
 class Mark(nn.Module):

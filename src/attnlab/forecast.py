@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-import torch
-
+from .accounting import measured_peak, training_flops
 from .config import RunConfig
 from .match import cache_floats, parameters
-from .measure import wait_for
-from .model import attention_configs, flops_per_token
+from .model import attention_configs
 from .results import Record
 from .train import find_device, find_precision
 
 FLOAT = 4  # bytes of a cached number, in float32
-TRAINING = 3  # a forward pass and a backward pass of twice its cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +38,12 @@ def forecast(config: RunConfig, rate: float | None = None) -> Forecast:
     model, train = config.model, config.train
     count = parameters(model)
     per_step = train.batch_size * train.accumulate * model.context
-    per_token = TRAINING * flops_per_token(model)
-    speed = matrix_rate(find_device(train.device), train.precision) if rate is None else rate
+    per_token = training_flops(model)
+    if rate is None:
+        device = find_device(train.device)
+        speed = measured_peak(device, find_precision(train.precision, device)).rate
+    else:
+        speed = rate
     return Forecast(
         parameters=count,
         tokens=train.steps * per_step,
@@ -56,19 +56,3 @@ def forecast(config: RunConfig, rate: float | None = None) -> Forecast:
         measured=rate is None,
         seconds=per_token * train.steps * per_step / speed,
     )
-
-
-def matrix_rate(device: torch.device, precision: str = "auto", seconds: float = 0.5) -> float:
-    """FLOPs per second of a product of two square matrices: the median of as many as fit into `seconds`."""
-    dtype = torch.bfloat16 if find_precision(precision, device) == "bf16" else torch.float32
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    times: list[float] = []
-    began = time.perf_counter()
-    while not times or time.perf_counter() - began < seconds:
-        wait_for(device)
-        started = time.perf_counter()
-        a @ a
-        wait_for(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / sorted(times)[len(times) // 2]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -47,6 +49,26 @@ def read_speed(repeats: int = 5) -> float:
     return buffer.nbytes / min(seconds() for _ in range(repeats))
 
 
+def matrix_size(device: torch.device) -> int:
+    """Of the square matrices whose product `matrix_rate` times."""
+    return 1024 if device.type == "cpu" else 8192
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOPs per second of a product of two square matrices: the median of as many as fit into `seconds`."""
+    size = matrix_size(device)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    times: list[float] = []
+    began = time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
+        wait_for(device)
+        started = time.perf_counter()
+        a @ a
+        wait_for(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / sorted(times)[len(times) // 2]
+
+
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
     with flop_counter() as counter:
@@ -77,7 +99,12 @@ def _backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = No
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-_CPU_KERNELS: dict[Any, Any] = {  # PyTorch's counter knows what runs on a GPU only
+def _add_product(into: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+_CPU_KERNELS: dict[Any, Any] = {  # PyTorch's counter knows what runs on a GPU only, and of products none in place
+    torch.ops.aten.baddbmm_: _add_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
@@ -107,6 +134,31 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
     with Follow() as follow:
         call()
     return follow.peak
+
+
+def reset_peak() -> None:
+    """`peak_bytes` counts from here."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from what is resident now
+    except OSError:
+        pass
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held at once: of the GPU by its tensors, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Follow(TorchDispatchMode):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from . import attention
 from .cache import Cache
@@ -94,9 +96,14 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """Mixture of experts: each token goes to its k best of E experts, weighted by softmax over the k logits, or as
     `ExpertsConfig` says. Dropless: no expert has a capacity, so every token gets all k. Load is evened out by the loss
-    E sum_i f_i p_i (Switch Transformer, arXiv 2101.03961), or by a bias on the choice alone (arXiv 2408.15664)."""
+    E sum_i f_i p_i (Switch Transformer, arXiv 2101.03961), or by a bias on the choice alone (arXiv 2408.15664).
+
+    Where several processes read parts of one batch, `together` sums over all of them how many tokens each expert got:
+    the f_i are then those of the whole, and so is the loss."""
 
     bias: Tensor
+    load: Tensor
+    together: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,6 +116,7 @@ class Experts(nn.Module):
         for weight in (self.into, self.out):
             nn.init.normal_(weight, std=0.02)
         self.register_buffer("bias", torch.zeros(E))  # moves an expert's chance to be chosen, not its weight
+        self.register_buffer("load", torch.zeros(E), persistent=False)  # since the bias last moved
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
@@ -146,12 +154,20 @@ class Experts(nn.Module):
     def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
-        share = counts / counts.sum()
+        counts = counts if self.together is None else self.together(counts)
         if self.balance == "bias":
             if self.training:
-                self.bias += 1e-3 * (1 / len(counts) - share).sign()
+                self.load += counts
             return y
+        share = counts / counts.sum()
         return with_loss(y, "balance", len(counts) * (share * logits.softmax(-1).mean(0)).sum(), 0.01)
+
+    @torch.no_grad()
+    def move_bias(self) -> None:
+        """After each step: away from experts that got more than their share in it."""
+        if self.balance == "bias" and self.load.any():
+            self.bias += 1e-3 * (1 / len(self.load) - self.load / self.load.sum()).sign()
+            self.load.zero_()
 
 
 class Block(nn.Module):
@@ -186,6 +202,7 @@ class Decoder(nn.Module):
         mixers = attention_configs(c)
         layers = zip(mixers, c.layers, map(c.has_experts, range(c.n_layers)), strict=True)
         self.layers = nn.ModuleList(Block(c, mixer, name, experts) for mixer, name, experts in layers)
+        self.recompute = False  # in training, layers keep their inputs alone and are computed again going back
         self.norm = make_norm(c)
         self.head = Linear(c.d_model, c.vocab_size, bias=False)
         self.init_weights()
@@ -247,10 +264,16 @@ class Decoder(nn.Module):
         x = self.drop(x)
         kept = []
         for i, layer in enumerate(self.layers):
-            x, after = layer(x, positions, cache[i] if cache else None, mask, packed)
+            if self.recompute and torch.is_grad_enabled() and not cache:
+                x, after = checkpoint(layer, x, positions, None, mask, packed, use_reentrant=False)
+            else:
+                x, after = layer(x, positions, cache[i] if cache else None, mask, packed)
             kept.append(after)
         x = self.norm(x)
         return packed.unpacked(x) if packed else x, kept if cache else None
+
+    def experts(self) -> list[Experts]:
+        return [block.ff for block in self.blocks() if isinstance(block.ff, Experts)]
 
     def blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]

@@ -33,6 +33,8 @@ class Maps(list[Tensor]):
 _maps: Maps | None = None  # what `record_attention`, `record_losses` and `record_notes` are collecting, if anything
 _losses: dict[str, list[Tensor]] | None = None
 _notes: dict[str, list[Tensor]] | None = None
+_scale = 1.0  # of auxiliary losses
+_first_part = True  # of a step
 
 
 def rope(
@@ -256,11 +258,28 @@ def note(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def scale_losses(factor: float) -> AbstractContextManager[float]:
+    """Auxiliary losses attached meanwhile weigh `factor` times as much: that of the loss that they stand beside, where
+    it is one part of a batch, or scaled for float16."""
+    return _collecting("_scale", factor)
+
+
+def part_of_step(number: int) -> AbstractContextManager[bool]:
+    """A forward pass meanwhile is part `number`, from 0, of those whose gradients make up one step."""
+    return _collecting("_first_part", number == 0)
+
+
+def begins_step() -> bool:
+    """Whether this forward pass is the first of a step: not a later part, and not one that is computed again on the
+    way back (activation checkpointing)."""
+    return _first_part and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+
+
 def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
     """`y` unchanged; in the backward pass, the gradient of `weight * loss` joins that of whatever is made from `y`."""
     if _losses is not None:
         _losses[name].append(loss.detach())
-    return _Attach.apply(y, loss, weight)
+    return _Attach.apply(y, loss, weight * _scale)
 
 
 class _Attach(torch.autograd.Function):

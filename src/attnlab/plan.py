@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .config import RunConfig
-from .footprint import META, Footprint, Layer, Part, footprint, on_meta
+from .footprint import META, Footprint, Part, footprint, on_meta
 from .match import cache_floats
 from .measure import peak_growth
 from .model import Decoder, Experts, attention_configs, flops_per_token
 from .results import Record
+from .sharding import find_sharding
 from .spec import UserError, choose
-from .strategies import strategy
 from .train import make_optimizers
 
 BF16 = 2  # bytes
@@ -80,7 +80,7 @@ class Machine:
         for what, number in (("the number of GPUs", self.gpus), ("the batch", self.batch)):
             if number is not None and number < 1:
                 raise UserError(f"{what} is {number}: give 1 or more")
-        strategy(self.strategy)
+        find_sharding(self.strategy)
 
     @property
     def usable(self) -> int:
@@ -94,6 +94,7 @@ class Memory(Record):
 
     weights: int
     gradients: int
+    buckets: int  # from which gradients are sent
     optimizer: int
     copies: int  # bfloat16 copies of weights
     gathered: int  # whole weights of the layers at work, where weights are sharded
@@ -170,7 +171,7 @@ def plan(
         parameters=sizes.parameters,
         gpu=machine.gpu.name,
         gpus=machine.gpus,
-        strategy=str(strategy(machine.strategy)),
+        strategy=str(find_sharding(machine.strategy)),
         precision=sizes.precision,
         checkpoint_activations=machine.recompute,
         batch=sizes.batch(machine),
@@ -183,7 +184,7 @@ def plan(
         mfu=mfu,
         flops_per_token=per_token,
         flops=per_token * budget,
-        seconds=per_token * budget / speed if sizes.precision == "bf16" else None,
+        seconds=per_token * budget / speed if sizes.precision != "fp32" else None,
         decode=sizes.decoding(machine, context),
     )
 
@@ -220,32 +221,32 @@ class Sizes:
 
     def memory(self, machine: Machine) -> Memory:
         """Of a training step, once the optimizer has its state."""
-        how, gpus = strategy(machine.strategy), machine.gpus
+        how, gpus = find_sharding(machine.strategy), machine.gpus
         shards = how.sharded if gpus > 1 else frozenset()
-        accumulates = self.config.train.accumulate > 1
-        alone = "gradients" not in shards
+        accumulates = self.config.train.accumulate > gpus
+        alone = "gradients" not in shards or (accumulates and how.gathers_sums)
         step = self.step(self.batch(machine), machine.recompute, accumulates and alone)
 
         def kept(what: str, tensors: list[Tensor]) -> int:
             return largest_share(tensors, gpus if what in shards else 1, how.by_rows)
 
-        weights, gradients = kept("weights", [*self.weights]), kept("gradients", [*self.learning])
-        optimizer = kept("optimizer", self.states)
-        whole = "weights" not in shards
-        narrow = 2 if self.precision == "bf16" else 1
+        weights, optimizer = kept("weights", [*self.weights]), kept("optimizer", self.states)
+        gradients = sum(p.nbytes for p in self.learning) if alone else kept("gradients", [*self.learning])
         ends = sum(p.nbytes for p in self.weights) - sum(self.layers)
-        gathered = 0 if whole else (ends + sum(sorted(self.layers)[-2:])) // narrow  # one layer, and the next to come
-        there = weights + optimizer + gathered + accumulates * gradients
+        gathered = ends + sum(sorted(self.layers)[-2:]) if "weights" in shards else 0  # one layer, and the next to come
+        buckets = gradients if how.buckets and gpus > 1 else 0
+        there = weights + optimizer + gathered + buckets + accumulates * gradients
         buffers = [0 if alone else size for size in self.taught]
         gone = [size if accumulates else size - size // gpus for size in buffers]
         return Memory(
             weights=weights,
             gradients=gradients,
+            buckets=buckets,
             optimizer=optimizer,
-            copies=step.copies if whole else 0,
+            copies=step.copies,
             gathered=gathered,
             activations=step.activations,
-            peak=max(there + walk(step, whole, buffers, gone), weights + optimizer + gradients + self.working),
+            peak=max(there + walk(step, buffers, gone), weights + optimizer + buckets + gradients + self.working),
         )
 
     def decoding(self, machine: Machine, context: int | None = None) -> Decoding:
@@ -281,31 +282,25 @@ class Sizes:
         )
 
 
-def walk(step: Footprint, copies: bool, buffers: list[int], gone: list[int]) -> int:
+def walk(step: Footprint, buffers: list[int], gone: list[int]) -> int:
     """The most that a pass there and back has in use, in bytes, above what was there before.
 
-    `copies`: whether bfloat16 copies of weights are made; `buffers`, `gone`: what the gradients of each layer need
-    while they are spread over the GPUs, and what of them is then no longer here.
+    `buffers`, `gone`: what the gradients of each layer need while they are spread over the GPUs, and what of them is
+    then no longer here.
     """
     now = peak = 0
 
-    def go(part: Part, spared: int, change: int = 0, more: int = 0) -> None:
+    def go(part: Part, buffer: int = 0, away: int = 0) -> None:
         nonlocal now, peak
-        peak = max(peak, now + part.rise - spared + more)
-        now += part.change + change
-
-    def spared(layer: Layer) -> tuple[int, int]:
-        """Of what was counted: copies that one pass makes, and those of them that wait for the backward pass."""
-        return (0, 0) if copies else (layer.copies, layer.waiting)
+        peak = max(peak, now + part.rise + buffer)
+        now += part.change - away
 
     for layer in (step.embed, *step.layers):
-        made, waiting = spared(layer)
-        go(layer.forward, made, -waiting)
-    go(step.head.forward, spared(step.head)[0])
+        go(layer.forward)
+    go(step.head.forward)
     for layer, buffer, away in reversed([*zip(step.layers, buffers, gone, strict=True)]):
-        made, waiting = spared(layer)
-        go(layer.backward, made - waiting, waiting - away, buffer)
-    go(step.embed.backward, 0)
+        go(layer.backward, buffer, away)
+    go(step.embed.backward)
     return peak
 
 

@@ -1,7 +1,7 @@
 """What is running, how fast, how well, how long still: live bars on a terminal, plain lines anywhere else.
 
 A run reports events, plain dictionaries. Any key may be missing:
-`step` (steps done), `loss` (nats per token), `val_loss`, `tokens_per_s`.
+`step` (steps done), `loss` (nats per token), `val_loss`, `tokens_per_s`, `say` (a line that stays on the screen).
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Progress:
     def update(self, name: str, event: Mapping[str, Any]) -> None:
         run = self._runs[name]
         now = time.monotonic()
+        if "say" in event:
+            self.say(f"{name}: {event['say']}")
         validated = event.get("val_loss") is not None
         run.seen |= {key: value for key, value in event.items() if value is not None}
         step = run.seen.get("step", 0)

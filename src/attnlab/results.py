@@ -51,6 +51,13 @@ class RunResult(Record):
     val_loss: float | None = None
     best_val_loss: float | None = None
     tokens_per_s: float | None = None
+    mfu: float | None = None  # model FLOPs per second, as a share of the peak
+    peak: str = ""  # what that is, and how it is known
+    data_wait: float | None = None  # share of the time
+    strategy: str = ""
+    processes: int = 1
+    skipped: int = 0  # steps not taken, because of what they would have done
+    rewinds: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
     precision: str = ""
@@ -125,7 +132,7 @@ class HeadScores(Record):
 
     scores: dict[str, list[list[float]]]
     not_repeated: dict[str, list[list[float]]]  # the same places in sequences without a repeat
-    untrained: dict[str, list[list[float]]]  # a fresh model of the same shape
+    untrained: dict[str, list[list[float]]]  # the mean of fresh models of the same shape
     p: dict[str, list[list[float]]]  # one-sided, before correction, the larger of both nulls
     marked: dict[str, list[list[bool]]]  # above both nulls after Holm's correction over all heads and scores
     alpha: float
@@ -181,7 +188,7 @@ class Emergence(Record):
     first_half: list[float]  # loss on repeated random tokens, nats
     second_half: list[float]
     sequences: int
-    segment: int
+    segments: list[int]  # tokens; the losses are on the longest
 
 
 def write_json(path: str | Path, data: Any, indent: int | None = 1) -> Path:

@@ -142,13 +142,13 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
         "tokens": (short(found.tokens), f"{found.flops:.3g} FLOPs"),
         "time": time,
     }
-    narrow = "bfloat16" if found.precision == "bf16" else "float32"
     parts = {
         "weights": (gigabytes(memory.weights), "float32"),
         "gradients": (gigabytes(memory.gradients), "float32"),
+        "buckets": (gigabytes(memory.buckets), "from which gradients are sent"),
         "optimiser": (gigabytes(memory.optimizer), "float32"),
-        "copies of weights": (gigabytes(memory.copies), "bfloat16, for matrix products"),
-        "gathered weights": (gigabytes(memory.gathered), f"{narrow}, of two layers, embedding and head"),
+        "copies of weights": (gigabytes(memory.copies), f"{found.precision}, of all layers"),
+        "gathered weights": (gigabytes(memory.gathered), "float32, of two layers, embedding and head"),
         "activations": (gigabytes(memory.activations), f"of {found.batch:,} x {found.context:,} tokens"),
         "at the worst moment": (
             gigabytes(memory.peak),
@@ -177,7 +177,7 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
     notes = (
         f"GB are 10^9 bytes. {USABLE:.0%} of a GPU's memory is used; the rest is left to CUDA, communication and "
         "fragmentation. Memory and FLOPs are counted on the meta device, with fused attention (which computes its "
-        "scores twice), a fused AdamW, evenly loaded experts, and gradients that share the buffers they are sent in. "
+        "scores twice), a fused AdamW and evenly loaded experts. "
         "Time is FLOPs alone; whatever else takes time is in the MFU. Decoding: one model split evenly over all GPUs, "
         "nothing lost to communication; a step reads at full bandwidth or computes at full speed, whichever takes "
         "longer."
@@ -375,11 +375,11 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
             table.add_row(
                 name if not place else "",
-                f"{layer}.{head}",
+                f"{layer + 1}.{head + 1}",
                 f"{value:.3f}{mark or ' '}",
                 cell("not_repeated", ".3f"),
                 cell("untrained", ".3f"),
-                cell("p", ".0e"),
+                _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
                 change,
             )
     marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
@@ -395,4 +395,22 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
         )
     if found["untrained"]:
         notes.append("These weights are random: nothing was loaded.")
-    return Group(table, "", *(f"[dim]{note}" for note in notes))
+    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
+    remembered = _remembered(found["inside"])
+    return Group(table, "", *remembered, *(f"[dim]{note}" for note in notes))
+
+
+def _tail(p: float) -> str:
+    return f"{p:.0e}" if p >= 1e-12 else "<1e-12"  # less is rounding
+
+
+def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    from .report.inside import remembered
+
+    titles, rows = remembered(layers)
+    if not rows:
+        return []
+    table = columns(**{title: "left" if title == "mechanism" else "right" for title in titles})
+    for row in rows:
+        table.add_row(*row)
+    return [table, ""]

@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal
 class UserError(ValueError):
     """Something the user gave cannot be used. One sentence: what was given, what is allowed, what to do."""
 
+    shared = True  # where several processes run the same command: all of them meet it, so the first one says it
+
 
 def choose(what: str, given: str, allowed: Iterable[str]) -> str:
     """`given` if it is one of `allowed`; else a `UserError` that lists them and names the nearest."""

@@ -6,8 +6,8 @@ whatever their mechanism is.
 
 from __future__ import annotations
 
-import gc
 import math
+import os
 import shlex
 import signal
 import statistics
@@ -17,55 +17,158 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import data, ops
-from .checkpoint import RunFolder, load_optimizer_tensors, load_weights, optimizer_tensors
-from .config import RunConfig, TrainConfig
+from . import data, ops, strategies
+from .accounting import Account, Laggards, Peak, combine, document_lengths, find_peak
+from .checkpoint import RunFolder, load_weights
+from .config import Execution, RunConfig, TrainConfig
 from .convert.heal import distilled, freeze, start_from
+from .crew import ALONE, Alone, Crew, join, leave, lost, unreachable
+from .heartbeat import Heartbeat
+from .launcher import restarted
+from .measure import peak_bytes, reset_peak
 from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
-from .spec import UserError, need
+from .spec import UserError
+from .strategies import Strategy
+from .trackers import Trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
+HOW = Execution()
+USUAL = 50  # losses that say what is usual
+
+
+REWINDS = 10  # more than so many end a run whose loss keeps rising
 
 
 class Diverged(UserError):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient is no longer a finite number, or far from what it was."""
 
 
-def train(config: RunConfig, out: str | Path, *, resume: bool = False, progress: Listener | None = None) -> RunResult:
+class Stopped(KeyboardInterrupt):
+    """A request to stop was honoured, and the run is saved."""
+
+
+class Rewind(Exception):
+    """Back to the newest checkpoint, without the batches since then."""
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(reason)
+        self.step = step  # whose loss was wrong, from 1
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Listener | None = None,
+    how: Execution = HOW,
+) -> RunResult:
     """Train `config` into the run folder `out`; `resume` goes on from its newest checkpoint, if there is one.
 
     `progress` is told {"step", "loss", "val_loss", "tokens_per_s", ...}, parts of it at a time. Ctrl-C and SIGTERM
-    finish the step, save, and raise KeyboardInterrupt; a second one does not wait. Raises `UserError` for what cannot
-    be run and `Diverged` for a loss that is not finite; the last good checkpoint stays.
+    finish the step, save, and raise `Stopped`, a KeyboardInterrupt; a second one does not wait. Raises `UserError` for
+    what cannot be run and `Diverged` for a loss that is not finite; the last good checkpoint stays. Under a launcher
+    all processes call it alike, and the first one writes and tells.
     """
-    _reset_peak()
-    config, corpus = resolve(config)
-    with _own_random_state(), _stop_requests() as stop:
-        trainer = Trainer.of(config, corpus)
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus)
+    kind, _ = strategies.find(how.strategy)
+    crew = join(find_device(config.train.device), kind.grouped)
+    try:
+        with _own_random_state(), _stop_requests() as stop, _deterministic(config.train.deterministic):
+            return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
+    except RuntimeError as error:
+        if crew.size > 1 and unreachable(error):
+            raise lost(error) from error
+        raise
+    finally:
+        leave(crew)
+
+
+def _train(
+    config: RunConfig,
+    out: Path,
+    resume: bool,
+    progress: Listener | None,
+    how: Execution,
+    crew: Crew,
+    stop: threading.Event,
+) -> RunResult:
+    config, corpus = crew.agree(lambda: resolve(config))
+    dealt(config.train, crew.size)
+    folder = None
+    if any(crew.gather((out / "run.json").exists())):
+        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, crew)
         result = folder.result()
         if result is not None and result.status == "done":
             return result
-        log = Log.of(trainer, folder)
-        try:
-            _run(trainer, folder, log, stop, progress or (lambda event: None))
-        except Diverged as error:
-            folder.write_result(summary(trainer, folder, log, "failed", str(error)))
-            raise
-        status = "done" if log.step == config.train.steps else "interrupted"
-        result = summary(trainer, folder, log, status)
+    device = find_device(config.train.device)
+    peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
+    reset_peak()
+    trainer, log = ready(config, corpus, crew, how, folder)
+    if folder is None:  # only now, so that nothing is left where something cannot be trained
+        folder = RunFolder.create(out, config, corpus, crew)
+    tell = progress if progress and crew.first else lambda event: None
+
+    def say(words: str) -> None:
+        tell({"step": log.step, "say": words})
+
+    names, saved = how.track if crew.first else (), -1 if log.saved is None else log.saved
+    if names:
+        say(f"opening {', '.join(names)}")
+    with open_trackers(names, out, config, saved, say) as trackers:
+        while True:
+            run = Run(trainer, folder, log, stop, tell, trackers, peak)
+            try:
+                finished = run.go()
+                break
+            except Rewind as back:
+                start = folder.newest() or 0
+                past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
+                trainer, log = ready(config, corpus, crew, how, folder, past)
+                folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
+                say(f"{back}: back to step {start}, and its batches are left out")
+            except Diverged as error:
+                folder.write_result(summary(trainer, folder, log, peak, "failed", str(error)))
+                raise
+            except (UserError, OSError) as error:
+                raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
+        result = summary(trainer, folder, log, peak, "done" if finished else "interrupted")
         folder.write_result(result)
-    if status == "interrupted":
-        raise KeyboardInterrupt(f"stopped after step {log.step}; the run is saved in {out}")
+    if not finished:
+        raise Stopped(f"stopped after step {log.step}; the run is saved in {out}")
     return result
+
+
+def ready(
+    config: RunConfig,
+    corpus: data.Corpus,
+    crew: Crew,
+    how: Execution,
+    folder: RunFolder | None,
+    past: Log | None = None,
+) -> tuple[Trainer, Log]:
+    """What goes on from the newest checkpoint of `folder`, or begins; `past` is what is known since then."""
+    newest = folder.newest() if folder else None
+    if folder is None or newest is None:
+        trainer, log = Trainer.of(config, corpus, how, crew), Log()
+    else:
+        trainer = Trainer.of(config, corpus, how, crew, folder.stored(newest, "model").all())
+        trainer.strategy.remember(folder.stored(newest, "optimizer"))
+        log = Log.of(newest, folder.state(newest))
+    if folder is not None:
+        folder.forget_after(-1 if newest is None else newest)
+    if past:
+        log = replace(log, shift=past.shift, skipped=past.skipped, rewinds=past.rewinds, seconds=past.seconds)
+    trainer.scale.factor, trainer.scale.good = log.scale
+    return trainer, log
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
@@ -128,110 +231,188 @@ class Trainer:
 
     config: RunConfig
     corpus: data.Corpus
-    model: Decoder
-    loss: Callable[..., Tensor]  # (x, y, documents); compiled, where the config asks for it
-    objective: Callable[..., Tensor]  # what a step makes smaller: the loss, where no teacher has a say
-    optimizers: dict[str, torch.optim.Optimizer]
-    accelerator: Any
-    precision: str  # fp32 or bf16
+    strategy: Strategy
+    crew: Crew
+    precision: str  # fp32, bf16 or fp16
     device: torch.device
+    scale: Scale
 
     @classmethod
-    def of(cls, config: RunConfig, corpus: data.Corpus) -> Trainer:
-        """Initial weights depend on the seed alone. Changes torch's global random state."""
+    def of(
+        cls,
+        config: RunConfig,
+        corpus: data.Corpus,
+        how: Execution = HOW,
+        crew: Crew = ALONE,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Trainer:
+        """Initial weights, where none are given, depend on the seed alone. Changes torch's global random state."""
         device = find_device(config.train.device)
-        accelerator = _accelerator(device)
+        if device.index is None and device.type == "cuda" and crew.size > 1:
+            device = torch.device("cuda", torch.cuda.current_device())
+        kind, settings = strategies.find(how.strategy)
+        precision = find_precision(config.train.precision, device)
+        if not kind.careful and (config.train.guard == "skip" or precision == "fp16"):
+            raise UserError(
+                f"the strategy {how.strategy} applies a step before anyone has seen its gradient, so train.guard skip "
+                "and train.precision fp16 cannot be: give guard stop or rewind, and fp32 or bf16"
+            )
         torch.manual_seed(config.seed)
+        model, objective = crew.agree(lambda: cls._model(config, device, weights))
+        model.recompute = how.recompute
+        strategy = kind(
+            model,
+            objective,
+            make_optimizers,
+            config.train,
+            crew,
+            device,
+            len(dealt(config.train, crew.size)),
+            settings,
+        )
+        return cls(config, corpus, strategy, crew, precision, device, Scale(precision == "fp16"))
+
+    @staticmethod
+    def _model(
+        config: RunConfig, device: torch.device, weights: Mapping[str, Tensor] | None
+    ) -> tuple[Decoder, Callable[..., Tensor] | None]:
+        """The model on the host, and what its teacher makes of the loss, if it has one."""
+        if config.train.compile:
+            check_compiler("train.compile", device)
         model = Decoder(config.model)
-        if config.init:
+        if weights is not None:
+            load_weights(model, weights)
+        elif config.init:
             start_from(model, config.init)
         freeze(model, config.train.train)
-        model = model.to(device)
-        optimizers = make_optimizers(config.train, model)
-        model, *prepared = accelerator.prepare(model, *optimizers.values())
-        loss = _compiled(model.loss, device) if config.train.compile else model.loss
-        return cls(
-            config=config,
-            corpus=corpus,
-            model=model,
-            loss=loss,
-            objective=distilled(model, config.teacher, config.train.distill, device) if config.teacher else loss,
-            optimizers=dict(zip(optimizers, prepared, strict=True)),
-            accelerator=accelerator,
-            precision=find_precision(config.train.precision, device),
-            device=device,
-        )
+        taught = distilled(model, config.teacher, config.train.distill, device) if config.teacher else None
+        return model, taught
+
+    @property
+    def model(self) -> Decoder:
+        return self.strategy.model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Weights stay float32; with bf16 the matrix products read them rounded."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        """Weights stay float32; otherwise the matrix products read them rounded."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
 
     def batch(self, step: int) -> list[data.Batch]:
-        """The parts of step `step` that are accumulated, on the host."""
-        size, seed = self.config.train.batch_size, self.config.seed
-        whole = self.corpus.batch(seed, step, size * self.config.train.accumulate, self.config.model.context)
-        return [whole.rows(at, at + size) for at in range(0, len(whole.x), size)]
+        """The parts of step `step` that this process reads one by one, on the host."""
+        train, crew = self.config.train, self.crew
+        size = train.batch_size * train.accumulate
+        whole = self.corpus.batch(self.config.seed, step, size, self.config.model.context, crew.rank, crew.size)
+        ends = list(accumulate(dealt(train, crew.size)))
+        return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
+
+
+def dealt(train: TrainConfig, processes: int) -> list[int]:
+    """Rows of each part that a process reads one by one: whole parts where they can be dealt out, else their shares."""
+    rows, rest = divmod(train.batch_size * train.accumulate, processes)
+    if rest:
+        raise UserError(
+            f"{train.batch_size * train.accumulate} sequences a step (train.batch_size {train.batch_size} times "
+            f"train.accumulate {train.accumulate}) cannot be shared out among {processes} processes: make one of them "
+            f"a multiple of {processes}"
+        )
+    parts = -(-rows // train.batch_size)
+    return [rows * (i + 1) // parts - rows * i // parts for i in range(parts)]
+
+
+@dataclass
+class Scale:
+    """What float16 gradients are multiplied by so that small ones are not lost: halved when they overflow, doubled
+    after 2000 steps in which they did not (Micikevicius et al. 2018, arXiv 1710.03740)."""
+
+    used: bool
+    factor: float = 2.0**16
+    good: int = 0
+
+    @property
+    def now(self) -> float:
+        return self.factor if self.used else 1.0
+
+    def learn(self, applied: bool) -> None:
+        self.good = self.good + 1 if applied else 0
+        if not applied:
+            self.factor /= 2
+        elif self.good % 2000 == 0:
+            self.factor *= 2
 
 
 class Step(NamedTuple):
     """What a step tells."""
 
-    loss: Tensor  # mean over its targets
+    loss: Tensor  # mean over the targets of all processes, or this one's part of the sum that is
     norm: Tensor  # of the gradient, before clipping
-    tokens: int  # targets that counted
+    tokens: int  # targets that counted, of all processes
+    applied: bool = True
+    own: int = 0  # targets that this process read
+    lengths: tuple[int, ...] = ()  # of the documents that it read, where rows hold whole ones
+    waited: float = 0.0  # seconds for data
+    alone: float = 0.0  # seconds of data and forward passes, in which a process does not wait for others but in fsdp
 
 
-def train_step(trainer: Trainer, step: int) -> Step:
-    """One optimizer step, number `step` from 0."""
-    config, model = trainer.config.train, trainer.model
-    seed_dropout(trainer.config.seed, step, trainer.device)
-    parts = trainer.batch(step)
-    total, counts = torch.zeros((), device=trainer.device), [part.counted() for part in parts]
-    for part, count, before in zip(parts, counts, [counts[0], *counts], strict=False):
-        divide_gradients(model, count / before)
-        with trainer.autocast():
-            loss = trainer.objective(*part.to(trainer.device))
-        trainer.accelerator.backward(loss)
-        total += loss.detach() * count
-    divide_gradients(model, sum(counts) / counts[-1])
-    norm = trainer.accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+def train_step(trainer: Trainer, step: int, place: int | None = None, limit: float = math.inf) -> Step:
+    """One optimizer step, number `step` from 0, on the data of step `place` (`step` unless given). Where `train.guard`
+    is to skip, it is not taken if its loss is above `limit` or anything is not finite."""
+    config, strategy, crew = trainer.config.train, trainer.strategy, trainer.crew
+    place = step if place is None else place
+    seed_dropout(trainer.config.seed, place, trainer.device, crew.rank)
+    began = time.perf_counter()
+    parts = trainer.batch(place)
+    waited = time.perf_counter() - began
+    counts = [part.counted() for part in parts]
+    everyone = int(crew.sum(sum(counts))[0])
+    total, alone = torch.zeros((), device=trainer.device), waited
+    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
+        weight = share * crew.size * trainer.scale.now
+        with strategy.part(number + 1 == len(parts)), ops.part_of_step(number), ops.scale_losses(weight):
+            began = time.perf_counter()
+            with trainer.autocast():
+                loss = strategy(*part.to(trainer.device))
+            alone += time.perf_counter() - began
+            strategy.backward(loss * weight)
+        total += loss.detach() * share
+    skips = config.guard == "skip"
+    fine = not skips or crew.sum(total.item())[0] <= limit
     rate = learning_rate(config, step)
-    for optimizer in trainer.optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-    return Step(total / sum(counts), norm, sum(counts))
-
-
-def divide_gradients(model: nn.Module, by: float) -> None:
-    """So that each accumulated part weighs as much as it has targets: before a part, those gathered are brought to its
-    size. No factor on the loss would do, because auxiliary losses add gradients of their own."""
-    if by != 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(by)
+    norm, applied = strategy.step(rate, config.clip, trainer.scale.now, skips or trainer.scale.used, fine)
+    for experts in trainer.model.experts():
+        experts.move_bias()
+    if trainer.scale.used and fine:
+        trainer.scale.learn(applied)
+    lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))
+    return Step(total, norm, everyone, applied, sum(counts), lengths, waited, alone)
 
 
 @torch.no_grad()
-def validate(trainer: Trainer) -> float:
-    """Mean loss in nats over the targets of the fixed held-out rows."""
-    size, context = trainer.config.train.batch_size, trainer.config.model.context
-    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, context)
-    parts = [whole.rows(at, at + size) for at in range(0, len(whole.x), size)]
-    losses = []
+def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float | None:
+    """Mean loss in nats over the targets of the fixed held-out rows; None where it was `stopped`."""
+    size, crew = trainer.config.train.batch_size, trainer.crew
+    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
+    losses, counts = [], []
     trainer.model.eval()
-    for part in parts:
-        with trainer.autocast():
-            losses.append(trainer.loss(*part.to(trainer.device)).float())
-    trainer.model.train()
-    each = zip(torch.stack(losses).tolist(), (part.counted() for part in parts), strict=True)
-    return sum(loss * count for loss, count in each) / whole.counted()
+    try:
+        for at in range(0, len(whole.x), size):
+            if stopped():
+                return None
+            first, last = (at + size * part // crew.size for part in (crew.rank, crew.rank + 1))
+            part = whole.rows(first, max(last, first + 1))  # all processes work, if some for nothing
+            with trainer.autocast():
+                losses.append(trainer.strategy(*part.to(trainer.device), plain=True).float())
+            counts.append(part.counted() if last > first else 0)
+    finally:
+        trainer.model.train()
+    total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True) if count)
+    return crew.sum(total)[0] / whole.counted()
 
 
-def seed_dropout(seed: int, step: int, device: torch.device) -> None:
-    """What is random within a step is a function of (seed, step)."""
-    number = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
+    """What is random within a step is a function of (seed, step), and of the process where there are several."""
+    number = int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])
     torch.default_generator.manual_seed(
         number
     )  # torch.manual_seed would also note down a stack trace for each GPU kind
@@ -273,128 +454,205 @@ class Log:
     seconds: float = 0.0
     tokens: int = 0  # learnt from: padding does not count
     interval: list[float] = field(default_factory=list)  # losses since the last record
+    usual: list[float] = field(default_factory=list)  # the last 50 losses, where a spike is looked for
+    shift: int = 0  # steps whose data was left out
+    skipped: int = 0  # steps that were not taken
+    rewinds: int = 0
+    scale: tuple[float, int] = (2.0**16, 0)  # of float16 gradients, and its good steps
     # of this sitting only:
     norm: float = 0.0
-    recent: int = 0  # tokens since the last record
-    busy: float = 0.0  # seconds of those steps
+    alone: float = 0.0  # seconds since the last record in which this process waited for no other
     warm: bool = False  # whether a whole interval has passed
     saved: int | None = None
+    validated: tuple[int, float] | None = None  # step and loss of the last validation
+
+    KEPT: ClassVar = ("seconds", "tokens", "interval", "usual", "shift", "skipped", "rewinds", "scale")
 
     @classmethod
-    def of(cls, trainer: Trainer, folder: RunFolder) -> Log:
-        """From the newest checkpoint, whose weights and optimizer state go into `trainer`; else from the start."""
-        if folder.newest() is None:
-            folder.forget_after(-1)
-            return cls()
-        step, model, optimizer, state = folder.load(device=trainer.device)
-        folder.forget_after(step)
-        load_weights(trainer.model, model)
-        load_optimizer_tensors(trainer.model, _bare(trainer.optimizers), optimizer)
-        return cls(step, state["seconds"], state["tokens"], state["interval"], saved=step)
+    def of(cls, step: int, state: Mapping[str, Any]) -> Log:
+        return cls(step, saved=step, **{name: state[name] for name in cls.KEPT if name in state})
+
+    def state(self) -> dict[str, Any]:
+        at = self.validated
+        return {name: getattr(self, name) for name in self.KEPT} | {
+            "val_loss": at[1] if at and at[0] == self.step else None
+        }
 
 
-def _run(trainer: Trainer, folder: RunFolder, log: Log, stop: threading.Event, tell: Listener) -> None:
-    config = trainer.config.train
-    began = time.perf_counter() - log.seconds
-    fresh: list[tuple[Tensor, Tensor]] = []  # (loss, norm) of steps whose numbers have not been looked at
-    trainer.model.train()
-    if log.step == 0 and trainer.config.init:
-        _validate(trainer, folder, log, tell)  # what there is to heal
-    while log.step < config.steps and not stop.is_set():
-        started = time.perf_counter()
-        reports = _due(log.step + 1, config.log_every, config.steps)
-        with _auxiliary_losses(reports) as auxiliary:
-            done = train_step(trainer, log.step)
-        fresh.append((done.loss, done.norm))
-        log.step += 1
-        log.tokens += done.tokens
-        log.recent += done.tokens
-        validates = _due(log.step, config.eval_every, config.steps)
-        saves = _due(log.step, config.save_every, config.steps)
-        if reports or validates or saves:
-            _look(trainer, folder, log, fresh)
-        log.busy += time.perf_counter() - started
-        if reports:
-            tell(_report(trainer, folder, log, auxiliary))
-        if validates:
-            _validate(trainer, folder, log, tell)
+@dataclass
+class Run:
+    """The steps that are left."""
+
+    trainer: Trainer
+    folder: RunFolder
+    log: Log
+    stop: threading.Event
+    tell: Listener
+    trackers: Trackers
+    peak: Peak
+    fresh: list[Step] = field(default_factory=list)  # steps whose numbers have not been looked at
+
+    def __post_init__(self) -> None:
+        trainer, crew = self.trainer, self.trainer.crew
+        self.account = Account(trainer.config, self.peak, trainer.device, recompute=trainer.model.recompute)
+        self.heart = Heartbeat(self.folder.path, crew.rank, crew.size)
+        self.laggards = Laggards()
+
+    def go(self) -> bool:
+        """Whether it came to the end; if not, it was asked to stop. Saved either way."""
+        trainer, log, config = self.trainer, self.log, self.trainer.config.train
+        watchful = config.guard != "stop" or config.spike > 0
+        began = time.perf_counter() - log.seconds
+        trainer.model.train()
+        owed = self.owed()
+        while not self.stopped():
+            if owed and not self.validate():
+                break
+            if log.step == config.steps:
+                self.save()
+                return True
+            started = time.perf_counter()
+            reports = _due(log.step + 1, config.log_every, config.steps)
+            with ops.record_losses() if reports else nullcontext({}) as auxiliary:
+                done = train_step(trainer, log.step, log.step + log.shift, self.limit())
+            self.fresh.append(done)
+            log.step += 1
+            log.tokens += done.tokens
+            log.alone += done.alone
+            self.heart.beat(log.step)
+            owed = _due(log.step, config.eval_every, config.steps)
+            saves = _due(log.step, config.save_every, config.steps)
+            if reports or owed or saves or watchful:
+                self.look()
+            seconds = time.perf_counter() - started
+            self.account.step(tokens=done.own, seconds=seconds, waited=done.waited, lengths=done.lengths)
+            if reports:
+                self.report(auxiliary)
+            if owed and not self.validate():
+                break
+            owed = False
+            log.seconds = time.perf_counter() - began
+            if saves:
+                self.save()
+        self.look()
         log.seconds = time.perf_counter() - began
-        if saves:
-            _save(trainer, folder, log)
-    _look(trainer, folder, log, fresh)
-    _save(trainer, folder, log)
+        self.save()
+        return log.step == config.steps and not self.owed()
 
+    def stopped(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.trainer.crew.sum(self.stop.is_set())[0] > 0
 
-def _validate(trainer: Trainer, folder: RunFolder, log: Log, tell: Listener) -> None:
-    loss = validate(trainer)
-    if not math.isfinite(loss):
-        raise _diverged(trainer, folder, "validation loss", loss, log.step)
-    folder.log({"step": log.step, "tokens": log.tokens, "val_loss": loss})
-    tell({"step": log.step, "val_loss": loss})
+    def owed(self) -> bool:
+        """Whether the model as it is should have been validated, and was not."""
+        config, step = self.trainer.config, self.log.step
+        due = _due(step, config.train.eval_every, config.train.steps) if step else bool(config.init)
+        return due and not any(r["step"] == step and "val_loss" in r for r in self.folder.metrics())
 
+    def validate(self) -> bool:
+        """False where it was cut short by a request to stop."""
+        loss = validate(self.trainer, self.stopped)
+        if loss is None:
+            return False
+        if not math.isfinite(loss):
+            self.wrong("validation loss", loss, self.log.step)
+        self.log.validated = (self.log.step, loss)
+        self.note({"tokens": self.log.tokens, "val_loss": loss})
+        self.tell({"step": self.log.step, "val_loss": loss})
+        return True
 
-def _auxiliary_losses(wanted: bool) -> AbstractContextManager[dict[str, list[Tensor]]]:
-    return ops.record_losses() if wanted else nullcontext({})
+    def note(self, record: Mapping[str, Any], step: int | None = None) -> None:
+        step = self.log.step if step is None else step
+        self.folder.log({"step": step, **record})
+        self.trackers.log(record, step)
+
+    def limit(self) -> float:
+        """The loss from which on a step is a spike."""
+        spike, usual = self.trainer.config.train.spike, self.log.usual
+        return statistics.median(usual) + spike if spike and len(usual) >= USUAL // 5 else math.inf
+
+    def look(self) -> None:
+        """Wait for the steps' numbers and refuse what is not right; done before anything is reported or saved."""
+        if not self.fresh:
+            return
+        trainer, log, first = self.trainer, self.log, self.log.step - len(self.fresh) + 1
+        losses = trainer.crew.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
+        norms = torch.stack([step.norm for step in self.fresh]).tolist()
+        steps, self.fresh = self.fresh, []
+        for step, (loss, norm, done) in enumerate(zip(losses, norms, steps, strict=True), first):
+            overflow = trainer.scale.used and not done.applied and math.isfinite(loss)  # float16 will find its scale
+            if not math.isfinite(loss):
+                self.wrong("loss", loss, step)
+            elif loss > self.limit():
+                self.wrong("loss", loss, step)
+            elif not math.isfinite(norm) and not overflow:
+                self.wrong("gradient norm", norm, step)
+            else:
+                log.interval.append(loss)
+                log.usual = [*log.usual, loss][-USUAL:] if trainer.config.train.spike else []
+                log.norm = norm if math.isfinite(norm) else log.norm
+        log.scale = (trainer.scale.factor, trainer.scale.good)
+        if trainer.scale.used and trainer.scale.factor < 1:
+            self.wrong("gradient norm", math.inf, log.step)
+
+    def wrong(self, what: str, value: float, step: int) -> None:
+        """`train.guard` decides what follows."""
+        train, log = self.trainer.config.train, self.log
+        reason = f"the {what} became {value:.6g} at step {step} of {train.steps}"
+        if train.guard == "skip" and what != "validation loss":
+            log.skipped += 1
+            self.note({"skipped": reason}, step)
+            return
+        if train.guard == "rewind" and log.rewinds < REWINDS:
+            raise Rewind(reason, step)
+        newest = self.folder.newest()
+        kept = "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
+        again = f"after {log.rewinds} rewinds" if log.rewinds else ""
+        raise Diverged(
+            f"{' '.join(filter(None, (reason, again)))}, and {kept}; train again into another folder with a lower "
+            f"train.lr (it is {train.lr}), a longer train.warmup ({train.warmup}) or a smaller train.clip "
+            f"({train.clip})"
+        )
+
+    def report(self, auxiliary: Mapping[str, list[Tensor]]) -> None:
+        config, crew, log = self.trainer.config, self.trainer.crew, self.log
+        mine, alone = zip(*crew.gather((self.account.take(), log.alone)), strict=True)
+        record = {
+            "loss": statistics.fmean(log.interval) if log.interval else None,
+            "lr": learning_rate(config.train, log.step - 1),
+            "grad_norm": log.norm,
+            **combine(mine),
+            **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
+        }
+        self.note(record if log.warm else record | {"warm_up": True})
+        log.interval, log.alone, log.warm = [], 0.0, True
+        self.tell({"step": log.step, **record})
+        for behind in self.laggards.look(alone) if crew.size > 1 else ():
+            self.tell({"step": log.step, "say": str(behind)})
+
+    def save(self) -> None:
+        if self.log.saved != self.log.step:
+            strategy = self.trainer.strategy
+            self.folder.save_pieces(self.log.step, strategy.weights(), strategy.memory(), self.log.state())
+            self.log.saved = self.log.step
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _look(trainer: Trainer, folder: RunFolder, log: Log, fresh: list[tuple[Tensor, Tensor]]) -> None:
-    """Wait for the steps' numbers and refuse what is not finite; done before anything is reported or saved."""
-    if not fresh:
-        return
-    first = log.step - len(fresh) + 1
-    values = torch.stack([torch.stack(pair) for pair in fresh]).tolist()
-    fresh.clear()
-    for step, (loss, norm) in enumerate(values, first):
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise _diverged(trainer, folder, what, value, step)
-        log.interval.append(loss)
-        log.norm = norm
-
-
-def _diverged(trainer: Trainer, folder: RunFolder, what: str, value: float, step: int) -> Diverged:
-    config, newest = trainer.config.train, folder.newest()
-    kept = "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
-    return Diverged(
-        f"the {what} became {value} at step {step} of {config.steps}, and {kept}; train again into another folder with "
-        f"a lower train.lr (it is {config.lr}), a longer train.warmup ({config.warmup}) or a smaller train.clip "
-        f"({config.clip})"
-    )
-
-
-def _report(trainer: Trainer, folder: RunFolder, log: Log, auxiliary: Mapping[str, list[Tensor]]) -> dict[str, Any]:
-    config = trainer.config
-    record = {
-        "step": log.step,
-        "loss": statistics.fmean(log.interval),
-        "lr": learning_rate(config.train, log.step - 1),
-        "grad_norm": log.norm,
-        "tokens_per_s": log.recent / log.busy,
-        **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
-    }
-    folder.log(record if log.warm else record | {"warm_up": True})
-    log.interval, log.recent, log.busy, log.warm = [], 0, 0.0, True
-    return record
-
-
-def _save(trainer: Trainer, folder: RunFolder, log: Log) -> None:
-    if log.saved != log.step:
-        state = {"seconds": log.seconds, "tokens": log.tokens, "interval": log.interval}
-        folder.save(log.step, trainer.model, optimizer_tensors(trainer.model, _bare(trainer.optimizers)), state)
-        log.saved = log.step
-
-
-def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: str = "") -> RunResult:
+def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: str, error: str = "") -> RunResult:
     """Everything a comparison needs to know about a run."""
+
+    def middle(name: str) -> float | None:
+        values = [r[name] for r in timed if r.get(name) is not None]
+        return statistics.median(values) if values else None
+
     config, model, records = trainer.config, trainer.model, folder.metrics()
     curve = [[r["step"], r["val_loss"]] for r in records if "val_loss" in r]
     train_curve = [[r["step"], r["loss"]] for r in records if "loss" in r]
-    timed = [r for r in records if "tokens_per_s" in r]
-    rates = [r["tokens_per_s"] for r in timed if "warm_up" not in r] or [r["tokens_per_s"] for r in timed]
+    every = [r for r in records if "tokens_per_s" in r]
+    timed = [r for r in every if "warm_up" not in r] or every
     specs = [layer.cache_spec for layer in attention_configs(config.model)]
     context = config.model.context
     return RunResult(
@@ -414,9 +672,16 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
         train_loss=train_curve[-1][1] if train_curve else None,
         val_loss=curve[-1][1] if curve else None,
         best_val_loss=min((loss for _, loss in curve), default=None),
-        tokens_per_s=statistics.median(rates) if rates else None,
+        tokens_per_s=middle("tokens_per_s"),
+        mfu=middle("mfu"),
+        peak=str(peak),
+        data_wait=middle("data_wait"),
+        strategy=trainer.strategy.name,
+        processes=trainer.crew.size,
+        skipped=log.skipped,
+        rewinds=log.rewinds,
         seconds=log.seconds,
-        peak_bytes=_peak_bytes(trainer.device),
+        peak_bytes=peak_bytes(trainer.device),
         precision=trainer.precision,
         impl=config.model.impl,
         threads=torch.get_num_threads(),
@@ -426,23 +691,6 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, status: str, error: s
         curve=curve,
         train_curve=train_curve,
     )
-
-
-def _accelerator(device: torch.device) -> Any:
-    need("accelerate", "train")
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run's device
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", device_placement=False)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"this was started as {accelerator.num_processes} processes, and training runs in one so far; "
-            "start it without a launcher"
-        )
-    return accelerator
 
 
 def check_compiler(option: str, device: torch.device) -> None:
@@ -459,14 +707,19 @@ def check_compiler(option: str, device: torch.device) -> None:
             ) from None
 
 
-def _compiled(loss: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    check_compiler("train.compile", device)
-    return torch.compile(loss)
-
-
-def _bare(optimizers: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers inside Accelerate's wrappers."""
-    return {name: optimizer.optimizer for name, optimizer in optimizers.items()}
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Kernels that give the same bits every time, where they are wanted."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
@@ -479,15 +732,17 @@ def _own_random_state() -> Iterator[None]:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; the next one interrupts at once. Elsewhere than in the main thread: never."""
-    asked = threading.Event()
+    """Set by the first Ctrl-C or SIGTERM; a second of the same kind interrupts at once (a launcher may add its SIGTERM
+    to a terminal's Ctrl-C). Elsewhere than in the main thread: never."""
+    asked, seen = threading.Event(), set[int]()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, frame: object) -> None:
-        if asked.is_set():
+        if number in seen:
             raise KeyboardInterrupt
+        seen.add(number)
         asked.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -496,30 +751,6 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _reset_peak() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from what is resident now
-    except OSError:
-        pass
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory resident at once: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_name(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
 from ..kernels import one_row
-from ..ops import Linear, attention_weights, index_scores, kl, newest, rope, with_loss
+from ..ops import Linear, attention_weights, begins_step, index_scores, kl, newest, rope, with_loss
 from ..spec import CAUSAL, CacheSpec, Mask, UserError
 from . import mla
 
@@ -81,10 +81,11 @@ class Attention(mla.Attention):
         self.index_k = Linear(c.d_model, c.index_dim, bias=False)
         self.index_norm = nn.LayerNorm(c.index_dim, eps=1e-6) if c.shipped else nn.Identity()
         self.index_w = Linear(c.d_model, c.index_heads, bias=False)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # in training
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # steps of training
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c, still = self.config, x.detach()
+        self.calls += self.training and torch.is_grad_enabled() and cache is None and begins_step()
         q, latent = self.project(x, positions)
         index_k = self.turn(self.index_norm(self.index_k(still))[:, :, None], positions)[:, :, 0]
         seen, cache = extend(cache, positions, latent=latent, index=index_k)
@@ -96,7 +97,6 @@ class Attention(mla.Attention):
             y = self.mix(q, seen, positions, mask, keep[:, None] if c.top_k < keep.shape[-1] else None)
         if torch.is_grad_enabled() and cache is None:
             y = with_loss(y, "indexer", self.divergence(still, q, seen, positions, keep))
-            self.calls += self.training
         return self.o(y.flatten(2)), cache
 
     def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Attention(mla.Attention):
         allowed = mask(query, key := key[:, None])
         bias = scores.new_zeros(allowed.shape).masked_fill(query - key < c.local, torch.inf)
         keep = newest(scores + bias.masked_fill(~allowed, -torch.inf), c.top_k)
-        return keep | (allowed & (self.calls < c.warmup)) if self.training else keep
+        return keep | (allowed & (self.calls <= c.warmup)) if self.training else keep
 
     def divergence(self, x: Tensor, q: Tensor, seen: Seen, positions: Tensor, keep: Tensor) -> Tensor:
         """KL(attention || softmax of the scores) over the kept tokens, mean over queries, in nats."""

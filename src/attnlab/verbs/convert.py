@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from .. import screen
 from ..spec import UserError
-from .options import Flag, Json, json_object, listed, shown, this_command
+from .options import Flag, Json, json_object, listed, shown, this_command, train_and_tell
 
 if TYPE_CHECKING:
     from ..hub import Loaded
@@ -136,11 +135,9 @@ def heal(
 
     from .. import hub
     from ..checkpoint import RunFolder
-    from ..config import DataConfig, RunConfig, TrainConfig
-    from ..progress import Progress
+    from ..config import DataConfig, Execution, RunConfig, TrainConfig
     from ..report.conversion import write_recovery
     from ..results import read_json, write_json
-    from ..train import train as run
 
     folder = Path(source).expanduser()
     certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}
@@ -173,15 +170,9 @@ def heal(
         teacher=original if distill else "",
     )
     out = out or Path("runs") / name
-    tell: Callable[[Mapping[str, Any]], None] | None = None
-    with Progress() as progress:
-
-        def listen(event: Mapping[str, Any]) -> None:
-            nonlocal tell
-            tell = tell or progress.begin(name, steps)
-            tell(event)
-
-        result = run(config, out, resume=resume, progress=listen)
+    result = train_and_tell(config, out, name, resume, Execution())
+    if result is None:
+        return 0
     curve = [[r["tokens"], r["val_loss"]] for r in RunFolder.open(out).metrics() if "val_loss" in r]
     found = {"name": name, "curve": curve, "original": certificate.get("loss_before"), "command": this_command()}
     write_json(out / "recovery.json", found)

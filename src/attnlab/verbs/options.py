@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from ..config import RunConfig
+from ..config import Execution, RunConfig
+from ..launcher import rank
+from ..results import RunResult
 from ..spec import UserError, choose
 
 Flag = FlagCreatePairsOff[bool]
@@ -39,6 +43,30 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
         choose("mechanism", name, attention.names())
     given: dict[str, Any] = {name: value for name, value in (("source", data), ("pack", pack)) if value is not None}
     return replace(config, data=replace(config.data, **given)) if given else config
+
+
+def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
+    """`train` with a bar on the screen. None where it was asked to stop: how to go on is then said, and all is well."""
+    from ..progress import Progress
+    from ..train import Stopped, train
+
+    again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
+    tell: Callable[[Mapping[str, Any]], None] | None = None
+    try:
+        with Progress() as progress:
+
+            def listen(event: Mapping[str, Any]) -> None:  # bad input ends before the first event, and shows no bar
+                nonlocal tell
+                tell = tell or progress.begin(name, config.train.steps)
+                tell(event)
+
+            return train(config, out, resume=resume, progress=listen, how=how)
+    except Stopped as stop:
+        if rank() == 0:
+            print(f"attnlab: {stop}; {again}", file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; what was saved is in {out}; {again}") from None
 
 
 def this_command() -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from .. import presets, screen
-from ..config import RunConfig
+from ..config import Execution, RunConfig
+from ..launcher import rank
 from ..spec import UserError, choose
 from .options import (
     Fields,
@@ -23,6 +23,7 @@ from .options import (
     options_of_mechanisms,
     shown,
     this_command,
+    train_and_tell,
     whole,
     with_choices,
 )
@@ -45,10 +46,16 @@ def train(
     pack: Pack | None = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     resume: Flag = False,
+    strategy: str = "auto",
+    recompute: Flag = False,
+    track: Annotated[str | None, arg(metavar="A,B,...")] = None,
+    peak: Annotated[float | None, arg(metavar="RATE")] = None,
     dry_run: Flag = False,
     flops: Annotated[float | None, arg(metavar="RATE")] = None,
 ) -> int:
     """Train one model and keep it in a run folder.
+
+    In one process, or in as many as torchrun, accelerate or deepspeed starts.
 
     Args:
         preset: A complete run to start from; every field of it can be overridden below.
@@ -57,12 +64,15 @@ def train(
             mixture: 0.7*prepared:A+0.3*text:B.
         pack: documents: rows hold whole documents, and attention stays inside each.
         out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
-        resume: Go on from the newest checkpoint in the run folder.
+        resume: Go on from the newest checkpoint in the run folder, with any strategy and number of processes.
+        strategy: Who holds what: single, ddp, fsdp, deepspeed, deepspeed:FILE.json (ddp where there are several
+            processes, if left out).
+        recompute: Keep only the inputs of layers for the backward pass: less memory, more work.
+        track: Also write to tensorboard, wandb, trackio.
+        peak: FLOPs per second of one device, such as 312e12, to which use is compared (known or measured if left out).
         dry_run: Train nothing; print parameters, tokens, FLOPs, cache and expected time.
         flops: For --dry-run: FLOPs per second, such as 100e12 (those of a matrix product here if left out).
     """
-    from ..progress import Progress
-
     config = with_choices(config, mechanism, data, pack)
     if dry_run:
         return foresee(preset, config, flops)
@@ -70,25 +80,14 @@ def train(
         raise UserError("--flops is for --dry-run alone: give both or neither")
     presets.check_corpus(config)
     out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
-    from ..train import train as run
-
-    tell: Callable[[Mapping[str, Any]], None] | None = None
-    try:
-        with Progress() as progress:
-
-            def listen(event: Mapping[str, Any]) -> None:  # bad input ends before the first event, and shows no bar
-                nonlocal tell
-                tell = tell or progress.begin(f"{config.mechanism} s{config.seed}", config.train.steps)
-                tell(event)
-
-            result = run(config, out, resume=resume, progress=listen)
-    except KeyboardInterrupt as stop:
-        again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
-        raise KeyboardInterrupt(f"{stop or f'stopped; what was saved is in {out}'}; {again}") from None
-    print(
-        f"val loss {shown(result.val_loss)} after {result.steps} steps, {shown(result.tokens_per_s, 0)} tokens/s, {out}"
-    )
-    print(f"next: attnlab sample {out} --prompt 'ROMEO:'", file=sys.stderr)
+    how = Execution(strategy=strategy, recompute=recompute, track=tuple(listed(track or "")), peak=peak)
+    result = train_and_tell(config, out, f"{config.mechanism} s{config.seed}", resume, how)
+    if result is not None and rank() == 0:
+        loss, rate = shown(result.val_loss), shown(result.tokens_per_s, 0)
+        print(f"val loss {loss} after {result.steps} steps, {rate} tokens/s, {out}")
+        if result.mfu is not None:
+            print(f"model FLOPs used: {result.mfu:.0%} of {result.peak}", file=sys.stderr)
+        print(f"next: attnlab sample {out} --prompt 'ROMEO:'", file=sys.stderr)
     return 0
 
 
@@ -132,7 +131,7 @@ def compare(
     Args:
         preset: The run that all share; every field of it can be overridden below.
         mechanisms: What to compare, the baseline mha among them; a hybrid is written sliding+sliding+mla.
-        tasks: Also train and examine all on synthetic tasks: mqar, induction, copying, selective, needle.
+        tasks: Also train and examine all on synthetic tasks: mqar, induction, repeats, copying, selective, needle.
         seeds: Runs per mechanism: seeds S, S+1, ... from --seed. Three or more give intervals that mean something.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.

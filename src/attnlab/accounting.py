@@ -1,0 +1,219 @@
+"""What a training loop achieves: tokens/s, model FLOPs and their share of a peak, waiting, memory; by rank and in all.
+
+FLOPs are those of matrix products, by the mechanisms' own formulas, attention counted dense (a causal mask saves
+nothing), and a backward pass is two forward passes. MFU counts what the model needs (PaLM, arXiv 2204.02311, app. B);
+HFU counts also what is computed a second time to save memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig, RunConfig
+from .measure import matrix_rate, matrix_size, peak_bytes
+from .model import flops_per_token
+from .spec import UserError
+
+TRAINING = 3  # forward passes that a forward and a backward pass cost
+DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32
+    "H100 HBM3": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H200": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTIAL = {"MIG", "NVL"}  # a slice of a GPU, and the slower cards of a pair
+
+
+def training_flops(model: ModelConfig, length: int | None = None) -> float:
+    """Model FLOPs of training, per token of sequences of `length` tokens (None: full context)."""
+    return TRAINING * flops_per_token(model, length)
+
+
+def recomputed_flops(model: ModelConfig, length: int | None = None) -> float:
+    """What the backward pass computes again, per token, where layers keep their inputs alone: all but the head, and
+    the last product of a layer without experts, which nothing needs unless dropout follows."""
+    spared = 0 if model.dropout else [model.has_experts(i) for i in range(model.n_layers)].count(False)
+    return flops_per_token(model, length) - 2 * model.d_model * (model.vocab_size + spared * model.resolved_ff_dim)
+
+
+def document_lengths(documents: Tensor) -> list[int]:
+    """Tokens of each document of a packed batch (B L, -1: padding)."""
+    rows = torch.arange(len(documents), device=documents.device)[:, None] * (int(documents.max()) + 1)
+    flat = torch.where(documents < 0, -1, documents + rows).flatten()
+    numbers, counts = flat.unique_consecutive(return_counts=True)
+    return counts[numbers >= 0].tolist()
+
+
+class Peak(NamedTuple):
+    rate: float  # FLOPs per second of one device
+    source: str  # in words
+
+    def __str__(self) -> str:
+        return f"{self.rate / 1e12:.3g} TFLOP/s ({self.source})"
+
+
+def find_peak(device: torch.device, precision: str, given: float | None = None) -> Peak:
+    """What MFU is relative to: as given, else by the GPU's datasheet, else measured, in half a second.
+
+    `precision`: fp32, bf16 or fp16. Raises `UserError` for a rate that is none.
+    """
+    if given is not None:
+        if not (given > 0 and math.isfinite(given)):
+            raise UserError(f"--peak is {given}: give the FLOPs per second of one device, such as 989e12")
+        return Peak(given, "given by --peak")
+    known = datasheet(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+    return known or measured_peak(device, precision, torch.get_num_threads())
+
+
+def datasheet(gpu: str, precision: str) -> Peak | None:
+    """By the name that the driver gives; None for a GPU not listed."""
+    words = set(re.findall(r"\w+", gpu))
+    for name, (half, single) in DATASHEETS.items():
+        if set(name.split()) <= words and not words & PARTIAL:
+            return Peak(single if precision == "fp32" else half, f"datasheet of the {gpu}, dense {_kind(precision)}")
+    return None
+
+
+@lru_cache
+def measured_peak(device: torch.device, precision: str, threads: int) -> Peak:
+    """Once in a process, which trains with `threads`."""
+    size, where = matrix_size(device), device.type
+    if device.type == "cpu":
+        where += f", {threads} thread{'s' * (threads != 1)}"
+    product = f"product of two {size}x{size} {_kind(precision)} matrices"
+    return Peak(matrix_rate(device, DTYPES[precision]), f"measured: {product} on {where}")
+
+
+def _kind(precision: str) -> str:
+    return str(DTYPES[precision]).removeprefix("torch.")
+
+
+class Interval(NamedTuple):
+    """One rank's part in a stretch of training: plain numbers, so that ranks can exchange them as one tensor."""
+
+    tokens: float
+    seconds: float
+    waited: float  # of these seconds, for data
+    flops: float  # that the model needs; NaN: not known
+    executed: float  # that were computed, padding aside
+    peak: float  # FLOPs per second; NaN: not known
+    memory: float  # bytes, the most so far
+
+
+class Account:
+    """Fed by the loop with each step, asked now and then for what came since.
+
+    There is no MFU where parts of the model are frozen or a teacher reads along: the formula would count backward
+    passes that nobody makes, and leave out the teacher.
+    """
+
+    def __init__(self, config: RunConfig, peak: Peak | None, device: torch.device, *, recompute: bool = False) -> None:
+        """`peak` None: there is no MFU. `recompute`: layers are computed again in the backward pass."""
+        self.config, self.peak, self.device, self.recompute = config, peak, device, recompute
+        self.known = config.train.train == "all" and not config.teacher
+        self._costs: dict[int, tuple[float, float]] = {}
+        self._begin()
+
+    def step(self, *, tokens: int, seconds: float, waited: float = 0.0, lengths: Iterable[int] = ()) -> None:
+        """`tokens` learnt from; `seconds` of the step, `waited` of them for data; `lengths` of the documents that were
+        read, where rows hold whole documents."""
+        self.tokens += tokens
+        self.seconds += seconds
+        self.waited += waited
+        model = self.config.model
+        for length, count in [(n, n) for n in lengths] or [(model.context, tokens)]:
+            needed, executed = self._cost(length)
+            self.flops += count * needed
+            self.executed += count * executed
+
+    def take(self) -> Interval:
+        unknown = math.nan
+        found = Interval(
+            self.tokens,
+            self.seconds,
+            self.waited,
+            self.flops if self.known else unknown,
+            self.executed if self.known else unknown,
+            self.peak.rate if self.peak else unknown,
+            peak_bytes(self.device),
+        )
+        self._begin()
+        return found
+
+    def _begin(self) -> None:
+        self.tokens, self.seconds, self.waited, self.flops, self.executed = 0, 0.0, 0.0, 0.0, 0.0
+
+    def _cost(self, length: int) -> tuple[float, float]:
+        """Per token: what the model needs, and what is computed."""
+        if length not in self._costs:
+            needed = training_flops(self.config.model, length)
+            again = recomputed_flops(self.config.model, length) if self.recompute else 0.0
+            self._costs[length] = needed, needed + again
+        return self._costs[length]
+
+
+def combine(intervals: Sequence[Interval]) -> dict[str, float]:
+    """The record of all ranks together, in the order of ranks; what is not known is not in it.
+
+    tokens_per_s, flops_per_s: sums, over the time of the slowest. mfu, hfu: shares of all peaks together; hfu only
+    where more was computed than needed. data_wait: share of the time. memory: bytes of the rank with the most. Of
+    several ranks also the least and the most tokens_per_s, the slowest rank, and the memory of all.
+    """
+    seconds = max(each.seconds for each in intervals)
+    if not seconds:
+        return {}
+    total = Interval(*map(math.fsum, zip(*intervals, strict=True)))
+    record = {
+        "tokens_per_s": total.tokens / seconds,
+        "flops_per_s": total.flops / seconds,
+        "mfu": total.flops / seconds / total.peak,
+        "data_wait": total.waited / total.seconds,
+        "memory": max(each.memory for each in intervals),
+    }
+    if total.executed > total.flops:
+        record["hfu"] = total.executed / seconds / total.peak
+    if len(intervals) > 1:
+        rates = [each.tokens / each.seconds if each.seconds else math.inf for each in intervals]
+        record["tokens_per_s_min"], record["tokens_per_s_max"] = min(rates), max(rates)
+        record["slowest_rank"] = max(range(len(intervals)), key=lambda rank: intervals[rank].seconds)
+        record["memory_total"] = total.memory
+    return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+class Behind(NamedTuple):
+    rank: int
+    seconds: float  # of its last interval
+    median: float  # of all ranks
+
+    def __str__(self) -> str:
+        times = self.seconds / self.median if self.median else math.inf
+        return f"rank {self.rank} falls behind: {self.seconds:.3g} s of work, {times:.1f} times the median of all ranks"
+
+
+class Laggards:
+    """Names each rank that takes `factor` times as long as the median in `patience` intervals in a row; once, and anew
+    when it has caught up in between.
+
+    Ranks that wait for each other take equally long, so what is compared must be work before they meet, such as reading
+    data and the forward pass. Of an even number the lower median counts: of two ranks, the faster.
+    """
+
+    def __init__(self, factor: float = 1.5, patience: int = 3) -> None:
+        self.factor, self.patience = factor, patience
+        self.row: dict[int, int] = {}
+
+    def look(self, seconds: Sequence[float]) -> list[Behind]:
+        """`seconds` of work in one interval, by rank."""
+        median = statistics.median_low(seconds)
+        slow = [rank for rank, each in enumerate(seconds) if each > self.factor * median]
+        self.row = {rank: self.row.get(rank, 0) + 1 for rank in slow}
+        return [Behind(rank, seconds[rank], median) for rank in slow if self.row[rank] == self.patience]

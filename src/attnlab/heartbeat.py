@@ -1,0 +1,54 @@
+"""Signs of life: each rank writes a small file, at most once a second, and anyone can tell who is not heard from.
+
+`heartbeat/rank-00003.json` in the run folder holds the time in seconds since 1970, step, rank, number of ranks, host
+and pid.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from .results import read_json, write_json
+from .spec import UserError
+
+FOLDER = "heartbeat"
+
+
+class Heartbeat:
+    """Of one rank. A beat that cannot be written is one that is not heard; it stops no run."""
+
+    def __init__(self, run: str | Path, rank: int = 0, ranks: int = 1, every: float = 1.0) -> None:
+        self.path = Path(run) / FOLDER / f"rank-{rank:05d}.json"
+        self.about = {"rank": rank, "ranks": ranks, "host": socket.gethostname(), "pid": os.getpid()}
+        self.every, self.last = every, -float("inf")
+
+    def beat(self, step: int) -> None:
+        """Called as often as one likes."""
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            write_json(self.path, {"time": time.time(), "step": step, **self.about}, indent=None)
+        except (OSError, UserError):
+            pass
+
+
+def beats(run: str | Path) -> list[dict[str, Any] | None]:
+    """The last sign of life of each rank of the sitting that was heard last; None of one that has not been heard."""
+    found = [read_json(path) for path in sorted((Path(run) / FOLDER).glob("rank-*.json"))]
+    if not found:
+        return []
+    by_rank = {beat["rank"]: beat for beat in found}
+    return [by_rank.get(rank) for rank in range(max(found, key=lambda beat: beat["time"])["ranks"])]
+
+
+def stale(run: str | Path, after: float = 60.0) -> list[int]:
+    """The ranks that have not been heard from for `after` seconds, or never, by this machine's clock."""
+    since = time.time() - after
+    return [rank for rank, beat in enumerate(beats(run)) if beat is None or beat["time"] < since]

@@ -1,0 +1,34 @@
+"""Every process holds the whole model and reads a share of each batch; gradients are averaged as they come."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import TrainConfig
+from ..model import attention_configs
+from . import single
+from .single import Optimizers
+
+
+class Strategy(single.Strategy):
+    name = "ddp"
+    grouped = True
+
+    def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
+        made = super().prepare(optimizers)
+        dead = any("no dead parameters" in config.breaks for config in attention_configs(self.model.config))
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
+        self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=dead, **{sync: False})
+        return made
+
+    def __call__(self, x: Tensor, y: Tensor, documents: Tensor | None = None, plain: bool = False) -> Tensor:
+        return (self.module if plain else self.wrapped)(x, y, documents, plain)
+
+    def part(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last else self.wrapped.no_sync()

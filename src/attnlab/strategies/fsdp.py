@@ -1,0 +1,92 @@
+"""Parameters, gradients and optimizer state are cut along their first dimension, a slice for each process; a layer is
+gathered while it computes (torch.distributed.fsdp.fully_shard). A slice is a stretch of the flattened tensor, and is
+written as that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..checkpoint import Piece, Stored, optimizer_tensors, whole
+from ..config import TrainConfig
+from ..spec import UserError
+from . import single
+from .single import Optimizers
+
+
+class Strategy(single.Strategy):
+    name = "fsdp"
+    grouped = True
+
+    def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
+        if self.config.optimizer == "muon":
+            raise UserError("train.optimizer muon needs whole matrices, which fsdp cuts: give adamw, or --strategy ddp")
+        mesh = init_device_mesh(self.device.type, (self.crew.size,))
+        for block in self.model.blocks():
+            if self.config.compile:
+                block.compile()
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        return optimizers(self.config, self.model)
+
+    def part(self, last: bool) -> AbstractContextManager[object]:
+        root: Any = self.model
+        root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def clipped(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
+        norm = super().clipped(parameters, clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def weights(self) -> dict[str, Piece]:
+        self.slice_up()
+        buffers = {name: b for name, b in self.model.named_buffers() if name in self.model.state_dict()}
+        return self.pieces(dict(self.model.named_parameters()) | buffers)
+
+    def memory(self) -> dict[str, Piece]:
+        self.slice_up()
+        return self.pieces(optimizer_tensors(self.model, self.optimizers))
+
+    def slice_up(self) -> None:
+        """After a forward pass without a backward one, what no layer owns is still whole."""
+        root: Any = self.model
+        root.reshard()
+
+    def pieces(self, tensors: dict[str, Any]) -> dict[str, Piece]:
+        """The slices of those that are cut; the others, which all processes hold alike, are the first one's."""
+        found = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                start, local = slice_of(tensor), tensor.to_local()
+                if local.numel():
+                    found[name] = Piece(local.detach().flatten(), start, tuple(tensor.shape))
+            elif self.crew.first:
+                found[name] = whole(tensor)
+        return found
+
+    def placed(self, stored: Stored, key: str, parameter: nn.Parameter) -> Tensor:
+        if not isinstance(parameter, DTensor) or stored.shape(key) != tuple(parameter.shape):
+            return super().placed(stored, key, parameter)
+        local, start = parameter.to_local(), slice_of(parameter)
+        value = stored.read(key, start, start + local.numel()).view(local.shape).to(local.device)
+        return DTensor.from_local(
+            value,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def slice_of(tensor: DTensor) -> int:
+    """Where this process's slice begins in the flattened tensor."""
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(at * step for at, step in zip(offset, tensor.stride(), strict=True))
