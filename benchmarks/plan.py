@@ -19,7 +19,7 @@ import torch
 from speed import markdown, provenance, say
 
 from attnlab import attention, data, presets
-from attnlab.config import ModelConfig, RunConfig, TrainConfig
+from attnlab.config import Execution, ModelConfig, RunConfig, TrainConfig
 from attnlab.footprint import META, AsOnGpu, Recomputed, footprint, on_meta
 from attnlab.match import variant
 from attnlab.measure import Follow, flop_counter, peak_growth, tensor_bytes
@@ -100,9 +100,10 @@ def whole(config: RunConfig, batch: int, recompute: bool = False) -> tuple[float
     return counter.get_total_flops() / tokens.numel(), weights * (3 + accumulates) + follow.peak
 
 
-def measuring(config: RunConfig, device: torch.device) -> float:
+def measuring(config: RunConfig, device: torch.device, recompute: bool = False) -> float:
     """By how much the memory planned, counted on `device`, is off that of a training step here."""
-    return Sizes(config, device).memory(Machine(GPUS["h100"])).peak / measured(config) - 1
+    planned = Sizes(config, device).memory(Machine(GPUS["h100"], recompute=recompute))
+    return planned.peak / measured(config, recompute) - 1
 
 
 def rounding(config: RunConfig) -> float:
@@ -116,9 +117,9 @@ def rounding(config: RunConfig) -> float:
     return walk(footprint(config, len(tokens)), layers, layers) / follow.peak - 1
 
 
-def measured(config: RunConfig) -> int:
+def measured(config: RunConfig, recompute: bool = False) -> int:
     """Bytes at the worst moment of the third training step: what stays between steps, and what it adds."""
-    trainer = Trainer.of(config, data.load(config.data))
+    trainer = Trainer.of(config, data.load(config.data), Execution(recompute=recompute))
     for step in range(2):
         train_step(trainer, step)
     states = [

@@ -98,6 +98,16 @@ def test_recomputing_trades_memory_for_flops() -> None:
     assert after.seconds is not None and before.seconds is not None and after.seconds > before.seconds
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["mha", "msla"])
+def test_memory_is_that_of_a_real_step_that_recomputes(name: str, precision: str) -> None:
+    """With wide layers and few tokens: no rounded weights of a layer are kept until it is computed again."""
+    train = replace(SMALL.train, precision=precision, batch_size=1, accumulate=2)
+    config = variant(replace(SMALL, train=train), name)
+    config = replace(config, model=replace(config.model, vocab_size=65, ff_dim=4000, n_layers=6))
+    assert abs(measuring(config, CPU, recompute=True)) < 0.05
+
+
 SHARDED = """
 import json, sys
 import torch
