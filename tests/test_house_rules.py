@@ -43,7 +43,7 @@ ORDER = [
     {"train", "strategies", "convert", "engines", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
-    {"evaluate", "examine", "bench", "forecast", "heads"},
+    {"evaluate", "examine", "bench", "forecast", "footprint", "sharding", "plan", "heads"},
     {"compare"},
     {"report"},
     {"screen"},

@@ -22,7 +22,7 @@ from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
 
 NEEDED, FIRST, OPTION = "needed", "first", "option"
-PRESET = {"train": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
+PRESET = {"train": NEEDED, "plan": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
 
 
 def main(args: Sequence[str] | None = None) -> int:

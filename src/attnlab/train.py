@@ -294,10 +294,12 @@ class Trainer:
         return self.strategy.model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Weights stay float32; otherwise the matrix products read them rounded."""
+        """Weights stay float32; otherwise the matrix products read them rounded. Where layers are computed again, their
+        rounded weights are not kept in between."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, cache_enabled=not self.model.recompute)
 
     def batch(self, step: int) -> list[data.Batch]:
         """The parts of step `step` that this process reads one by one, on the host."""
