@@ -324,7 +324,7 @@ def test_what_does_not_fit_says_what_would(said: Said) -> None:
     code, out, _ = said("llama-8b", "--gpus", "8", "--mechanisms", "")
     assert code == 1 and "does not fit" in out
     remedy = out.partition("It would fit with ")[2].partition("\n\n")[0].split()
-    assert remedy == ["--strategy", "fsdp", "--checkpoint-activations"]
+    assert remedy == ["--strategy", "fsdp", "--recompute"]
     code, out, _ = said("llama-8b", "--gpus", "8", *remedy, "--mechanisms", "")
     assert code == 0 and "does not fit" not in out
     code, out, _ = said("llama-8b", "--mechanisms", "", "--gpu", "a100", "--batch", "3")

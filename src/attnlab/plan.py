@@ -94,7 +94,6 @@ class Memory(Record):
 
     weights: int
     gradients: int
-    buckets: int  # from which gradients are sent
     optimizer: int
     copies: int  # bfloat16 copies of weights
     gathered: int  # whole weights of the layers at work, where weights are sharded
@@ -125,7 +124,7 @@ class Plan(Record):
     gpus: int
     strategy: str
     precision: str
-    checkpoint_activations: bool
+    recompute: bool
     batch: int  # sequences on each GPU at a time
     context: int  # their tokens
     usable: int  # bytes of each GPU
@@ -173,7 +172,7 @@ def plan(
         gpus=machine.gpus,
         strategy=str(find_sharding(machine.strategy)),
         precision=sizes.precision,
-        checkpoint_activations=machine.recompute,
+        recompute=machine.recompute,
         batch=sizes.batch(machine),
         context=model.context,
         usable=machine.usable,
@@ -211,8 +210,13 @@ class Sizes:
             self.steps[case] = footprint(self.config, batch, recompute=recompute, accumulated=accumulated, **how)
         return self.steps[case]
 
+    def rows(self, machine: Machine) -> int:
+        """Sequences of a step on each GPU."""
+        return -(-self.config.train.batch_size * self.config.train.accumulate // machine.gpus)
+
     def batch(self, machine: Machine) -> int:
-        return machine.batch or self.config.train.batch_size
+        """Those of them that it takes at a time."""
+        return machine.batch or min(self.config.train.batch_size, self.rows(machine))
 
     def training_flops(self, machine: Machine) -> float:
         """Per token, counted: what kernels compute again for their backward passes is in it."""
@@ -223,9 +227,11 @@ class Sizes:
         """Of a training step, once the optimizer has its state."""
         how, gpus = find_sharding(machine.strategy), machine.gpus
         shards = how.sharded if gpus > 1 else frozenset()
-        accumulates = self.config.train.accumulate > gpus
-        alone = "gradients" not in shards or (accumulates and how.gathers_sums)
-        step = self.step(self.batch(machine), machine.recompute, accumulates and alone)
+        alone = "gradients" not in shards
+        stay = self.rows(machine) > self.batch(machine) or (
+            how.buckets and gpus > 1
+        )  # gradients, through a forward pass
+        step = self.step(self.batch(machine), machine.recompute, stay and alone)
 
         def kept(what: str, tensors: list[Tensor]) -> int:
             return largest_share(tensors, gpus if what in shards else 1, how.by_rows)
@@ -234,19 +240,17 @@ class Sizes:
         gradients = sum(p.nbytes for p in self.learning) if alone else kept("gradients", [*self.learning])
         ends = sum(p.nbytes for p in self.weights) - sum(self.layers)
         gathered = ends + sum(sorted(self.layers)[-2:]) if "weights" in shards else 0  # one layer, and the next to come
-        buckets = gradients if how.buckets and gpus > 1 else 0
-        there = weights + optimizer + gathered + buckets + accumulates * gradients
+        there = weights + optimizer + gathered + stay * gradients
         buffers = [0 if alone else size for size in self.taught]
-        gone = [size if accumulates else size - size // gpus for size in buffers]
+        gone = [size if stay else size - size // gpus for size in buffers]
         return Memory(
             weights=weights,
             gradients=gradients,
-            buckets=buckets,
             optimizer=optimizer,
             copies=step.copies,
             gathered=gathered,
             activations=step.activations,
-            peak=max(there + walk(step, buffers, gone), weights + optimizer + buckets + gradients + self.working),
+            peak=max(there + walk(step, buffers, gone), weights + optimizer + gradients + self.working),
         )
 
     def decoding(self, machine: Machine, context: int | None = None) -> Decoding:
@@ -339,7 +343,7 @@ def remedy(sizes: Sizes, machine: Machine) -> str:
                     (f"--gpus {other.gpus}", other.gpus != machine.gpus),
                     (f"--strategy {other.strategy}", other.strategy != machine.strategy),
                     (f"--batch {other.batch}", other.batch != machine.batch),
-                    ("--checkpoint-activations", other.recompute != machine.recompute),
+                    ("--recompute", other.recompute != machine.recompute),
                 )
                 if differs
             )

@@ -135,7 +135,7 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
     time = ("unknown", f"the peak is that of bf16, and this trains in {found.precision}")
     if found.seconds is not None:
         time = (span(found.seconds), f"at an MFU of {found.mfu:.0%}")
-    passes = "forward, layers again, backward" if found.checkpoint_activations else "forward and backward"
+    passes = "forward, layers again, backward" if found.recompute else "forward and backward"
     training = {
         "parameters": (short(found.parameters), f"{found.parameters:,}"),
         "FLOPs per token": (f"{found.flops_per_token / 1e9:,.3g} GFLOPs", passes),
@@ -145,7 +145,6 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
     parts = {
         "weights": (gigabytes(memory.weights), "float32"),
         "gradients": (gigabytes(memory.gradients), "float32"),
-        "buckets": (gigabytes(memory.buckets), "from which gradients are sent"),
         "optimiser": (gigabytes(memory.optimizer), "float32"),
         "copies of weights": (gigabytes(memory.copies), f"{found.precision}, of all layers"),
         "gathered weights": (gigabytes(memory.gathered), "float32, of two layers, embedding and head"),

@@ -20,8 +20,7 @@ class Sharding:
     name: str
     stage: int  # of ZeRO, or what equals it
     by_rows: bool = False  # each tensor is cut between rows, as torch does; else all are cut as if they were one
-    buckets: bool = False  # gradients are sent from a second copy
-    gathers_sums: bool = False  # gradients are whole while several parts of a batch are added up
+    buckets: bool = False  # gradients lie where they are sent from, all the time
 
     @property
     def sharded(self) -> frozenset[str]:
@@ -33,7 +32,7 @@ class Sharding:
 
 PLAIN = {
     "ddp": Sharding("ddp", 0, buckets=True),
-    "fsdp": Sharding("fsdp", 3, by_rows=True, gathers_sums=True),
+    "fsdp": Sharding("fsdp", 3, by_rows=True),
 }
 
 

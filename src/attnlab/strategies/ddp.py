@@ -25,7 +25,7 @@ class Strategy(single.Strategy):
         dead = any("no dead parameters" in config.breaks for config in attention_configs(self.model.config))
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
-        options: dict[str, Any] = {sync: False, "find_unused_parameters": dead}
+        options: dict[str, Any] = {sync: False, "find_unused_parameters": dead, "gradient_as_bucket_view": True}
         self.wrapped = DistributedDataParallel(self.module, **options)
         return made
 

@@ -23,7 +23,7 @@ def plan(
     gpu: Annotated[str, arg(metavar="NAME")] = "h100",
     strategy: Annotated[str, arg(metavar="NAME")] = "ddp",
     batch: Annotated[int | None, arg(metavar="N")] = None,
-    checkpoint_activations: Flag = False,
+    recompute: Flag = False,
     tokens: Annotated[float | None, arg(metavar="N")] = None,
     mfu: Annotated[float | None, arg(metavar="SHARE")] = None,
     context: Annotated[int | None, arg(metavar="N")] = None,
@@ -42,7 +42,7 @@ def plan(
         gpu: h100, h200, a100, mi300, or its numbers: '{"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}'.
         strategy: ddp (everything on each GPU), fsdp (all sharded), deepspeed[:FILE.json] (by its ZeRO stage).
         batch: Sequences on each GPU at a time (the preset's train.batch_size if left out).
-        checkpoint_activations: Keep only the input of each layer, and compute the rest twice.
+        recompute: Keep only the input of each layer, and compute the rest twice.
         tokens: To train on, such as 300e9 (the preset's if left out).
         mfu: The share of the peak that training reaches (0.4 if left out).
         context: Tokens held while decoding (the preset's context if left out).
@@ -54,7 +54,7 @@ def plan(
     from ..plan import plan as plans
 
     numbers = json_object("--gpu", gpu) if gpu.lstrip().startswith("{") else None
-    machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, checkpoint_activations)
+    machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)
     config = with_choices(config, mechanism, None)
     given = options_of_mechanisms("--options", options)
     labels = attention.names() if mechanisms is None else listed(mechanisms)
