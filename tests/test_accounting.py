@@ -210,9 +210,9 @@ def test_of_one_nobody_falls_behind_and_of_two_one_can():
     [
         ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12),
         ("NVIDIA A100 80GB PCIe", 312e12, 19.5e12),
-        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
-        ("NVIDIA H100 PCIe", 756e12, 51e12),
-        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12, 67e12),
+        ("NVIDIA H100 PCIe", 756.5e12, 51e12),
+        ("NVIDIA H200", 989.5e12, 67e12),
     ],
 )
 def test_datasheets_are_found_by_the_name_of_the_gpu(gpu, bf16, fp32):

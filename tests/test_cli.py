@@ -104,6 +104,14 @@ def test_every_command_explains_itself(verb: str, run: Run) -> None:
         (["compare", "quick", "--mechanisms", ","], ["at least one"]),
         (["compare", "quick", "--seeds", "0"], ["seeds"]),
         (["compare", "quick", "--tasks", "mqar,neddle"], ["'neddle'", "did you mean 'needle'?"]),
+        (["compare", "quick", "--engine", "slrm"], ["'slrm'", "did you mean 'slurm'?"]),
+        (["compare", "quick", "--slurm.partition", "gpu"], ["options of slurm", "add --engine slurm"]),
+        (["compare", "quick", "--engine", "slurm", "--ray-address", "auto"], ["options of ray", "add --engine ray"]),
+        (["compare", "quick", "--engine", "slurm", "--slurm.time", "soon"], ["'soon'", "4:00:00"]),
+        (["compare", "quick", "--sizes", "2x64,large"], ["'large'", "LAYERSxWIDTH"]),
+        (["compare", "quick", "--sizes", "2x40"], ["2x40", "multiple of 16"]),
+        (["compare", "quick", "--jobs", "0"], ["jobs is 0"]),
+        (["compare", "quick", "--gpus", "1"], ["--gpus", "ray and slurm"]),
         (["train", "quick", "--data", "task:mqa"], ["'mqa'", "did you mean 'mqar'?"]),
         (["bench", "decode", "--mechanisms", "mal"], ["'mal'"]),
         (["bench", "decode", "--options", '{"mla": {"kv_rnk": 3}}'], ["did you mean 'kv_rank'?"]),
@@ -341,6 +349,17 @@ def test_tasks_are_columns_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatc
     assert code == 0
     (task,) = json.loads(out)["tasks"]
     assert [cell["mechanism"] for cell in task["cells"]] == ["mha", "mqa"] and task["task"] == "needle"
+
+
+def test_a_dry_run_of_a_sweep_trains_nothing(run: Run) -> None:
+    words = ["compare", "quick", *SMALL, "--mechanisms", "mha,mqa", "--seeds", "2", "--sizes", "1x16,2x32"]
+    slurm = ["--engine", "slurm", "--slurm.partition", "gpu", "--slurm.sbatch", "mem=32G", "exclusive"]
+    code, out, err = run(*words, "--dry-run", "--out", "c", *slurm)
+    assert code == 0, err
+    assert "8 of 8 runs" in out and {"#SBATCH --partition=gpu", "#SBATCH --mem=32G", "#SBATCH --exclusive"} <= set(
+        out.splitlines()
+    )
+    assert "mqa s1 2x32: " in out and not Path("c").exists()
 
 
 def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from attnlab.match import parameters, variant
 from attnlab.progress import Progress
 from attnlab.results import LawResult, RunResult, TaskResult, read_json
 from attnlab.spec import UserError
-from attnlab.train import train
+from attnlab.train import Diverged, train
 
 compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)
 EXTRAS = ("laws.json", "samples.json", "attention.json")
@@ -145,21 +145,49 @@ def test_what_was_matched_is_written(preset, tmp_path, no_laws):
     assert "ff_dim 128 -> " in shown(found)
 
 
-def test_a_failed_run_is_told_and_tried_again(preset, tmp_path, monkeypatch, no_laws):
-    preset = brief(preset)
+def spoilt(monkeypatch, times, error):
+    """Training of gqa fails so many times; the list of what was begun."""
+    begun = []
 
     def broken(config, *args, **kwargs):
-        if config.mechanism == "gqa":
-            raise RuntimeError("the sky fell")
+        begun.append(config.mechanism)
+        if config.mechanism == "gqa" and begun.count("gqa") <= times:
+            raise error
         return train(config, *args, **kwargs)
 
     monkeypatch.setattr(module, "train", broken)
+    return begun
+
+
+def test_a_run_that_the_machine_spoilt_is_made_once_more_and_counted(preset, tmp_path, monkeypatch, no_laws):
+    begun = spoilt(monkeypatch, 1, OSError("the disk went away"))
+    console = Console(file=io.StringIO(), width=200)
+    found = compare(brief(preset), ["gqa", "mha"], 1, tmp_path, console=console, quiet=False)
+    assert begun == ["gqa", "mha", "gqa"], "after those that wait"
+    assert "gqa s5: failed, and is tried once more: OSError: the disk went away" in console.file.getvalue()
+    assert [(c["status"], c["attempts"]) for c in found["cells"]] == [("done", 2), ("done", 1)]
+    again = compare(brief(preset), ["gqa", "mha"], 1, tmp_path)
+    assert again["cells"] == found["cells"] and len(begun) == 3, "the count stays"
+
+
+@pytest.mark.parametrize("error", [UserError("a bad field"), ValueError("a bug"), Diverged("the loss is nan")])
+def test_what_would_fail_again_is_not_tried_again(preset, tmp_path, monkeypatch, no_laws, error):
+    begun = spoilt(monkeypatch, 9, error)
+    found = compare(brief(preset), ["gqa", "mha"], 1, tmp_path)
+    assert begun == ["gqa", "mha"] and [c["attempts"] for c in found["cells"]] == [1, 1]
+    assert found["cells"][0]["status"] == "failed" and str(error) in found["cells"][0]["error"]
+
+
+def test_a_failed_run_is_told_and_tried_again(preset, tmp_path, monkeypatch, no_laws):
+    preset = brief(preset)
+    begun = spoilt(monkeypatch, 9, RuntimeError("the sky fell"))
     found = compare(preset, ["gqa", "mha"], 1, tmp_path)
     gqa, mha = found["cells"]
+    assert begun == ["gqa", "mha", "gqa"] and gqa["attempts"] == 2
     assert gqa["status"] == "failed" and gqa["error"].startswith("RuntimeError: the sky fell")
     assert mha["status"] == "done" and found["baseline"] == "mha"
     assert found["summary"][0] | {"n": 0, "val_loss": None, "difference": None} == found["summary"][0]
-    assert "gqa s5 failed: RuntimeError: the sky fell" in shown(found)
+    assert "gqa s5 failed twice: RuntimeError: the sky fell" in shown(found)
     monkeypatch.setattr(module, "train", train)
     assert [c["status"] for c in compare(preset, ["gqa", "mha"], 1, tmp_path)["cells"]] == ["done"] * 2
 
@@ -379,7 +407,7 @@ def test_widths_are_solved_for_tasks_too(preset, recall, tmp_path):
 
 def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     work = plan(recall, ["mha", "mqa", "gqa"], 3, tmp_path)
-    known = {c: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
+    known = {c.folder: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
     share = {"mha": (0.5, 0.6, 0.7), "mqa": (0.61, 0.7, 0.8), "gqa": (0.5, 0.7, 0.6)}
 
     def answers(cell, result):
@@ -394,3 +422,69 @@ def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     half = 4.3027 * (1 / 30000) ** 0.5 / 3**0.5  # of 0.11, 0.10 and 0.10
     assert rows["mqa"]["interval"] == pytest.approx([0.31 / 3 - half, 0.31 / 3 + half], abs=1e-6)
     assert rows["mqa"]["accuracy"] == pytest.approx(2.11 / 3)
+
+
+def test_sizes_are_compared_each_by_itself(preset, tmp_path, monkeypatch):
+    preset = replace(brief(preset), model=replace(preset.model, d_model=32, n_heads=4))
+    sizes = ["2x32", "1x16", "1x24x2"]
+    found = compare(preset, ["mha", "mqa"], 2, tmp_path, "params", sizes=sizes, extras=("samples",))
+    assert found == read_json(tmp_path / "compare.json")
+    shapes = [(s["size"], s["n_layers"], s["d_model"], s["n_heads"]) for s in found["sizes"]]
+    assert shapes == [("1x16", 1, 16, 2), ("1x24x2", 1, 24, 2), ("2x32", 2, 32, 4)], "by parameters"
+    assert len(list((tmp_path / "runs").iterdir())) == 3 * 2 * 2
+    last = found["sizes"][-1]
+    assert found["size"] == "2x32" and all(found[name] == last[name] for name in ("cells", "summary", "matched"))
+    for each in found["sizes"]:
+        own = {(c["mechanism"], c["seed"]): c for c in each["cells"]}
+        assert len(own) == 4 and {c["status"] for c in own.values()} == {"done"}
+        assert own["mqa", 5]["parameters"] == pytest.approx(own["mha", 5]["parameters"], rel=0.01)
+        gaps = [own["mqa", seed]["val_loss"] - own["mha", seed]["val_loss"] for seed in (5, 6)]
+        assert each["summary"][1]["difference"] == pytest.approx(sum(gaps) / 2, abs=1e-12)
+    assert [s["mechanism"] for s in read_json(tmp_path / "samples.json")] == ["mha", "mqa"]
+    view = shown(found)
+    assert max(map(len, view.splitlines())) <= 80 and "…" not in view and "The largest size, 2x32." in view
+    (row,) = (line.split() for line in view.splitlines() if line.startswith("mha") and line.count(".") == 3)
+    assert row[1:] == [f"{s['summary'][0]['val_loss']:.4f}" for s in found["sizes"]]
+    monkeypatch.setattr(module, "train", None)
+    fewer = compare(preset, ["mha", "mqa"], 2, tmp_path, "params", sizes=["2x32"], extras=())
+    assert fewer["cells"] == found["cells"], "what is there counts"
+
+
+def test_a_failure_at_one_size_is_told_with_it(preset, tmp_path, monkeypatch):
+    def broken(config, *args, **kwargs):
+        if config.mechanism == "mqa" and config.model.d_model == 8:
+            raise UserError("too small")
+        return train(config, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", broken)
+    found = compare(brief(preset), ["mha", "mqa"], 1, tmp_path, sizes=["1x8", "1x16"], extras=())
+    assert "mqa s5 1x8 failed: too small" in shown(found)
+    assert [row["verdict"] for row in found["sizes"][0]["summary"]] == ["baseline", "too few seeds"]
+
+
+def test_a_size_keeps_the_size_of_heads(preset):
+    wide = replace(preset, model=replace(preset.model, d_model=48, n_heads=3, ff_dim=100))
+    model = module.sized(wide, "5x96").model
+    assert (model.n_layers, model.d_model, model.n_heads, model.head_dim, model.ff_dim) == (5, 96, 6, None, 200)
+    given = replace(preset, model=replace(preset.model, d_model=48, n_heads=3, head_dim=8))
+    model = module.sized(given, "5x96").model
+    assert (model.n_heads, model.head_dim) == (12, 8)
+    assert module.sized(wide, "1x96x4").model.n_heads == 4
+    for size, what in (
+        ("96", "LAYERSxWIDTH"),
+        ("0x96", "LAYERSxWIDTH"),
+        ("2x", "LAYERSxWIDTH"),
+        ("2x3x4x5", "LAYERSx"),
+    ):
+        with pytest.raises(UserError, match=f"the size '{size}' is not {what}"):
+            module.sized(wide, size)
+    with pytest.raises(UserError, match=r"2x40 is 40 wide, which heads of 16 do not fill.*2x40x2"):
+        module.sized(wide, "2x40")
+
+
+def test_a_task_at_several_sizes_is_several_columns(recall, tmp_path):
+    found = compare(brief(recall), ["mha"], 1, tmp_path, sizes=["1x8", "2x16"], extras=())
+    assert [task["task"] for task in found["tasks"]] == ["mqar 1x8", "mqar 2x16"]
+    assert [task["cells"][0]["parameters"] for task in found["tasks"]] == [
+        size["cells"][0]["parameters"] for size in found["sizes"]
+    ]

@@ -14,7 +14,8 @@ import torch
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.latent import angles
-from attnlab.stats import holm, welch
+from attnlab.heads.scores import lengths
+from attnlab.stats import beyond, holm, welch
 
 VOCAB, PLACES = 24, 32
 WIDTH = 2 * VOCAB + PLACES  # a token, the token before it, a position: each one-hot in a place of its own
@@ -98,10 +99,54 @@ def test_without_the_circuit_the_second_half_cannot_be_told() -> None:
     assert len(found.loss_by_position) == 17
 
 
-@pytest.mark.parametrize("mechanism", ["mha", "mla", "mka"])
-def test_random_weights_score_at_the_null(mechanism: str) -> None:
-    found = head_scores(small(mechanism), sequences=16)
+@pytest.mark.parametrize("mechanism", ["mha", "mqa", "mla", "mka"])
+@pytest.mark.parametrize("segments", [[24], [6, 12]])
+def test_random_weights_score_at_the_null(mechanism: str, segments: list[int]) -> None:
+    """With many sequences too: chance makes heads that differ from each other, and none of them is a finding."""
+    found = head_scores(small(mechanism), sequences=64, segments=segments)
     assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+def test_large_random_weights_score_at_their_own_null() -> None:
+    def large(seed: int) -> Decoder:
+        torch.manual_seed(seed)
+        model = Decoder(small("mha").config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4 if parameter.ndim > 1 else 1)
+        return model
+
+    found = head_scores(large(99), untrained=map(large, range(8)), sequences=32, segments=[20])
+    spread = torch.tensor(found.scores["previous token"]).std()
+    assert spread > 1e-3, "these heads differ"
+    assert not any(mark for layers in found.marked.values() for row in layers for mark in row)
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [(9, [4]), (35, [4, 8, 17]), (64, [8, 16, 32]), (1024, [32, 64, 128]), (10**6, [32, 64, 128])],
+)
+def test_several_lengths_whatever_the_context(context: int, expected: list[int]) -> None:
+    assert lengths(ModelConfig(context=context)) == expected
+
+
+def test_progress_is_told_batch_by_batch_and_ends_at_the_end() -> None:
+    told: list[tuple[int, int]] = []
+    head_scores(
+        small("mha"), sequences=9, segments=[5, 8], batch_size=4, tell=lambda _, done, of: told.append((done, of))
+    )
+    assert [of for _, of in told] == [2 * (9 + 9 + 8 * 2)] * len(told) and told[-1][0] == told[-1][1]
+    assert [done for done, _ in told][:3] == [4, 8, 9] and sorted(told) == told
+
+
+def test_samples_of_several_lengths_are_their_means() -> None:
+    model = small("mha")
+    apart = [head_scores(model, sequences=4, segments=[n]).scores for n in (7, 20)]
+    joined = head_scores(model, sequences=4, segments=[20, 7, 7])
+    assert joined.segments == [7, 20]
+    for name in ("induction", "entropy"):
+        mean = (torch.tensor(apart[0][name]) + torch.tensor(apart[1][name])) / 2
+        torch.testing.assert_close(torch.tensor(joined.scores[name]), mean)
 
 
 SOFTMAX = [name for name in attention.names() if "mixing" not in attention.module(name).Config.breaks]
@@ -163,23 +208,73 @@ def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
     assert value_sizes(model, layers) == [None, None]
 
 
-def test_absorbed_maps_equal_expanded_maps() -> None:
-    tokens = repeated(40, 2, 15, 3)
-    maps = {}
+def dense(maps: ops.Maps, length: int) -> list[torch.Tensor]:
+    """Each map with a column per key position, wherever its keys were stored: B N L length."""
+    found = []
+    for weights, (_, keys) in zip(maps, maps.at, strict=True):
+        column = torch.where(keys >= 0, keys, length)[:, None, None].expand_as(weights)
+        found.append(weights.new_zeros(*weights.shape[:3], length + 1).scatter_add_(-1, column, weights)[..., :length])
+    return found
+
+
+@pytest.mark.parametrize("mechanism", SOFTMAX)
+def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> None:
+    """Whatever is cached, and in which order: a query looks at the same tokens."""
+    model, tokens, length = small(mechanism).double(), repeated(40, 2, 13, 3), 26
+    with ops.record_attention() as whole, torch.no_grad():
+        model(tokens)
+    cache = model.empty_cache(2, length)
+    with ops.record_attention() as apart, torch.no_grad():
+        _, cache = model(tokens[:, :11], cache=cache)
+        each = len(apart)
+        for t in range(11, length):
+            _, cache = model(tokens[:, t : t + 1], cache=cache)
+    assert each == len(whole) and len(apart) == each * (1 + length - 11)
+    full, parts = dense(whole, length), dense(apart, length)
+    for i, expected in enumerate(full):
+        joined = torch.cat(parts[i::each], 2)
+        torch.testing.assert_close(joined, expected, atol=1e-6, rtol=0)
+    model.train()
+    with ops.record_attention() as training:
+        logits, _ = model(tokens)
+        logits.sum().backward()
+    assert len(training) == len(whole) and not any(weights.requires_grad for weights in training)
+    for weights, evaluated in zip(training, whole, strict=True):  # a memory that holds nothing yet gets no weight
+        torch.testing.assert_close(weights.sum(-1), evaluated.sum(-1).round())
+
+
+@pytest.mark.parametrize("mechanism", ["mla", "msla"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absorbed_maps_equal_expanded_maps(mechanism: str, dtype: torch.dtype) -> None:
+    """Over whole sequences, and token by token from a cache."""
+    tokens, length, maps = repeated(40, 2, 15, 3), 30, {}
     for mode in ("expanded", "absorbed"):
-        torch.manual_seed(0)
-        model = small("mla", options={"mla": {"mode": mode}}).double()
-        with ops.record_attention() as found:
+        model = small(mechanism, options={mechanism: {"mode": mode}}).to(dtype)
+        cache = model.empty_cache(2, length)
+        with ops.record_attention() as found, torch.no_grad():
             model(tokens)
-        maps[mode] = found
-        cache = model.empty_cache(2, 30)
-        with ops.record_attention() as stepwise:
-            for t in range(30):
+            for t in range(length):
                 _, cache = model(tokens[:, t : t + 1], cache=cache)
-        for t in range(30):
-            torch.testing.assert_close(stepwise[2 * t + 1][:, :, 0], found[1][:, :, t, : t + 1], atol=1e-9, rtol=0)
+        maps[mode] = dense(found, length)
+    assert len(maps["absorbed"]) == 2 * (1 + length)
     for a, b in zip(maps["expanded"], maps["absorbed"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_hooks_of_residual_and_latent_while_decoding() -> None:
+    model, tokens = small("mla").double(), repeated(40, 2, 6, 0)
+    cache = model.empty_cache(2, 12)
+    with watch(model) as whole, torch.no_grad():
+        model(tokens)
+    with watch(model) as steps, torch.no_grad():
+        for t in range(12):
+            _, cache = model(tokens[:, t : t + 1], cache=cache)
+    for i, layer in enumerate(whole):
+        torch.testing.assert_close(torch.cat([s.residual for s in steps[i::2]], 1), layer.residual)
+        torch.testing.assert_close(torch.cat([s.latent for s in steps[i::2]], 1), layer.latent)
+        torch.testing.assert_close(torch.cat([s.wrote for s in steps[i::2]], 1), layer.wrote)
+    with pytest.raises(UserError, match="came after others in a cache"):
+        steps[-1].pattern()
 
 
 def test_scores_of_patterns_drawn_by_hand() -> None:
@@ -208,13 +303,17 @@ def test_repeats_and_their_null() -> None:
 def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(UserError, match="no softmax"):
         head_scores(small("latent_lookup"), sequences=2)
-    with pytest.raises(UserError, match="two repeats of 40 tokens are longer than the 48 learned positions"):
-        head_scores(small("mha", positions="learned"), segments=[40])
+    for positions in ("learned", "rope"):
+        said = (
+            "segments of 9, 40 tokens, each repeated once, must fit into the context .*48: give segments from 2 to 24"
+        )
+        with pytest.raises(UserError, match=said):
+            head_scores(small("mha", positions=positions), segments=[9, 40])
     with pytest.raises(UserError, match="at least 2"):
         head_scores(small("mha"), sequences=1)
-    with pytest.raises(UserError, match="fit twice into the context, which is 6"):
+    with pytest.raises(UserError, match=r"segment of at least 4 tokens, .* which is 6: give segments from 2 to 3"):
         head_scores(small("mha", context=6))
-    with pytest.raises(UserError, match="segment of 30 tokens"):
+    with pytest.raises(UserError, match="segments of 30 tokens"):
         ablate(small("mha", positions="learned"), segment=30)
 
 
@@ -223,6 +322,11 @@ def test_welch_and_holm_against_known_values() -> None:
     assert welch([3, 4, 5, 9], [1, 2, 2, 4]) == pytest.approx(0.0543504756624618, abs=1e-12)
     assert welch([1, 2, 2, 4], [3, 4, 5, 9]) == pytest.approx(1 - 0.0543504756624618, abs=1e-12)
     assert welch([1.0, 1.0], [0.0, 0.0]) == 0 and welch([1.0, 1.0], [1.0, 1.0]) == 1
+    # one more of a kind: 8 groups of 1, so Student's t of 7 degrees; t.sf(2.998, 7) = 0.01
+    kind = [[float(v)] for v in range(8)]
+    far = 3.5 + 2.997952 * torch.arange(8.0).std().item() * (1 + 1 / 8) ** 0.5
+    assert beyond(far, kind) == pytest.approx(0.01, abs=1e-5) and beyond(7 - far, kind) == pytest.approx(0.99, abs=1e-5)
+    assert beyond(1.0, [[0.0], [0.0]]) == 0 and beyond(0.0, [[0.0], [0.0]]) == 1
     assert holm([0.001, 0.02, 0.5, 0.012], 0.05) == [True, True, False, True]
     assert holm([0.03, 0.04], 0.05) == [False, False]
 
@@ -262,6 +366,7 @@ def test_an_indexer_is_compared_with_dense_attention() -> None:
 def test_gates_recall_and_experts() -> None:
     model = small("mka", options={"mka": {"chunk": 4}}, ff="moe", n_experts=4)
     found = inside(model, torch.randint(40, (2, 24)))
+    assert found[0].mechanism == "mka" and inside(small("mha"), torch.randint(40, (2, 24)))[1].mechanism == "mha"
     assert len(found[0].gate) == 24 and all(sum(row) == pytest.approx(1, abs=1e-5) for row in found[0].gate)
     assert all(distance >= 1 for distance, _ in found[0].recalled_distance), "only chunks of the past are recalled"
     assert sum(found[1].expert_load) == pytest.approx(1) and len(found[1].expert_load) == 4
@@ -285,7 +390,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_along_training(run: Path) -> None:
     found = emergence(run, sequences=4)
     assert found.steps == [2, 4, 6]
-    last = head_scores(load_model(run)[0], sequences=4, segments=[found.segment])
+    last = head_scores(load_model(run)[0], sequences=4, segments=found.segments)
     for name, by_step in found.scores.items():
         assert torch.tensor(by_step[-1]) == pytest.approx(torch.tensor(last.scores[name]), abs=1e-6)
     assert found.second_half[-1] == pytest.approx(ablate(load_model(run)[0], sequences=4).second_half, abs=1e-6)
@@ -298,10 +403,15 @@ def test_the_command_writes_everything(run: Path, tmp_path: Path, capsys: pytest
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "induction" in printed and "Holm" in printed
+    assert "effective rank" in printed and "keys apart" in printed and "gate" not in printed
     found = json.loads(out.read_text())
-    assert set(found) == {"source", "mechanisms", "untrained", "scores", "ablation", "inside", "emergence"}
+    assert set(found) == {"source", "mechanisms", "untrained", "scores", "ablation", "inside", "patterns", "emergence"}
     figures = sorted(png.iterdir())
-    assert [f.stem for f in figures] == ["ablation", "emergence", "latents", "loss-by-position", "scores"]
+    drawn = ["ablation", "emergence", "latent-paths", "latents", "loss-by-position", "patterns", "scores"]
+    assert [f.stem for f in figures] == drawn
+    assert [p["score"] for p in found["patterns"]] == ["previous token", "duplicate token", "induction", "first token"]
+    for pattern in found["patterns"]:
+        assert torch.tensor(pattern["weights"]).sum(1) == pytest.approx(torch.ones(24), abs=0.02)
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
     assert (
         cli.main(["heads", "quick", "--untrained", "--no-ablation", "--sequences", "2", "--segments", "8", "--json"])

@@ -30,7 +30,7 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats", "launcher"},
+    {"spec", "config", "results", "stats", "launcher", "lock"},
     {"kernels", "crew"},
     {"cache", "ops", "documents"},
     {"attention"},
@@ -40,10 +40,10 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "strategies", "convert", "workers", "progress", "measure", "accounting", "heartbeat", "trackers"},
+    {"train", "strategies", "convert", "engines", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
-    {"evaluate", "examine", "bench", "forecast", "heads"},
+    {"evaluate", "examine", "bench", "forecast", "footprint", "sharding", "plan", "heads"},
     {"compare"},
     {"report"},
     {"screen"},
@@ -112,6 +112,8 @@ EXTRAS = {
     "datasets",
     "tokenizers",
     "tiktoken",
+    "ray",
+    "submitit",
     "tensorboard",
     "wandb",
     "trackio",

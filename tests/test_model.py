@@ -28,6 +28,9 @@ def on_meta(config):
         ("gpt2-124m", {"vocab_size": 50304, "bias": False}, True, 123_587_328),
         ("nanogpt-mla-124m", {}, True, 120_012_288),
         ("llama-1b", {}, False, 1_235_814_400),
+        ("llama-8b", {}, False, 8_030_261_248),
+        ("llama-70b", {}, False, 70_553_706_496),
+        ("deepseek-v3-671b", {}, False, 671_026_419_200 - 58 * 256),  # published with the biases of the experts' choice
         ("shakespeare-gpu", {}, True, 10_646_784),
     ],
 )
@@ -172,7 +175,10 @@ def test_attention_maps_come_layer_by_layer():
 @pytest.mark.parametrize("name", presets.names())
 def test_flops_are_about_two_per_parameter(name):
     config = presets.get(name).model
-    active = on_meta(config).parameter_count()
+    model = on_meta(config)
+    active = model.parameter_count()
+    idle = 1 - config.experts_per_token / config.n_experts
+    active -= idle * sum(e.into.numel() + e.out.numel() for e in model.modules() if isinstance(e, Experts))
     if config.positions == "learned":
         active -= config.context * config.d_model
     if not config.tied:

@@ -16,18 +16,22 @@ import report_fixture as fixture
 from attnlab import TrainConfig, UserError, presets
 from attnlab.compare import heads_of_run
 from attnlab.report import render, write_report
+from attnlab.report.inside import _within
 from attnlab.train import train
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("inside")
-    made = fixture.make(out / "quick", layers=1, seeds=(0, 1), mechanisms=("mha", "mla"), failed=None)
+    made = fixture.make(out / "quick", layers=1, seeds=(0, 1), mechanisms=("mha", "mla", "mka"), failed=None)
     quick, entries = presets.get("quick"), []
     steps = TrainConfig(steps=6, batch_size=2, warmup=1, eval_every=6, eval_batches=1, save_every=2, keep=0)
-    for mechanism in ("mha", "mla"):
+    for mechanism in ("mha", "mla", "mka"):
         for seed in (0, 1):
-            model = replace(quick.model, n_layers=2, d_model=16, n_heads=2, context=16, mechanisms=(mechanism,))
+            options = {"mka": {"chunk": 4}} if mechanism == "mka" else {}
+            model = replace(
+                quick.model, n_layers=2, d_model=16, n_heads=2, context=16, mechanisms=(mechanism,), options=options
+            )
             train(replace(quick, seed=seed, model=model, train=steps), out / f"{mechanism}{seed}")
             entries += heads_of_run(mechanism, seed, out / f"{mechanism}{seed}")
     (made / "heads.json").write_text(json.dumps(entries))
@@ -44,12 +48,30 @@ def test_numbers_on_the_page_are_those_of_the_file(folder: Path) -> None:
             if e["mechanism"] == mechanism
         ]
         assert f"{sum(strongest) / 2:.2f} ({min(strongest):.2f} to {max(strongest):.2f})" in page
-    assert "Holm" in page
+    assert "Holm" in page and "no curves over training" not in page
+    latent = next(e for e in entries if e["mechanism"] == "mla")["inside"][1]
+    assert f"{latent['effective_rank']:.1f} of {latent['rank']}" in page
+
+
+def test_bins_of_distances_become_shares_within_their_far_ends() -> None:
+    assert _within([[1.0, 0.25], [15.0, 0.25], [16.0, 0.375], [32.0, 0.125]]) == (
+        [1, 15, 31, 63],
+        [0.25, 0.5, 0.875, 1],
+    )
 
 
 def test_a_folder_without_it_has_no_such_section(tmp_path: Path) -> None:
     made = fixture.make(tmp_path / "plain", layers=1, seeds=(0,), mechanisms=("mha",), failed=None)
     assert "Inside the heads" not in render(made)
+
+
+def test_without_checkpoints_it_says_why_there_are_no_curves(folder: Path, tmp_path: Path) -> None:
+    made = fixture.make(tmp_path / "end", layers=1, seeds=(0,), mechanisms=("mha",), failed=None)
+    entries = json.loads((folder / "heads.json").read_text())[:1]
+    del entries[0]["emergence"]
+    (made / "heads.json").write_text(json.dumps(entries))
+    page = render(made)
+    assert "no curves over training, because the runs kept no checkpoints" in page and "When: induction" not in page
 
 
 def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
@@ -75,6 +97,9 @@ def test_every_view_draws_in_a_browser(browser: chromium.Browser, folder: Path) 
         "Where: copying",
         "Cause",
         "Latents of mla",
+        "Rank",
+        "Gate of mka",
+        "Reach, chunks",
     ]
     for number in range(len(views)):
         browser.run(f"document.querySelectorAll('#inside .views button')[{number}].click()")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab import checkpoint
+from attnlab import checkpoint, hub
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.evaluate import evaluate_source
@@ -166,6 +166,63 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Pa
 
 
 @pytest.mark.slow
+def test_lower_precision_accumulation_and_recomputing(home: Path) -> None:
+    """Each together with each strategy, against one process with the same precision. What float16 rounds, it rounds
+    alike wherever a row is read; only sums over rows differ, by a few eps (2^-8, 2^-11) of a loss near 3."""
+    fields = {
+        "bf16": ({"precision": "bf16"}, {}, 0.02),
+        "fp16": ({"precision": "fp16"}, {}, 0.005),
+        "parts": ({"accumulate": 4, "batch_size": 2}, {}, 1e-4),
+        "uneven": ({"accumulate": 3, "batch_size": 2}, {}, 1e-4),
+        "again": ({"accumulate": 2, "batch_size": 2}, {"recompute": True}, 1e-4),
+    }
+    ways, jobs = strategies(home), {}
+    for name, (train_fields, how, _) in fields.items():
+        for way in ("single", "ddp", "fsdp", "zero2", "zero3"):
+            if name != "fp16" or not way.startswith("zero"):
+                config = config_of(
+                    home, "msla" if name in ("parts", "again") else "mla", **{"steps": 10, **train_fields}
+                )
+                jobs[name, way] = [to_dict(config), f"{home}/low-{name}-{way}", {"how": {"strategy": ways[way], **how}}]
+    found = launch(home, 0, {key: job for key, job in jobs.items() if key[1] == "single"})
+    found |= launch(home, 2, {key: job for key, job in jobs.items() if key[1] != "single"})
+    for (name, way), result in found.items():
+        ours, theirs = (torch.tensor(each["train_curve"]) for each in (result, found[name, "single"]))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=fields[name][2], msg=f"{name} {way}")
+        assert result["precision"] == (name if name in ("bf16", "fp16") else "fp32") and not result["skipped"]
+
+
+@pytest.mark.slow
+def test_what_each_process_achieves_is_told_and_a_slow_one_is_named(home: Path) -> None:
+    config = config_of(home, "mha", steps=12, log_every=2)
+    job = [to_dict(config), f"{home}/slow", {"how": {"peak": 1e12}, "slow": [1, 0.05]}]
+    result = launch(home, 2, {"slow": job})["slow"]
+    named = [words for words in result["said"] if "falls behind" in words]
+    assert len(named) == 1 and named[0].startswith("rank 1 falls behind")
+    records = [record for record in RunFolder.open(home / "slow").metrics() if "loss" in record]
+    for record in records:
+        assert record["tokens_per_s_min"] <= record["tokens_per_s_max"] and record["memory_total"] >= record["memory"]
+        assert record["mfu"] == pytest.approx(record["tokens_per_s"] * 3 * result["flops_per_token"] / 2e12)
+    beats = sorted(file.name for file in (home / "slow" / "heartbeat").iterdir())
+    assert beats == ["rank-00000.json", "rank-00001.json"] and result["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_of_two_processes(home: Path) -> None:
+    config = config_of(home, "mha", steps=3)
+    config = replace(config, model=replace(config.model, n_layers=1))
+    expected = train(config, home / "uncompiled")
+    compiled = to_dict(replace(config, train=replace(config.train, compile=True)))
+    jobs = {
+        way: [compiled, f"{home}/compiled-{way}", {"how": {"strategy": way}}] for way in ("ddp", "fsdp", "deepspeed")
+    }
+    for way, result in launch(home, 2, jobs).items():
+        found, wanted = torch.tensor(result["train_curve"]), torch.tensor(expected.train_curve)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4, msg=way)
+
+
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
     """Sampled, evaluated and listed file by file; what is damaged in it is named."""
     config, ways = config_of(home, "mla", steps=5), strategies(home)
@@ -184,6 +241,8 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
         assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
         assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
+        exported = hub.save(hub.load(folder.path), home / f"exported-{way}")
+        assert hub.load(exported).model.parameter_count() == folder.result().parameters
         rank = place / "model.rank-00001.safetensors"
         rank.write_bytes(rank.read_bytes()[:-1] + b"!")
         with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(its checksum is wrong\)"):

@@ -40,7 +40,14 @@ def select(seen: str) -> str:
     return seen.replace(".", "")[seen.count("|") - 1]
 
 
-ORACLES = {"mqar": follow, "induction": follow, "copying": copy, "selective": select, "needle": follow}
+ORACLES = {
+    "mqar": follow,
+    "induction": follow,
+    "repeats": follow,
+    "copying": copy,
+    "selective": select,
+    "needle": follow,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,7 +93,7 @@ def test_answers_are_spread_evenly(name: str) -> None:
     task = tasks.task(name)
     _, targets = task.sequences(3, 9, 4000, 64)
     counts = np.array(list(Counter(targets[targets >= 0].tolist()).values()))
-    assert len(counts) == task.answers + (name == "induction")  # a symbol is never followed by itself
+    assert len(counts) == task.answers + (name in ("induction", "repeats"))  # a symbol is never followed by itself
     assert abs(counts / counts.mean() - 1).max() < 6 / counts.mean() ** 0.5 + 0.02
 
 
@@ -112,6 +119,7 @@ def test_the_stream_never_changes() -> None:
         "induction": "1c3c8a75cc53",
         "mqar": "d40f1bc8e619",
         "needle": "45624576f5c1",
+        "repeats": "cdc248dbfce8",
         "selective": "00a54e8bc6a3",
     }
 

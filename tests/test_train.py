@@ -155,6 +155,47 @@ def test_a_run_tells_everything(config, tmp_path):
     assert all(record["grad_norm"] > 0 for record in logged)
 
 
+def test_what_it_achieved_is_told(config, tmp_path):
+    """Rates, a share of a peak that says where it is from, and no more time waiting for data than there was."""
+    result = train(config, tmp_path, how=Execution(peak=1e12))
+    logged = [record for record in RunFolder.open(tmp_path).metrics() if "loss" in record]
+    per_token = 3 * result.flops_per_token
+    for record in logged:
+        assert record["flops_per_s"] == pytest.approx(record["tokens_per_s"] * per_token)
+        assert record["mfu"] == pytest.approx(record["flops_per_s"] / 1e12)
+        assert 0 <= record["data_wait"] <= 1 and record["memory"] > 2**20
+    assert result.peak == "1 TFLOP/s (given by --peak)" and result.strategy == "single" and result.processes == 1
+    assert result.mfu == sorted(record["mfu"] for record in logged[1:])[1]
+    assert (tmp_path / "heartbeat" / "rank-00000.json").exists()
+
+
+def test_trackers_go_on_in_the_same_run(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    how = Execution(track=("tensorboard",))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=interrupt_at(6), how=how)
+    train(config, tmp_path, resume=True, how=how)
+    seen = EventAccumulator(str(tmp_path / "track" / "tensorboard")).Reload()
+    found = {name: [(e.step, e.value) for e in seen.Scalars(name)] for name in ("train/loss", "val/loss")}
+    for name, curve in (("train/loss", "train_curve"), ("val/loss", "curve")):
+        wanted = getattr(RunFolder.open(tmp_path).result(), curve)
+        assert [step for step, _ in found[name]] == [step for step, _ in wanted]
+        assert [value for _, value in found[name]] == pytest.approx([value for _, value in wanted])
+    with pytest.raises(UserError, match=r"unknown tracker 'wandbb'.*did you mean 'wandb'"):
+        train(config, tmp_path / "other", how=Execution(track=("wandbb",)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_deterministic_kernels_are_asked_for_and_given_back(config, tmp_path):
+    seen = []
+    plain = train(config, tmp_path / "plain")
+    tell = lambda event: seen.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    sure = train(with_train(config, deterministic=True), tmp_path / "sure", progress=tell)
+    assert all(seen) and not torch.are_deterministic_algorithms_enabled()
+    assert sure.curve == plain.curve  # on a CPU they are the same ones
+
+
 def test_auxiliary_losses_are_logged_and_learnt(config, tmp_path):
     config = with_model(config, mechanisms=("msla",), ff="moe")
     train(config, tmp_path)

@@ -8,9 +8,10 @@ import time
 
 from rich.console import Console
 
+from attnlab.engines import Call
+from attnlab.engines.local import Workers
 from attnlab.progress import Progress
 from attnlab.spec import UserError
-from attnlab.workers import Workers
 
 # What the workers are asked to do: functions of a module, because they must pickle.
 
@@ -47,7 +48,7 @@ def told(jobs, calls, on=lambda *_: None):
 
     with Workers(jobs, 1) as workers:
         try:
-            workers.run(calls, tell)
+            workers.run([Call(*call) for call in calls], tell)
         except KeyboardInterrupt:
             heard.append("KeyboardInterrupt")
     return heard
@@ -64,7 +65,7 @@ def test_every_outcome_is_told_and_a_bad_call_spoils_no_other():
     assert failures[2] == "its process ended: killed by SIGKILL, perhaps for want of memory"
     assert failures[3].startswith("ZeroDivisionError: by nothing (test_workers.py, line")
     assert [number for number, what, _ in heard if what == "event"].count(4) == 1
-    assert sorted(number for number, what, _ in heard if what == "start") == list(range(6))
+    assert sorted(number for number, what, _ in heard if what == "start") == [0, 1, 2, 2, 3, 4, 5], "who died, again"
 
 
 def test_one_job_runs_here():

@@ -24,9 +24,9 @@ from .spec import UserError
 
 TRAINING = 3  # forward passes that a forward and a backward pass cost
 DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32
-    "H100 HBM3": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H200": (989e12, 67e12),
+    "H100 HBM3": (989.5e12, 67e12),
+    "H100 PCIe": (756.5e12, 51e12),
+    "H200": (989.5e12, 67e12),
     "A100": (312e12, 19.5e12),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

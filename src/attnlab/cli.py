@@ -22,7 +22,7 @@ from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
 
 NEEDED, FIRST, OPTION = "needed", "first", "option"
-PRESET = {"train": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
+PRESET = {"train": NEEDED, "plan": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("ATTNLAB_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
+    if given and given[0].startswith("--local_rank="):
+        del given[0]  # the deepspeed launcher puts it first, and says the same by LOCAL_RANK
     try:
         code = run_verb(given)
         sys.stdout.flush()

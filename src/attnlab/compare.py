@@ -2,12 +2,14 @@
 
 A comparison is a folder. Each run in it has a folder of its own, named after its config, so that the same command skips
 what is finished, goes on with what was interrupted and tries again what failed. A synthetic task is one more preset,
-whose runs are also examined.
+whose runs are also examined; a size is the preset with other layers and another width. Engines make the runs.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,18 +22,19 @@ import torch
 from . import data
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
+from .engines import Call, Engine, Kind, Local, Needs, Outcome
 from .examine import examine
 from .heads import value_sizes, watch, whole
 from .infer import sample_run
 from .laws import check_mechanism
+from .lock import alone
 from .match import Matched, Options, What, match, parameters, variant
 from .progress import Progress
 from .results import FORMAT, LawResult, RunResult, TaskResult, environment, read_json, write_bytes, write_json
 from .spec import UserError, need
 from .stats import paired
 from .tasks import Task, task_of
-from .train import find_device, resolve, train
-from .workers import Call, Outcome, Workers, cores
+from .train import resolve, train
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -50,9 +53,14 @@ class Cell:
     seed: int
     config: RunConfig
     folder: Path
+    size: str = ""
 
     def __str__(self) -> str:
-        return f"{self.label} s{self.seed}" + (f" {self.task.name}" if self.task else "")
+        return " ".join(filter(None, (f"{self.label} s{self.seed}", self.size, self.task.name if self.task else "")))
+
+    @property
+    def call(self) -> Call:
+        return Call(train_cell, (self.config, self.folder), self.folder)
 
     @property
     def task(self) -> Task | None:
@@ -100,6 +108,12 @@ class Cell:
         )
         return replace(known, status="failed", error=error)
 
+    def count(self, attempts: int) -> None:
+        """Write into the run's result how many it took."""
+        run = RunFolder.open(self.folder)
+        if (found := run.result()) is not None:
+            run.write_result(replace(found, attempts=attempts))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,6 +125,28 @@ class Plan:
     matched: dict[str, Matched]
     cells: list[Cell]  # seed by seed, so that whatever is finished compares
     task: Task | None
+    size: str = ""
+
+
+def sized(preset: RunConfig, size: str) -> RunConfig:
+    """`preset` with LAYERSxWIDTH, as "4x128", or LAYERSxWIDTHxHEADS. Heads keep their size unless they are counted, and
+    a feed-forward width that the preset gives grows with the width."""
+    model = preset.model
+    parts = [int(part) for part in size.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size) else []
+    if not parts:
+        raise UserError(f"the size {size!r} is not LAYERSxWIDTH, such as 4x128, or LAYERSxWIDTHxHEADS, such as 4x128x8")
+    layers, width, *given = parts
+    of_head = model.head_dim or model.d_model // model.n_heads
+    if not given and width % of_head:
+        raise UserError(
+            f"the size {size} is {width} wide, which heads of {of_head} do not fill: take a multiple of {of_head}, or "
+            f"count the heads, as in {size}x{max(1, width // of_head)}"
+        )
+    heads = given[0] if given else width // of_head
+    ff_dim = None if model.ff_dim is None else max(8, round(model.ff_dim * width / model.d_model / 8) * 8)
+    head_dim = None if given else model.head_dim
+    shape = replace(model, n_layers=layers, d_model=width, n_heads=heads, head_dim=head_dim, ff_dim=ff_dim)
+    return replace(preset, model=shape)
 
 
 def plan(
@@ -120,13 +156,14 @@ def plan(
     out: str | Path,
     match_what: What = "none",
     options: Options | None = None,
+    size: str = "",
 ) -> Plan:
-    """Every run, with the free width solved. Raises `UserError` before anything is trained or written."""
+    """Every run of one size, with the free width solved. Raises `UserError` before anything is trained or written."""
     labels = list(dict.fromkeys(mechanisms))
     chosen = list(range(preset.seed, preset.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     if not labels or not chosen:
         raise UserError(f"there are {len(labels)} mechanisms and {len(chosen)} seeds: give at least one of each")
-    preset = resolve(preset)[0]
+    preset = resolve(sized(preset, size) if size else preset)[0]
     configs = {label: variant(preset, label, options) for label in labels}
     baseline = BASELINE if BASELINE in labels else labels[0]
     matched: dict[str, Matched] = {}
@@ -139,8 +176,47 @@ def plan(
     for seed in chosen:
         for label, config in configs.items():
             config = replace(config, seed=seed)
-            cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}"))
-    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells, task_of(preset.data))
+            cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}", size))
+    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells, task_of(preset.data), size)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every run of a comparison: the plans by size, and those of tasks."""
+
+    sizes: list[Plan]  # the largest last; without sizes: the preset as it is
+    tasks: list[Plan]
+
+    @property
+    def main(self) -> Plan:
+        """What the comparison is about first: the largest size."""
+        return self.sizes[-1]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Those of one folder once: sizes may come to the same."""
+        return list({cell.folder: cell for each in (*self.sizes, *self.tasks) for cell in each.cells}.values())
+
+
+def sweep(
+    preset: RunConfig,
+    mechanisms: Sequence[str],
+    seeds: int | Sequence[int],
+    out: str | Path,
+    match: What = "none",
+    *,
+    sizes: Sequence[str] = (),
+    tasks: Sequence[RunConfig] = (),
+    options: Options | None = None,
+) -> Sweep:
+    """Every run of `compare`, planned. Raises `UserError` before anything is trained or written."""
+    plans = [plan(preset, mechanisms, seeds, out, match, options, size) for size in dict.fromkeys(sizes or ("",))]
+    others = [
+        plan(with_device(task, preset.train.device), mechanisms, plans[0].seeds, out, match, options)
+        for task in tasks
+        if task.data != preset.data  # which are examined already
+    ]
+    return Sweep(sorted(plans, key=lambda each: parameters(each.cells[0].config.model)), others)
 
 
 def compare(
@@ -150,9 +226,12 @@ def compare(
     out: str | Path,
     match: What = "none",
     *,
+    sizes: Sequence[str] = (),
     tasks: Sequence[RunConfig] = (),
+    engine: Kind = Local(),  # noqa: B008
     jobs: int | None = None,
     threads: int | None = None,
+    gpus: int | None = None,
     options: Options | None = None,
     command: str = "",
     extras: Sequence[str] = EXTRAS,
@@ -162,65 +241,86 @@ def compare(
     """Train what is not trained yet, `jobs` runs side by side, and write what is known into the folder `out`.
 
     `seeds` is how many, from the preset's on, or which. At a seed all mechanisms see the same batches. `match` is what
-    they are made equal in, within 1 %. `options` are Config fields by mechanism. `threads` are those of each job.
+    they are made equal in, within 1 %. `options` are Config fields by mechanism. `threads` and `gpus` are those of each
+    run. `sizes`, such as "4x128", are LAYERSxWIDTH: everything is compared within each.
     `tasks` are presets of synthetic tasks: on each, each mechanism is trained with the same seeds, and then examined.
     Returns what compare.json holds, which is rewritten after each run; the `extras`, such as laws.json, follow the
-    last one. A run that fails is reported, does not stop the others, and is tried again by the next call.
-    Ctrl-C finishes the steps under way, saves, and raises `KeyboardInterrupt`; the same call goes on from there.
+    last one. A run that the machine may have spoilt is made once more. One that fails is reported, does not stop the
+    others, and is tried again by the next call. Ctrl-C finishes the steps under way, saves, and raises
+    `KeyboardInterrupt`, or leaves Slurm's jobs alone; the same call goes on from there, also where this process died.
     """
     need("accelerate", "train")
     out = Path(out)
-    work = plan(preset, mechanisms, seeds, out, match, options)
-    others = [
-        plan(with_device(task, preset.train.device), mechanisms, work.seeds, out, match, options)
-        for task in tasks
-        if task.data != preset.data  # which are examined already
-    ]
-    cells = [cell for each in (work, *others) for cell in each.cells]
-    _make(out)
-    known = {cell: result for cell in cells if (result := cell.result()) is not None}
+    work = sweep(preset, mechanisms, seeds, out, match, sizes=sizes, tasks=tasks, options=options)
+    cells = work.cells
+    known = {cell.folder: result for cell in cells if (result := cell.result()) is not None}
     todo = [cell for cell in cells if not cell.finished()]
-    jobs, threads, devices = _share(preset, jobs, threads, len(todo))
+    progress = _progress(sum(cell.config.train.steps for cell in todo), console, quiet)
+    share = {"jobs": jobs, "threads": threads, "gpus": gpus}
+    opened = engine.open(Needs(runs=len(todo), folder=out, device=preset.train.device, say=progress.say, **share))
     command = command or default_command(work, out)
     started = environment()
 
     def write() -> dict[str, Any]:
-        found = summarize(work, known) | {"command": command, "environment": started}
-        found["tasks"] = [summarize_task(each, known) for each in (work, *others) if each.task]
+        found = summarize(work.main, known) | {"command": command, "environment": started}
+        found["tasks"] = [summarize_task(each, known) for each in (*work.sizes, *work.tasks) if each.task]
+        found["sizes"] = [summarize_size(each, known) for each in work.sizes if each.size]
         write_json(out / "compare.json", found)
         return found
 
-    found = write()
     with ExitStack() as stack:
-        workers = stack.enter_context(Workers(jobs, threads, devices))
-        progress = stack.enter_context(_progress(sum(c.config.train.steps for c in todo), console, quiet))
+        stack.enter_context(opened)
+        _make(out)
+        stack.enter_context(alone(out, "compares in", patience=1.0))
+        found = write()
+        stack.enter_context(progress)
         for cell in cells:
             if cell not in todo:
-                progress.say(f"{cell}: {_words(known[cell])}, finished before")
+                progress.say(f"{cell}: {_words(known[cell.folder])}, finished before")
+        attempts: Counter[Cell] = Counter()
 
         def tell(number: int, outcome: Outcome, value: Any) -> None:
             nonlocal found
             cell = todo[number]
             if outcome == "start":
+                attempts[cell] += 1
                 progress.begin(str(cell), cell.config.train.steps)
             elif outcome == "event":
                 progress.update(str(cell), value)
+            elif outcome == "note":
+                progress.say(f"{cell}: {value}")
+            elif outcome == "again":
+                progress.end(str(cell), f"failed, and is tried once more: {value}")
             else:
+                if outcome == "done" and attempts[cell] > 1:
+                    cell.count(attempts[cell])
                 result = cell.failed(value) if outcome == "failed" else cell.result()
                 if result is not None:
-                    known[cell] = result
+                    known[cell.folder] = replace(result, attempts=max(result.attempts, attempts[cell]))
                 progress.end(str(cell), _words(result))
                 found = write()
 
         try:
-            workers.run([(train_cell, (cell.config, cell.folder)) for cell in todo], tell)
-            write_extras(work, out, workers, progress, extras)
-        except KeyboardInterrupt:
+            opened.run([cell.call for cell in todo], tell)
+            write_extras(work.main, out, opened, progress, extras)
+        except KeyboardInterrupt as stop:
             done = sum(result.status == "done" for result in known.values())
+            left = f"; {stop}" if str(stop) else ""
             raise KeyboardInterrupt(
-                f"stopped; {done} of {len(cells)} runs in {out} are finished; the same command goes on from there"
+                f"stopped; {done} of {len(cells)} runs in {out} are finished{left}; the same command goes on from there"
             ) from None
     return found
+
+
+def foresee(work: Sweep, out: Path, engine: Kind, needs: Mapping[str, Any]) -> str:
+    """What `compare` would do, in words; nothing is trained or written."""
+    todo = [cell for cell in work.cells if not cell.finished()]
+    opened = engine.open(Needs(runs=len(todo), folder=out, **needs))
+    lines = [
+        f"{cell}: {parameters(cell.config.model):,} parameters, {cell.config.train.steps:,} steps" for cell in todo
+    ]
+    runs = f"{len(todo)} of {len(work.cells)} runs are to be trained"
+    return "\n".join([*lines, f"{runs} {opened.describe([cell.call for cell in todo])}" if todo else f"{runs}"])
 
 
 def with_device(config: RunConfig, device: str) -> RunConfig:
@@ -228,17 +328,22 @@ def with_device(config: RunConfig, device: str) -> RunConfig:
 
 
 def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
-    train(config, folder, resume=True, progress=report)
-    if task_of(config.data):
-        write_json(folder / "task.json", examine(folder).to_dict())
+    with alone(folder, "trains into"):
+        train(config, folder, resume=True, progress=report)
+        if task_of(config.data):
+            write_json(folder / "task.json", examine(folder).to_dict())
 
 
-def summarize(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any]:
+Known = Mapping[Path, RunResult]  # by run folder
+
+
+def summarize(work: Plan, known: Known) -> dict[str, Any]:
     """compare.json, without the command that made it."""
-    cells = [known[cell] for cell in work.cells if cell in known]
+    cells = [known[cell.folder] for cell in work.cells if cell.folder in known]
     return {
         "format": FORMAT,
         "preset": work.preset,
+        "size": work.size,
         "mechanisms": work.mechanisms,
         "seeds": work.seeds,
         "baseline": work.baseline,
@@ -255,10 +360,18 @@ def _matched(found: Matched, what: str) -> dict[str, Any]:
     return change | count | {"off": found.off, "equal": found.equal, "text": str(found)}
 
 
-def summarize_task(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any]:
+def summarize_size(work: Plan, known: Known) -> dict[str, Any]:
+    """What compare.json says about one size: all that it says about the largest."""
+    model = work.cells[0].config.model
+    shape = {"size": work.size, "n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads}
+    about = summarize(work, known)
+    return shape | {name: about[name] for name in ("matched", "cells", "summary")}
+
+
+def summarize_task(work: Plan, known: Known) -> dict[str, Any]:
     """What compare.json says about a task: accuracies at the context, and their differences to the baseline's."""
     assert work.task is not None
-    cells = [cell.answers(known[cell]) for cell in work.cells if cell in known]
+    cells = [cell.answers(known[cell.folder]) for cell in work.cells if cell.folder in known]
     wrong: dict[str, dict[int, float]] = {label: {} for label in work.mechanisms}
     for cell in cells:
         if cell.accuracy is not None:
@@ -271,7 +384,7 @@ def summarize_task(work: Plan, known: Mapping[Cell, RunResult]) -> dict[str, Any
         row["interval"] = None if interval is None else [-interval[1], -interval[0]]
         rows.append(row)
     return {
-        "task": work.task.name,
+        "task": " ".join(filter(None, (work.task.name, work.size))),
         "tests": work.task.tests,
         "chance": work.task.chance,
         "context": work.cells[0].config.model.context,
@@ -338,10 +451,49 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens; Student's intervals over seeds."]
     notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
     failed = [cell for cell in cells if cell.status == "failed"]
-    notes += [f"[red]{escape(cell.mechanism)} s{cell.seed} failed: {escape(cell.error)}" for cell in failed]
-    return Group(view, "", *notes, *(["", *task_table(found["tasks"], found["baseline"])] if found["tasks"] else []))
+    notes += [_lost(cell) for cell in failed]
+    below: list[RenderableType] = []
+    if found["sizes"]:
+        notes.insert(0, f"[dim]The largest size, {found['size']}.")
+        below += ["", *size_table(found["sizes"], found["size"])]
+    if found["tasks"]:
+        below += ["", *task_table(found["tasks"], found["baseline"])]
+    return Group(view, "", *notes, *below)
 
 
+def _lost(cell: RunResult, size: str = "") -> str:
+    from rich.markup import escape
+
+    who = " ".join(filter(None, (f"{cell.mechanism} s{cell.seed}", size)))
+    return f"[red]{escape(who)} failed{' twice' if cell.attempts > 1 else ''}: {escape(cell.error)}"
+
+
+def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
+    """Losses, a column for each size."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    view.add_column("val loss", no_wrap=True)
+    for each in sizes:
+        view.add_column(each["size"], justify="right", no_wrap=True)
+    for rows in zip(*(each["summary"] for each in sizes), strict=True):
+        shown = [
+            "" if row["val_loss"] is None else f"{row['val_loss']:.4f} {LOSS_SIGNS.get(row['verdict'], '?')}"
+            for row in rows
+        ]
+        view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *shown)
+    notes: list[RenderableType] = [
+        "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; "
+        "?: too few seeds."
+    ]
+    cells = [
+        (each["size"], RunResult.from_dict(cell)) for each in sizes if each["size"] != main for cell in each["cells"]
+    ]
+    return [view, "", *notes, *(_lost(cell, size) for size, cell in cells if cell.status == "failed")]
+
+
+LOSS_SIGNS = {"better": "[green]▼", "worse": "[red]▲", "baseline": " ", "not distinguishable": "[yellow]≈"}
 SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not distinguishable": "[yellow]≈"}
 
 
@@ -379,7 +531,7 @@ def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[Render
     return [view, "", *notes]
 
 
-def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
+def write_extras(work: Plan, out: Path, engine: Engine, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
     """The laws of every mechanism, a sample and attention maps of each one's first finished run, and, where they are
     asked for, the heads of every finished run. A file that is newer than all those runs stays as it is."""
     done = [cell for cell in work.cells if (result := cell.result()) is not None and result.status == "done"]
@@ -387,10 +539,10 @@ def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, fi
     names = dict.fromkeys(name for label in work.mechanisms for name in label.split("+"))
     runs = {label: (label, cell.seed, cell.folder) for label, cell in first.items()}
     wanted: dict[str, dict[str, Call]] = {
-        "laws": {name: (laws_of, (name,)) for name in names},
-        "samples": {label: (sample_of, arguments) for label, arguments in runs.items()},
-        "attention": {label: (attention_of, arguments) for label, arguments in runs.items()},
-        "heads": {str(cell): (heads_of_run, (cell.label, cell.seed, cell.folder)) for cell in done},
+        "laws": {name: Call(laws_of, (name,)) for name in names},
+        "samples": {label: Call(sample_of, arguments) for label, arguments in runs.items()},
+        "attention": {label: Call(attention_of, arguments) for label, arguments in runs.items()},
+        "heads": {str(cell): Call(heads_of_run, (cell.label, cell.seed, cell.folder)) for cell in done},
     }
     newest = max((_changed(cell.folder / "result.json") for cell in done), default=0.0)
     order = [*work.mechanisms, *(name for name in names if name not in work.mechanisms)]
@@ -407,7 +559,7 @@ def write_extras(work: Plan, out: Path, workers: Workers, progress: Progress, fi
 
     if calls:
         progress.say(f"looking into what was trained: {', '.join(stale)}")
-    workers.run([call for _, _, call in calls], tell)
+    engine.run([call for _, _, call in calls], tell)
     for file, own in entries.items():
         own.sort(key=lambda entry: (order.index(entry["mechanism"]), entry.get("seed", 0)))
         write_bytes(out / f"{file}.json", (json.dumps(own, allow_nan=False) + "\n").encode())
@@ -469,20 +621,11 @@ def _three_digits(weight: float) -> float:
     return float(f"{weight:.3g}") if weight >= 1e-5 else 0.0
 
 
-def default_command(work: Plan, out: Path) -> str:
-    words = f"attnlab compare {work.preset} --mechanisms {','.join(work.mechanisms)} --seeds {len(work.seeds)}"
-    return f"{words} --match {work.match} --out {out}"
-
-
-def _share(preset: RunConfig, jobs: int | None, threads: int | None, runs: int) -> tuple[int, int, int]:
-    """(jobs, threads of each, accelerators). By default a run per core or per GPU: side by side, small models lose less
-    time waiting for each other's threads."""
-    if jobs is not None and jobs < 1:
-        raise UserError(f"jobs is {jobs}: give 1 or more, or leave it out")
-    device = find_device(preset.train.device)
-    devices = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
-    jobs = max(1, min(jobs or (cores() if device.type == "cpu" else max(1, devices)), runs))
-    return jobs, threads or max(1, min(cores(), torch.get_num_threads()) // jobs), devices
+def default_command(work: Sweep, out: Path) -> str:
+    main = work.main
+    words = f"attnlab compare {main.preset} --mechanisms {','.join(main.mechanisms)} --seeds {len(main.seeds)}"
+    sizes = f" --sizes {','.join(each.size for each in work.sizes)}" if main.size else ""
+    return f"{words}{sizes} --match {main.match} --out {out}"
 
 
 def _make(out: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .accounting import measured_peak, training_flops
 from .config import RunConfig
 from .match import cache_floats, parameters
@@ -41,7 +43,7 @@ def forecast(config: RunConfig, rate: float | None = None) -> Forecast:
     per_token = training_flops(model)
     if rate is None:
         device = find_device(train.device)
-        speed = measured_peak(device, find_precision(train.precision, device)).rate
+        speed = measured_peak(device, find_precision(train.precision, device), torch.get_num_threads()).rate
     else:
         speed = rate
     return Forecast(

@@ -71,11 +71,16 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
-    with counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts as `counted_flops` does."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
+    return counter
 
 
 class _NoModules(nullcontext[None]):
@@ -126,7 +131,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _Follow() as follow:
+    with Follow() as follow:
         call()
     return follow.peak
 
@@ -156,7 +161,7 @@ def peak_bytes(device: torch.device) -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-class _Follow(TorchDispatchMode):
+class Follow(TorchDispatchMode):
     """Counts the bytes of storages that come and go inside it."""
 
     def __init__(self) -> None:

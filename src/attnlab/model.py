@@ -44,15 +44,17 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     return known
 
 
-def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
-    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that."""
+def flops_per_token(config: ModelConfig, context: int | None = None, new: int | None = None) -> float:
+    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that. `new`:
+    of so many tokens at a time, the last of the context; None: of all of them at once."""
     context = context or config.context
+    new = new or context
     matrices = 3 if config.ff_kind == "swiglu" else 2
     dense = 2 * matrices * config.d_model * config.resolved_ff_dim
     used = config.experts_per_token + config.experts.shared
     experts = 2 * config.d_model * (matrices * config.resolved_expert_dim * used + config.n_experts)
     ff = sum(experts if config.has_experts(i) else dense for i in range(config.n_layers))
-    attending = sum(c.flops(context, context) / context for c in attention_configs(config))
+    attending = sum(c.flops(new, context) / new for c in attention_configs(config))
     return attending + ff + 2 * config.d_model * config.vocab_size
 
 
@@ -126,7 +128,8 @@ class Experts(nn.Module):
         counts = note("load", torch.bincount(expert, minlength=E))
         token = order // self.k
         parts = tokens[token].split(counts.tolist())
-        done = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])
+        each = zip(parts, self.into.unbind(), self.out.unbind(), strict=True)  # indexing adds up whole-size gradients
+        done = torch.cat([self.expert(*one) for one in each])
         done = done * weight.flatten()[order, None].to(done.dtype)
         y = torch.zeros_like(tokens, dtype=done.dtype).index_add(0, token, done).view_as(x)
         return self.even_out(y if self.shared is None else y + self.shared(x), logits, counts)
@@ -145,8 +148,8 @@ class Experts(nn.Module):
         weight = (F.logsigmoid(logits) if sigmoid else logits.log_softmax(-1)).gather(1, chosen)
         return chosen, (weight.softmax(-1) if o.normalize else weight.exp()) * o.scale
 
-    def expert(self, i: int, x: Tensor) -> Tensor:
-        return linear(activate(self.options.kind, linear(x, self.into[i])), self.out[i])
+    def expert(self, x: Tensor, into: Tensor, out: Tensor) -> Tensor:
+        return linear(activate(self.options.kind, linear(x, into)), out)
 
     def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .spec import UserError, choose
 
 
@@ -74,6 +74,65 @@ def llama_1b() -> RunConfig:
         ff_dim=8192,
     )
     return RunConfig(name="llama-1b", model=model, train=TrainConfig(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=2000))
+
+
+def llama_8b() -> RunConfig:
+    """Llama 3 8B's shape (arXiv 2407.21783, table 3), 8,030,261,248 parameters, and its rate; batch and steps,
+    419 billion tokens in all, are ours."""
+    return llama3("llama-8b", n_layers=32, d_model=4096, n_heads=32, ff_dim=14_336, lr=3e-4)
+
+
+def llama_70b() -> RunConfig:
+    """Llama 3 70B's shape (arXiv 2407.21783, table 3), 70,553,706,496 parameters, and its rate; batch and
+    steps, 419 billion tokens in all, are ours."""
+    return llama3("llama-70b", n_layers=80, d_model=8192, n_heads=64, ff_dim=28_672, lr=1.5e-4)
+
+
+def llama3(name: str, lr: float, **shape: int) -> RunConfig:
+    base = llama_1b()
+    model = replace(base.model, **shape, norm_eps=1e-5, tied=False)  # type: ignore[arg-type]
+    train = replace(base.train, batch_size=1, accumulate=512, lr=lr, min_lr=lr / 100, warmup=8000, betas=(0.9, 0.95))
+    return RunConfig(name=name, model=model, train=train)
+
+
+def deepseek_v3_671b() -> RunConfig:
+    """DeepSeek-V3's shape and pretraining (arXiv 2412.19437, section 4.2, and the config.json beside its weights):
+    671,026,404,352 parameters, 256 experts of which a token passes 8, 4096 tokens, 62.9M a step, 14.8 trillion in all.
+
+    Left out: the module that guesses a second token ahead, and the growth of the batch over the first 469 billion
+    tokens. A step's 15,360 sequences are given as one at a time, accumulated."""
+    model = ModelConfig(
+        vocab_size=129_280,
+        context=4096,
+        n_layers=61,
+        d_model=7168,
+        n_heads=128,
+        head_dim=128,
+        mechanisms=("mla",),
+        options={"mla": {"kv_rank": 512, "q_rank": 1536, "rope_dim": 64, "v_dim": 128}},
+        norm="rms",
+        ff="moe",
+        ff_dim=18_432,
+        n_experts=256,
+        experts_per_token=8,
+        experts=ExpertsConfig(
+            kind="swiglu",
+            width=2048,
+            shared=1,
+            dense_layers=3,
+            score="sigmoid",
+            scale=2.5,
+            groups=8,
+            groups_kept=4,
+            group_best=2,
+        ),
+        balance="bias",
+        tied=False,
+    )
+    train = TrainConfig(
+        steps=235_240, batch_size=1, accumulate=15_360, lr=2.2e-4, min_lr=2.2e-5, warmup=2000, betas=(0.9, 0.95)
+    )
+    return RunConfig(name="deepseek-v3-671b", model=model, train=train)
 
 
 def openwebtext_124m(mechanism: str = "mha") -> RunConfig:
@@ -155,6 +214,18 @@ def task(name: str, steps: int) -> RunConfig:
     return RunConfig(name=name, model=model, data=DataConfig(source=f"task:{name}"), train=train)
 
 
+def repeats() -> RunConfig:
+    """Induction among 64 symbols, with a checkpoint every 100 steps, so that `attnlab compare repeats --heads` shows
+    when induction heads appear; docs/induction.md is made with it. 16 sequences a step and this rate are what small
+    models of all mechanisms learn it with in half a minute of one core."""
+    base = task("repeats", 1400)
+    model = replace(base.model, n_heads=4)
+    train = replace(
+        base.train, batch_size=16, lr=1.5e-3, min_lr=1.5e-4, warmup=50, eval_every=350, save_every=100, keep=0
+    )
+    return replace(base, model=model, train=train)
+
+
 def used(options: Mapping[str, Mapping[str, Any]], *mechanisms: str) -> dict[str, Mapping[str, Any]]:
     """The options of these mechanisms alone."""
     return {name: fields for name, fields in options.items() if name in mechanisms}
@@ -190,12 +261,16 @@ _ALL: tuple[Callable[[], RunConfig], ...] = (
     gpt2_124m,
     nanogpt_mla_124m,
     llama_1b,
+    llama_8b,
+    llama_70b,
+    deepseek_v3_671b,
     tinystories_gpt2_msla,
     *(partial(openwebtext_124m, name) for name in ("mha", "mla")),
     *(partial(wikitext103_35m, name) for name in ("mha", "mqa", "mla")),
     *(partial(wikitext2_gpt2, name) for name in ("mha", "mqa", "gqa", "mla", "mka", "fast_mka")),
     *(partial(task, name, 2000) for name in ("mqar", "induction", "copying")),
     *(partial(task, name, 3000) for name in ("selective", "needle")),
+    repeats,
 )
 _PRESETS = {preset().name: preset for preset in _ALL}
 

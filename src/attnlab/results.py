@@ -65,6 +65,7 @@ class RunResult(Record):
     threads: int = 0
     device: str = ""
     command: str = ""
+    attempts: int = 1  # 2: what the machine spoilt was made once more
     options: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)  # [step, validation loss]
     train_curve: list[list[float]] = field(default_factory=list)  # [step, training loss]
@@ -132,7 +133,7 @@ class HeadScores(Record):
 
     scores: dict[str, list[list[float]]]
     not_repeated: dict[str, list[list[float]]]  # the same places in sequences without a repeat
-    untrained: dict[str, list[list[float]]]  # a fresh model of the same shape
+    untrained: dict[str, list[list[float]]]  # the mean of fresh models of the same shape
     p: dict[str, list[list[float]]]  # one-sided, before correction, the larger of both nulls
     marked: dict[str, list[list[bool]]]  # above both nulls after Holm's correction over all heads and scores
     alpha: float
@@ -188,7 +189,7 @@ class Emergence(Record):
     first_half: list[float]  # loss on repeated random tokens, nats
     second_half: list[float]
     sequences: int
-    segment: int
+    segments: list[int]  # tokens; the losses are on the longest
 
 
 def write_json(path: str | Path, data: Any, indent: int | None = 1) -> Path:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .forecast import Forecast
+    from .plan import Plan
     from .results import BenchRecord, EvalResult
 
 
@@ -110,6 +111,117 @@ def forecast(found: Forecast) -> RenderableType:
     )
     table.add_row("time, at least", f"{span(found.seconds)} at {found.rate / 1e9:,.0f} GFLOP/s ({whose})")
     return table
+
+
+def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
+    """`attnlab plan`: the model in detail, a row for each other mechanism, and what is assumed."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .plan import USABLE
+
+    def facts(title: str, rows: Mapping[str, tuple[str, str]]) -> Table:
+        table = Table(
+            box=None, pad_edge=False, show_header=False, title=title, title_justify="left", title_style="bold"
+        )
+        for width, justify in ((20, "left"), (12, "right"), (0, "left")):
+            table.add_column(min_width=width, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for name, (value, why) in rows.items():
+            table.add_row(name, value, f"[dim]{why}")
+        return table
+
+    memory, decode = found.memory, found.decode
+    time = ("unknown", f"the peak is that of bf16, and this trains in {found.precision}")
+    if found.seconds is not None:
+        time = (span(found.seconds), f"at an MFU of {found.mfu:.0%}")
+    passes = "forward, layers again, backward" if found.recompute else "forward and backward"
+    training = {
+        "parameters": (short(found.parameters), f"{found.parameters:,}"),
+        "FLOPs per token": (f"{found.flops_per_token / 1e9:,.3g} GFLOPs", passes),
+        "tokens": (short(found.tokens), f"{found.flops:.3g} FLOPs"),
+        "time": time,
+    }
+    parts = {
+        "weights": (gigabytes(memory.weights), "float32"),
+        "gradients": (gigabytes(memory.gradients), "float32"),
+        "optimiser": (gigabytes(memory.optimizer), "float32"),
+        "copies of weights": (gigabytes(memory.copies), f"{found.precision}, of all layers"),
+        "gathered weights": (gigabytes(memory.gathered), "float32, of two layers, embedding and head"),
+        "activations": (gigabytes(memory.activations), f"of {found.batch:,} x {found.context:,} tokens"),
+        "at the worst moment": (
+            gigabytes(memory.peak),
+            f"[/]{'[green]fits' if found.fits else '[bold red]does not fit'}[/] into {gigabytes(found.usable)}",
+        ),
+    }
+    parts = {name: row for name, row in parts.items() if row[0] != gigabytes(0)}
+    held = f"{decode.context:,} tokens"
+    batch = "no limit" if decode.batch is None else f"{decode.batch:,}"
+    decoding = {
+        "weights": (gigabytes(decode.weights), "bfloat16"),
+        "cache": (gigabytes(decode.cache), f"bfloat16, of a sequence of {held}"),
+        "largest batch": (batch, "the weights do not fit" if decode.batch == 0 else f"sequences of {held}"),
+    }
+    if decode.batch != 0:
+        decoding["time per token"] = (milliseconds(decode.seconds), "of one sequence")
+    if decode.batch and decode.seconds_batch is not None:
+        rate = decode.batch / decode.seconds_batch
+        decoding["in that batch"] = (milliseconds(decode.seconds_batch), f"{rate:,.0f} tokens a second in all")
+    where = f"{found.gpus:,} x {found.gpu}, {escape(found.strategy)}, {found.precision}"
+    verdict: list[RenderableType] = []
+    if not found.fits:
+        would = "Neither sharding nor more GPUs help: a whole layer and its gradients must fit on each."
+        would = f"It would fit with {found.remedy}" if found.remedy else would
+        verdict = [f"[bold red]Training does not fit.[/] {would}", ""]
+    notes = (
+        f"GB are 10^9 bytes. {USABLE:.0%} of a GPU's memory is used; the rest is left to CUDA, communication and "
+        "fragmentation. Memory and FLOPs are counted on the meta device, with fused attention (which computes its "
+        "scores twice), a fused AdamW and evenly loaded experts. "
+        "Time is FLOPs alone; whatever else takes time is in the MFU. Decoding: one model split evenly over all GPUs, "
+        "nothing lost to communication; a step reads at full bandwidth or computes at full speed, whichever takes "
+        "longer."
+    )
+    title = f"[bold]{escape(found.name)}, {found.mechanism}[/]: {where}"
+    table: list[RenderableType] = [shapes(others), ""] if others else []
+    shown = [facts("Training", training), "", facts("Memory of each GPU", parts), "", *verdict]
+    return Group(title, "", *shown, facts("Decoding", decoding), "", *table, f"[dim]{notes}")
+
+
+def shapes(plans: Sequence[Plan]) -> Table:
+    """What `attnlab plan` says of other mechanisms."""
+    right = "right"
+    numbers = {"peak GB": right, "time": right, "cache": right, "batch": right, "ms": right, "in batch": right}
+    table = columns(mechanism="left", size=right, **numbers)
+    for each in plans:
+        decode = each.decode
+        table.add_row(
+            f"[bold]{each.mechanism}",
+            short(each.parameters),
+            f"{'' if each.fits else '[red]'}{each.memory.peak / 1e9:,.1f}",
+            "" if each.seconds is None else span(each.seconds),
+            gigabytes(decode.cache),
+            "any" if decode.batch is None else short(decode.batch),
+            "" if decode.batch == 0 else f"{decode.seconds * 1e3:,.3g}",
+            "" if decode.seconds_batch is None else f"{decode.seconds_batch * 1e3:,.3g}",
+        )
+    return table
+
+
+def short(count: float) -> str:
+    """Three digits of a number, and how large it is: 671B."""
+    for power, unit in ((4, "T"), (3, "B"), (2, "M"), (1, "k")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+def gigabytes(count: float) -> str:
+    value = count / 1e9
+    return f"{value:,.0f} GB" if value >= 100 else f"{value:.3g} GB" if value >= 1 else f"{count / 1e6:.3g} MB"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def evaluation(found: EvalResult) -> RenderableType:
@@ -262,11 +374,11 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
             table.add_row(
                 name if not place else "",
-                f"{layer}.{head}",
+                f"{layer + 1}.{head + 1}",
                 f"{value:.3f}{mark or ' '}",
                 cell("not_repeated", ".3f"),
                 cell("untrained", ".3f"),
-                cell("p", ".0e"),
+                _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
                 change,
             )
     marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
@@ -282,4 +394,22 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
         )
     if found["untrained"]:
         notes.append("These weights are random: nothing was loaded.")
-    return Group(table, "", *(f"[dim]{note}" for note in notes))
+    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
+    remembered = _remembered(found["inside"])
+    return Group(table, "", *remembered, *(f"[dim]{note}" for note in notes))
+
+
+def _tail(p: float) -> str:
+    return f"{p:.0e}" if p >= 1e-12 else "<1e-12"  # less is rounding
+
+
+def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    from .report.inside import remembered
+
+    titles, rows = remembered(layers)
+    if not rows:
+        return []
+    table = columns(**{title: "left" if title == "mechanism" else "right" for title in titles})
+    for row in rows:
+        table.add_row(*row)
+    return [table, ""]

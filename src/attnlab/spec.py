@@ -67,11 +67,18 @@ class CacheSpec:
     state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # size independent of the number of tokens
     every: int = 1  # one row per completed group of `every` tokens
     beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # further memories with a pace of their own
+    reads: Mapping[str, int] = field(default_factory=dict)  # name -> most rows that one step reads, where not all
 
     def floats(self, tokens: int) -> int:
         """Floats that one sequence of `tokens` tokens costs. Benchmarks, report, docs and the size law read this."""
         own = self.slots(tokens) * self._row + sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.floats(tokens) for spec in self.beside.values())
+
+    def read(self, tokens: int) -> int:
+        """Floats of these that one step has to read."""
+        unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
+        own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
+        return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
 
     def slots(self, tokens: int) -> int:
         """Rows held once `tokens` tokens have passed."""

@@ -81,6 +81,18 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return tail if t > 0 else 1 - tail
 
 
+def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
+    """The probability that one more value of their kind is at least as large as `value`, one-sided. Values of a group
+    may depend on each other, so the degrees of freedom are those of the groups: one less than there are, 2 or more."""
+    values = [each for group in groups for each in group]
+    mean, spread, many = fmean(values), stdev(values), len(groups)
+    if spread == 0:
+        return 0.0 if value > mean else 1.0
+    t = (value - mean) / (spread * math.sqrt(1 + 1 / many))
+    tail = (1 - t_within(abs(t), many - 1)) / 2
+    return tail if t > 0 else 1 - tail
+
+
 def holm(p: Sequence[float], alpha: float) -> list[bool]:
     """Which of many tests hold when the chance of even one false mark is to stay below `alpha` (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])

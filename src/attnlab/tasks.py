@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ STAGES = ((500, 4), (1000, 2))  # before this step, how many sequences share the
 NOISE, LETTERS, MARK = ".", "abcdefghijklmnopqrstuvwxyz", "|"
 KEYS = "".join(map(chr, range(0x410, 0x450)))  # Cyrillic
 MANY = "".join(map(chr, range(0x100, 0x200)))
+FEW = MANY[:64]
 LETTER, MARKED, KEY = 1, 1 + len(LETTERS), 1 + len(LETTERS)  # ids of the first letter, of the mark, of the first key
 BLOCK, NEEDLES = 4, 2
 
@@ -118,12 +119,12 @@ def _recall(dice: Dice, length: int) -> Sequences:
     return tokens, targets
 
 
-def _induction(dice: Dice, length: int) -> Sequences:
+def _induction(dice: Dice, length: int, symbols: str = MANY) -> Sequences:
     """Different symbols in blocks of 4, then the same blocks in another order: what followed, follows again."""
     blocks = length // (2 * BLOCK)
     half = blocks * BLOCK
     tokens, targets = _blank(dice.rows, length)
-    first = 1 + dice.chosen(len(MANY), half).reshape(dice.rows, blocks, BLOCK)
+    first = 1 + dice.chosen(len(symbols), half).reshape(dice.rows, blocks, BLOCK)
     second = np.take_along_axis(first, dice.chosen(blocks, blocks)[:, :, None], 1)
     following = np.full_like(second, -1)
     following[:, :, :-1] = second[:, :, 1:]  # which block comes next cannot be known, and is not asked
@@ -194,6 +195,15 @@ TASKS = {
             _induction,
             shortest=2 * BLOCK,
             longest=2 * len(MANY),
+        ),
+        Task(
+            "repeats",
+            "Induction among 64 symbols instead of 256, learnt in a third of the time: what followed the last time?",
+            NOISE + FEW,
+            len(FEW) - 1,
+            partial(_induction, symbols=FEW),
+            shortest=2 * BLOCK,
+            longest=2 * len(FEW),
         ),
         Task(
             "copying",

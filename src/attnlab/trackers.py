@@ -98,9 +98,7 @@ def open_trackers(
     later steps is done again. `say` gets the line about a tracker that fails; by default it goes to stderr. Raises
     `UserError` for an unknown tracker and for one that is not installed.
     """
-    for name in names:
-        choose("tracker", name, TRACKERS)
-        need(name, "track")
+    check_trackers(names)
     trackers = Trackers(say or (lambda words: print(words, file=sys.stderr)))
     if not names:
         yield trackers
@@ -119,6 +117,13 @@ def open_trackers(
         trackers.end(error)
         raise
     trackers.end(None)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError for an unknown tracker and for one that is not installed."""
+    for name in names:
+        choose("tracker", name, TRACKERS)
+        need(name, "track")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

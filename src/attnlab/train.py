@@ -38,7 +38,7 @@ from .model import Decoder, attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError
 from .strategies import Strategy
-from .trackers import Trackers, open_trackers
+from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 HOW = Execution()
@@ -80,6 +80,7 @@ def train(
     all processes call it alike, and the first one writes and tells.
     """
     kind, _ = strategies.find(how.strategy)
+    check_trackers(how.track)
     crew = join(find_device(config.train.device), kind.grouped)
     try:
         with _own_random_state(), _stop_requests() as stop, _deterministic(config.train.deterministic):
@@ -293,10 +294,12 @@ class Trainer:
         return self.strategy.model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Weights stay float32; otherwise the matrix products read them rounded."""
+        """Weights stay float32; otherwise the matrix products read them rounded. Where layers are computed again, their
+        rounded weights are not kept in between."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, cache_enabled=not self.model.recompute)
 
     def batch(self, step: int) -> list[data.Batch]:
         """The parts of step `step` that this process reads one by one, on the host."""

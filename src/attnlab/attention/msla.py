@@ -58,7 +58,7 @@ class Config(mla.Config):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec({**super().cache_spec.rows, "index": (self.index_dim,)})
+        return CacheSpec({**super().cache_spec.rows, "index": (self.index_dim,)}, reads={"latent": self.top_k})
 
     def gathers(self, queries: int, keys: int) -> bool:
         """Whether reading only the selected rows beats a mask over all of them."""

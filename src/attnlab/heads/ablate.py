@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import ModelConfig
 from ..model import Decoder
 from ..results import Ablation
 from ..spec import UserError
 from ..stats import t_quantile
-from .scores import repeated
+from .scores import lengths, repeated
 from .watch import heads_replaced, watch
 
 
@@ -35,7 +34,7 @@ def ablate(
 ) -> Ablation:
     """Mean-ablate each head of `model` in turn. `segment` None: half of the context, at most 128 tokens."""
     config = model.config
-    segment = fits(config, segment)
+    segment = lengths(config, None if segment is None else [segment])[-1]
     if sequences < 2:
         raise UserError(
             f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
@@ -77,17 +76,6 @@ def ablate(
         segment=segment,
         seed=seed,
     )
-
-
-def fits(config: ModelConfig, segment: int | None) -> int:
-    """The segment, `None`: half of the context, at most 128 tokens. `UserError` where its repeat does not fit."""
-    segment = min(config.context // 2, 128) if segment is None else segment
-    if segment < 4 or (config.positions == "learned" and 2 * segment > config.context):
-        raise UserError(
-            f"a segment of {segment} tokens, repeated once, needs a context of {max(2 * segment, 8)} tokens, and this "
-            f"model's is {config.context}: give a segment from 4 to {config.context // 2}"
-        )
-    return segment
 
 
 def _means(model: Decoder, batches: tuple[Tensor, ...]) -> list[Tensor]:

@@ -31,6 +31,8 @@ def write_pngs(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
         figures["loss-by-position"] = _positions(ablation)
     if any(layer["variance_left"] for layer in found.get("inside", ())):
         figures["latents"] = _latents(found["inside"])
+        figures["latent-paths"] = _paths(found["inside"])
+    figures["patterns"] = _patterns(found["patterns"])
     if curve := found.get("emergence"):
         figures["emergence"] = _emergence(curve)
     written = []
@@ -65,8 +67,9 @@ def _scores(scores: Mapping[str, Any]) -> Any:
                     axis.plot(head, layer, "o", color="white", markeredgecolor="black", markersize=5)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
-        axis.set_xticks(range(0, len(values[0]), max(1, len(values[0]) // 8)))
-        axis.set_yticks(range(0, len(values), max(1, len(values) // 8)))
+        for set_ticks, count in ((axis.set_xticks, len(values[0])), (axis.set_yticks, len(values))):
+            ticks = range(0, count, max(1, count // 8))
+            set_ticks(ticks, [str(tick + 1) for tick in ticks])
         figure.colorbar(image, ax=axis)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
@@ -112,12 +115,42 @@ def _latents(inside: list[Mapping[str, Any]]) -> Any:
 
     for number, layer in enumerate(layers):
         left = layer["variance_left"]
-        label = f"layer {layer['layer']} (effective rank {layer['effective_rank']:.1f} of {layer['rank']})"
+        label = f"layer {layer['layer'] + 1} (effective rank {layer['effective_rank']:.1f} of {layer['rank']})"
         axis.plot(left, color=colormaps["cividis"](number / max(1, len(layers) - 1) * 0.85), label=label)
     axis.set_xlabel("principal axes kept")
     axis.set_ylabel("share of variance left out")
     axis.set_ylim(0, 1)
     axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _paths(inside: list[Mapping[str, Any]]) -> Any:
+    """The tokens of one sequence on the first two principal axes of each layer's latent, in the order of reading."""
+    layers = [layer for layer in inside if layer["path"]]
+    columns = min(4, len(layers))
+    figure, axes = _figure(-(-len(layers) // columns), columns, 3.0, 2.8)
+    for axis, layer in zip(axes, layers, strict=False):
+        x, y = zip(*([*point, 0.0][:2] for point in layer["path"]), strict=True)
+        axis.plot(x, y, color=GREY, linewidth=0.5, zorder=1)
+        dots = axis.scatter(x, y, c=range(len(x)), cmap="cividis", s=14, zorder=2)
+        axis.set_title(f"layer {layer['layer'] + 1}", fontsize=9)
+        axis.set_xlabel("principal axis 1")
+        axis.set_ylabel("principal axis 2")
+    for axis in axes[len(layers) :]:
+        axis.set_axis_off()
+    figure.colorbar(dots, ax=list(axes), label="position (tokens)")
+    return figure
+
+
+def _patterns(patterns: list[Mapping[str, Any]]) -> Any:
+    """What the strongest head of each kind looks at: queries down, keys across."""
+    figure, axes = _figure(1, len(patterns), 3.0, 3.2)
+    for axis, pattern in zip(axes, patterns, strict=True):
+        image = axis.imshow(pattern["weights"], cmap="cividis", vmin=0, vmax=1)
+        axis.set_title(f"{pattern['score']}\nlayer {pattern['layer'] + 1}, head {pattern['head'] + 1}", fontsize=9)
+        axis.set_xlabel("token that is looked at")
+    axes[0].set_ylabel("token that looks")
+    figure.colorbar(image, ax=list(axes), label="attention", shrink=0.7)
     return figure
 
 

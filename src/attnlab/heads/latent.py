@@ -47,7 +47,7 @@ def inside(model: Decoder, tokens: Tensor) -> list[Inside]:
     model.train(training)
     found = []
     for number, (block, layer) in enumerate(zip(model.blocks(), layers, strict=True)):
-        one = Inside(number, type(block.attention).__module__.rpartition(".")[2])
+        one = Inside(number, model.config.layers[number])
         if layer.latent is not None:
             _latent(one, layer.latent)
         if isinstance(block.attention, mla.Attention):
@@ -119,11 +119,11 @@ def _recalled(layer: Layer) -> list[list[float]]:
 
 
 def _histogram(distance: Tensor, weight: Tensor) -> list[list[float]]:
-    """[[distance, share], ...] with distances above 16 in bins that double."""
+    """[[distance, share], ...]: up to 15 exact, from 16 on in bins that double, by their nearest distance."""
     distance, weight = distance.flatten(), weight.flatten()
     if not weight.sum():
         return []
-    edge = torch.where(distance > 16, 2 ** distance.clamp(min=1).double().log2().floor().long(), distance)
+    edge = torch.where(distance >= 16, 2 ** distance.clamp(min=1).double().log2().floor().long(), distance)
     values, which = edge.unique(return_inverse=True)
     share = torch.zeros(len(values), dtype=torch.float64, device=weight.device).index_add(0, which, weight.double())
     share = share / share.sum()

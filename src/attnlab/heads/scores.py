@@ -12,30 +12,34 @@ repeated once. For a query t in the second half, whose token stood at t - n befo
     copying             how far a head's output for a token alone raises the logit of that very token: its share of the
                         vocabulary that it outranks, 0.5 by chance, through the output matrix, final norm and head
 
-Two null distributions: the same model on sequences whose second half is *not* a repeat, read at the same places; and an
-untrained model of the same shape on the same sequences. A mark means that the score is above both, sequence by sequence
-(Welch's t, one-sided), at 0.01 after Holm's correction over all heads and scores.
+Two null distributions. The same model on sequences whose second half is *not* a repeat, read at the same places: is the
+mean over sequences higher with the repeat (Welch's t, one-sided)? And the heads of 8 untrained models of the same
+shape: is this head further out than a ninth model's would be? Heads of one model resemble each other, so models are
+counted, not heads: Student's t of 7 degrees. A mark means yes to both, at 0.01 after Holm's correction over all heads
+and scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from ..model import Decoder
 from ..results import HeadScores
 from ..spec import UserError
-from ..stats import holm, welch
+from ..stats import beyond, holm, welch
 from .watch import output_matrix, watch
 
 PATTERNS = ("previous token", "duplicate token", "induction", "first token")
 CONTENT = ("duplicate token", "induction")  # need a repeat, so a sequence without one is a null
 SPREAD = ("entropy", "distance")
 ALPHA = 0.01
+FRESH = 8  # untrained models
 
 Tell = Callable[[str, int, int], None]  # (what, done, of)
 
@@ -103,116 +107,151 @@ def _gain(model: Decoder, x: Tensor) -> Tensor:
     return x * weight
 
 
+Samples = dict[str, list[Tensor]]  # score -> layers -> [sequences heads], each the mean over the lengths
+
+
+@torch.no_grad()
 def head_scores(
     model: Decoder,
     *,
-    untrained: Decoder | None = None,
+    untrained: Iterable[Decoder] | None = None,
     sequences: int = 64,
     segments: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 16,
     tell: Tell = lambda what, done, of: None,
 ) -> HeadScores:
-    """Score every head of `model`. `untrained` None: a fresh model of the same config.
+    """Score every head of `model`. `untrained` None: 8 fresh models of the same config, which share the sequences.
 
-    `segments`: lengths of the repeated segment; None: an eighth, a quarter and a half of the context (at most 128), as
-    far as they reach 4 tokens. Raises `UserError` for fewer than 2 sequences, a segment that does not fit twice into
-    learned positions, and a mechanism without attention maps.
+    `segments`: see `lengths`. Raises `UserError` for fewer than 2 sequences, a segment that does not fit twice into the
+    context, and a mechanism without attention maps.
     """
-    config = model.config
-    segments = _segments(model, segments)
+    config, device = model.config, next(model.parameters()).device
+    segments = lengths(config, segments)
     if sequences < 2:
         raise UserError(
             f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
         )
-    if untrained is None:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed + 1)
-            untrained = Decoder(config)
-    untrained = untrained.to(next(model.parameters())).eval()
-    kinds = {"trained": (model, True), "not repeated": (model, False), "untrained": (untrained, True)}
-    samples: dict[str, dict[str, list[list[Tensor]]]] = {
-        kind: {name: [[] for _ in range(config.n_layers)] for name in (*PATTERNS, *SPREAD)} for kind in kinds
-    }
-    done, total = 0, len(kinds) * len(segments) * sequences
-    for kind, (subject, repeat) in kinds.items():
-        training = subject.training
-        subject.eval()
-        for segment in segments:
-            tokens = repeated(config.vocab_size, sequences, segment, seed, repeat=repeat)
-            for part in tokens.split(batch_size):
-                _collect(subject, part, segment, samples[kind])
-                done += len(part)
-                tell("scoring heads", done, total)
-        subject.train(training)
-    stacked = {
-        kind: {name: [torch.cat(layer) for layer in layers] for name, layers in found.items()}
-        for kind, found in samples.items()
-    }
-    alone = torch.from_numpy(np.random.default_rng(seed).permutation(config.vocab_size)[:512])
-    alone = alone.to(next(model.parameters()).device)
-    copying = {"trained": copying_scores(model, alone), "untrained": copying_scores(untrained, alone)}
-    return _summary(stacked, copying, sequences, segments, seed)
+    each = max(2, -(-sequences // FRESH))
+    done, total = 0, (2 * sequences + FRESH * each) * len(segments)
 
+    def read(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        tell("scoring heads", done, total)
 
-def _segments(model: Decoder, given: Sequence[int] | None) -> list[int]:
-    context = model.config.context
-    if given is None:
-        given = sorted({n for n in (min(context // share, 128) for share in (8, 4, 2)) if n >= 4})
-    if not given or min(given) < 2:
-        raise UserError(f"a segment must hold at least 2 tokens and fit twice into the context, which is {context}")
-    if model.config.positions == "learned" and 2 * max(given) > context:
-        raise UserError(
-            f"two repeats of {max(given)} tokens are longer than the {context} learned positions of this model: "
-            f"give segments of at most {context // 2}"
-        )
-    return list(given)
+    def scored(subject: Decoder, count: int, repeat: bool = True) -> Samples:
+        return _samples(subject, count, segments, seed, batch_size, repeat, read)
 
-
-@torch.no_grad()
-def _collect(model: Decoder, tokens: Tensor, segment: int, into: dict[str, list[list[Tensor]]]) -> None:
-    with watch(model) as layers:
-        model(tokens.to(next(model.parameters()).device))
-    for number, layer in enumerate(layers):
-        for name, score in pattern_scores(layer.pattern(), segment).items():
-            into[name][number].append(score)
-
-
-def _summary(
-    samples: dict[str, dict[str, list[Tensor]]],
-    copying: dict[str, list[Tensor]],
-    sequences: int,
-    segments: Sequence[int],
-    seed: int,
-) -> HeadScores:
-    def means(kind: str) -> dict[str, list[list[float]]]:
-        found = {name: [layer.mean(0).tolist() for layer in layers] for name, layers in samples[kind].items()}
-        if kind in copying:
-            found["copying"] = [layer.tolist() for layer in copying[kind]]
-        return found
-
-    p = {}
-    for name in PATTERNS:
-        nulls = ["untrained", "not repeated"] if name in CONTENT else ["untrained"]
-        p[name] = [
+    alone = torch.from_numpy(np.random.default_rng(seed).permutation(config.vocab_size)[:512]).to(device)
+    ours, not_repeated = scored(model, sequences), scored(model, sequences, False)
+    copying = copying_scores(model, alone)
+    fresh, fresh_copying = [], []
+    for other in fresh_models(config, seed) if untrained is None else untrained:
+        other = other.to(next(model.parameters())).eval()
+        fresh.append(scored(other, each))
+        fresh_copying.append(copying_scores(other, alone))
+    assert len(fresh) > 1, "one untrained model has no spread"
+    null = {
+        name: [torch.stack([found[name][layer].mean(0) for found in fresh]) for layer in range(config.n_layers)]
+        for name in ours
+    }  # score -> layers -> [models heads]
+    p = {
+        name: [
             [
-                max(welch(ours[:, head].tolist(), samples[null][name][layer][:, head].tolist()) for null in nulls)
-                for head in range(ours.shape[1])
+                max(
+                    beyond(layer[:, head].mean().item(), null[name][number].tolist()),
+                    welch(layer[:, head].tolist(), not_repeated[name][number][:, head].tolist())
+                    if name in CONTENT
+                    else 0.0,
+                )
+                for head in range(layer.shape[1])
             ]
-            for layer, ours in enumerate(samples["trained"][name])
+            for number, layer in enumerate(ours[name])
         ]
+        for name in PATTERNS
+    }
     flat = [value for layers in p.values() for row in layers for value in row]
-    marks = iter(holm(flat, ALPHA))
-    marked = {name: [[next(marks) for _ in row] for row in layers] for name, layers in p.items()}
     assert all(math.isfinite(value) for value in flat)
+    marks = iter(holm(flat, ALPHA))
     return HeadScores(
-        scores=means("trained"),
-        not_repeated={n: s for n, s in means("not repeated").items() if n in CONTENT},
-        untrained=means("untrained"),
+        scores=_means(ours) | {"copying": [layer.tolist() for layer in copying]},
+        not_repeated={name: means for name, means in _means(not_repeated).items() if name in CONTENT},
+        untrained=_means(null)
+        | {"copying": [torch.stack(layer).mean(0).tolist() for layer in zip(*fresh_copying, strict=True)]},
         p=p,
-        marked=marked,
+        marked={name: [[next(marks) for _ in row] for row in layers] for name, layers in p.items()},
         alpha=ALPHA,
         sequences=sequences,
         segments=list(segments),
         seed=seed,
     )
+
+
+def lengths(config: ModelConfig, given: Sequence[int] | None = None) -> list[int]:
+    """Lengths of the segment, ascending. None: half of the context, at most 128, and a half and a quarter of that, as
+    far as they reach 4 tokens. `UserError` where one is no segment, or does not fit twice into the context."""
+    if given is None:
+        longest = min(config.context // 2, 128)
+        given = [n for n in (longest // 4, longest // 2, longest) if n >= 4]
+    if not given or min(given) < 2 or 2 * max(given) > config.context:
+        told = f"segments of {', '.join(map(str, given))} tokens" if given else "a segment of at least 4 tokens"
+        raise UserError(
+            f"{told}, each repeated once, must fit into the context of this model, which is {config.context}: give "
+            + (f"segments from 2 to {config.context // 2}" if config.context >= 4 else "a model with a longer one")
+        )
+    return sorted(set(given))
+
+
+def fresh_models(config: ModelConfig, seed: int) -> Iterator[Decoder]:
+    """Untrained models, one after the other, so that large ones need not stand in memory together."""
+    for number in range(FRESH):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(FRESH * seed + number + 1)
+            model = Decoder(config)
+        yield model
+
+
+@torch.no_grad()
+def _samples(
+    model: Decoder,
+    count: int,
+    segments: Sequence[int],
+    seed: int,
+    batch_size: int,
+    repeat: bool = True,
+    read: Callable[[int], None] = lambda count: None,
+) -> Samples:
+    """Each sample is the mean over one sequence of every length, so that lengths do not add to the spread."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    by_length = []
+    for segment in segments:
+        found: list[list[dict[str, Tensor]]] = []
+        for part in repeated(model.config.vocab_size, count, segment, seed, repeat=repeat).split(batch_size):
+            with watch(model) as layers:
+                model(part.to(device))
+            found.append([pattern_scores(layer.pattern(), segment) for layer in layers])
+            read(len(part))
+        by_length.append(
+            {
+                name: [torch.cat([part[name] for part in layer]) for layer in zip(*found, strict=True)]
+                for name in (*PATTERNS, *SPREAD)
+            }
+        )
+    model.train(training)
+    return {
+        name: [torch.stack(layer).mean(0) for layer in zip(*(each[name] for each in by_length), strict=True)]
+        for name in by_length[0]
+    }
+
+
+def _means(found: Samples) -> dict[str, list[list[float]]]:
+    return {name: [layer.mean(0).tolist() for layer in layers] for name, layers in found.items()}
+
+
+def mean_scores(
+    model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: int = 16
+) -> dict[str, list[list[float]]]:
+    """The patterns' scores without a null: score -> layers -> heads."""
+    return _means(_samples(model, sequences, segments, seed, batch_size))

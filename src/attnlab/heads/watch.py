@@ -31,7 +31,7 @@ class Layer:
         """How much of its attention each query gives to each token, B N L L: rows sum to 1. The answers of several
         memories count by their gate, and a key that stands for a group of tokens is shared out among them equally.
 
-        Raises `UserError` where there is no softmax over tokens.
+        Raises `UserError` where there is no softmax over tokens, and after others in a cache.
         """
         if not self.maps:
             raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
@@ -45,13 +45,17 @@ class Layer:
 
     def _group(self, keys: Tensor, length: int) -> int:
         """How many tokens a key stands for."""
-        if keys.shape[1] == length:
-            return 1
-        return next(spec.every for spec in self.config.cache_spec.beside.values())
+        beside = list(self.config.cache_spec.beside.values())
+        return beside[0].every if beside and keys.shape[1] != length else 1
 
 
 def _over_tokens(weights: Tensor, keys: Tensor, group: int, length: int) -> Tensor:
     """Weights on keys (B N L S) as weights on tokens (B N L T); a key at position -1 does not exist."""
+    if bool(((keys >= 0) & ((keys + 1) * group > length)).any()):
+        raise UserError(
+            f"a pattern is that of whole sequences, and these {length} tokens came after others in a cache: leave the "
+            "cache out, or read the maps of record_attention"
+        )
     tokens = keys[..., None] * group + torch.arange(group, device=keys.device)  # B S group
     tokens = torch.where(keys[..., None] >= 0, tokens, length).flatten(1)
     spread = weights.repeat_interleave(group, -1) / group

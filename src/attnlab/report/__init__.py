@@ -15,7 +15,7 @@ from typing import Any
 
 from ..results import write_bytes
 from ..spec import need
-from . import figures, inside, sections, tasks
+from . import figures, inside, sections, sizes, tasks
 from .folder import Findings, read
 from .headline import headline
 from .html import Html, script_json, tag
@@ -44,6 +44,7 @@ def page(found: Findings, plotly: str) -> str:
         sections.scoreboard(found, look),
         sections.curves(found, look, drawn),
         sections.trade(found, look, drawn),
+        sizes.sizes(found, look, drawn),
         sections.decoding(found, look, drawn),
         tasks.tasks(found, look, drawn),
         sections.laws(found, look),

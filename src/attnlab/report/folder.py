@@ -65,6 +65,7 @@ class Findings:
     standings: list[Standing] = field(default_factory=list)
     compare: dict[str, Any] = field(default_factory=dict)  # compare.json without its cells
     tasks: list[Trial] = field(default_factory=list)
+    sizes: dict[str, Findings] = field(default_factory=dict)  # runs and standings of each; above: those of the largest
     laws: list[LawResult] = field(default_factory=list)
     bench: list[BenchRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -129,6 +130,7 @@ def read(path: Path) -> Findings:
         cells=cells,
         standings=standings,
         tasks=compare.pop("tasks") if compare else [],
+        sizes=compare.pop("sizes") if compare else {},
         compare=compare or {},
         laws=load("laws.json", lambda data: [LawResult.from_dict(x) for x in data]) or [],
         bench=load("bench.json", lambda data: [BenchRecord.from_dict(x) for x in data]) or [],
@@ -166,9 +168,18 @@ def _compare(data: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{name} is not an object")
     cells = [_cell(cell) for cell in data.get("cells", [])]
-    rows = [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in data.get("summary", [])]
     tasks = [_trial(trial) for trial in data.get("tasks") or []]
-    return data | {"cells": cells, "summary": rows or _means(cells), "tasks": tasks}
+    baseline = {"baseline": data.get("baseline")}
+    sizes = {
+        str(each["size"]): Findings("", list(map(_cell, each["cells"])), _standings(each["summary"]), baseline)
+        for each in data.get("sizes") or []
+    }
+    rows = _standings(data.get("summary", [])) or _means(cells)
+    return data | {"cells": cells, "summary": rows, "tasks": tasks, "sizes": sizes}
+
+
+def _standings(rows: list[dict[str, Any]]) -> list[Standing]:
+    return [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in rows]
 
 
 def _trial(data: dict[str, Any]) -> Trial:

@@ -72,6 +72,8 @@ def _details(
         )
     if unknown and (better or worse or same):
         limits.append(f"Too few paired seeds to judge {words(s.mechanism for s in unknown)}.")
+    if found.sizes:
+        limits.append(f"All of this is about the largest size, {found.compare.get('size')}; see Sizes for the others.")
     planned = len(found.compare.get("mechanisms") or []) * len(found.compare.get("seeds") or [])
     if planned > len(found.cells):
         limits.append(f"The comparison is not finished: {len(found.cells)} of its {planned} runs have started.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..spec import need
 from .figures import Series, View, _bands, _over_seeds, _steps, figure, plain
 from .folder import Findings
 from .html import Html, table
-from .look import MUTED, Look
+from .look import DASHES, MARKERS, MUTED, Look
 from .sections import Figures, named, plot, section
 
 Heads = dict[str, Any]  # one entry of heads.json
@@ -202,10 +203,135 @@ def latents(found: Findings) -> list[View]:
     return views
 
 
+def ranks(found: Findings, look: dict[str, Look]) -> list[View]:
+    """How much of a latent a smaller one could hold."""
+    traces = [
+        _layer_line(mechanism, layer, list(range(len(layer["variance_left"]))), layer["variance_left"], look)
+        for mechanism, own in by_mechanism(found).items()
+        for layer in own[0].get("inside", ())
+        if layer["variance_left"]
+    ]
+    caption = (
+        "Reconstruction against rank: the share of a latent's variance that its first principal axes leave out, while "
+        "the model reads random tokens. One line per layer, of the first seed."
+    )
+    y = {"title": {"text": "share of variance left out"}, "range": [0, 1]}
+    return [View("Rank", caption, figure(traces, {"title": {"text": "principal axes kept"}}, y))] if traces else []
+
+
+def gates(found: Findings, look: dict[str, Look]) -> list[View]:
+    """How much each memory counts, by position: a view per mechanism, all layers of the first seed."""
+    views = []
+    for mechanism, own in by_mechanism(found).items():
+        layers = [layer for layer in own[0].get("inside", ()) if layer["gate"]]
+        traces = [
+            _layer_line(mechanism, layer, list(range(1, len(layer["gate"]) + 1)), list(weights), look, memory)
+            for layer in layers
+            for memory, weights in enumerate(zip(*layer["gate"], strict=True), 1)
+        ]
+        if traces:
+            caption = (
+                f"Gate of {mechanism}: how much the answer of each memory counts, mean over sequences of random tokens."
+            )
+            x, y = {"title": {"text": "position (tokens)"}}, {"title": {"text": "weight"}, "range": [0, 1]}
+            views.append(View(f"Gate of {mechanism}", caption, figure(traces, x, y)))
+    return views
+
+
+def reach(found: Findings, look: dict[str, Look]) -> list[View]:
+    """How far back what an indexer selects, or a memory recalls, lies."""
+    views = []
+    for kind, unit, what in (
+        ("selection_distance", "tokens", "the indexer selects tokens"),
+        ("recalled_distance", "chunks", "recalled chunks lie, counted by their weight"),
+    ):
+        traces = [
+            _layer_line(mechanism, layer, *_within(layer[kind]), look)
+            for mechanism, own in by_mechanism(found).items()
+            for layer in own[0].get("inside", ())
+            if layer[kind]
+        ]
+        if traces:
+            caption = f"How far back {what}: the share of those that are no further away."
+            x = {"title": {"text": f"distance ({unit})"}}
+            views.append(
+                View(
+                    f"Reach, {unit}",
+                    caption,
+                    figure(traces, x, {"title": {"text": "share within"}, "range": [0, 1.02]}),
+                )
+            )
+    return views
+
+
+def _within(bins: list[list[float]]) -> tuple[list[float], list[float]]:
+    """From [[nearest distance, share], ...], where bins double from 16 on: the share within each bin's far end."""
+    far = [nearest if nearest < 16 else 2 * nearest - 1 for nearest, _ in bins]
+    return far, list(accumulate(share for _, share in bins))
+
+
+def _layer_line(
+    mechanism: str,
+    layer: Heads,
+    x: list[float],
+    y: list[float],
+    look: dict[str, Look],
+    memory: int | None = None,
+) -> Any:
+    go = need("plotly.graph_objects", "report")
+    number, style = layer["layer"], look[mechanism]
+    name = f"{mechanism}, layer {number + 1}" + ("" if memory is None else f", memory {memory}")
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines+markers",
+        name=plain(name),
+        legendgroup=name,
+        meta=mechanism,
+        line={"color": style.color, "width": 1.2, "dash": DASHES[((memory or 1) - 1) % len(DASHES)]},
+        marker={"symbol": MARKERS[number % len(MARKERS)], "size": 4, "color": style.color},
+        hovertemplate=f"{plain(name)}: %{{x}}, %{{y:.3f}}<extra></extra>",
+    )
+
+
+TITLES = ("layer", "mechanism", "effective rank", "keys apart", "values apart", "top-k found", "gate", "expert load")
+
+
+def remembered(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What layers remember, as titles and rows of a table, without the columns that none of them has; or nothing."""
+    rows = []
+    for layer in layers:
+        rank, recall, load = layer["effective_rank"], layer["selection_recall"], layer["expert_load"]
+        gate = [fmean(weights) for weights in zip(*layer["gate"], strict=True)]
+        rows.append(
+            [
+                str(layer["layer"] + 1),
+                layer["mechanism"],
+                "" if rank is None else f"{rank:.1f} of {layer['rank']}",
+                _apart(layer["key_angles"]),
+                _apart(layer["value_angles"]),
+                "" if recall is None else f"{recall:.2f}, by chance {layer['selection_chance']:.2f}",
+                " ".join(f"{weight:.2f}" for weight in gate),
+                f"{min(load):.2f} to {max(load):.2f}" if load else "",
+            ]
+        )
+    shown = [i for i in range(len(TITLES)) if any(row[i] for row in rows)]
+    if len(shown) < 3:
+        return [], []
+    return [TITLES[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _apart(angles: Sequence[Sequence[float]]) -> str:
+    """Between the subspaces of different heads, on average."""
+    between = [angle for i, row in enumerate(angles) for angle in row[:i]]
+    return f"{fmean(between):.0f}°" if between else ""
+
+
 def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     if not found.heads:  # only a comparison that was asked for it has it
         return Html("")
-    drawn["inside"] = [*emergence(found, look), *scores(found), *causes(found, look), *latents(found)]
+    drawn["inside"] = [*emergence(found, look), *scores(found), *causes(found, look)]
+    drawn["inside"] += [*latents(found), *ranks(found, look), *gates(found, look), *reach(found, look)]
     rows = []
     for mechanism, own in by_mechanism(found).items():
         marked = [sum(m for row in e["scores"]["marked"]["induction"] for m in row) for e in own]
@@ -229,6 +355,11 @@ def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         "its score is above that of the same places in sequences without a repeat, and above an untrained model's, at "
         f"{scored['alpha']} after Holm's correction over all heads and scores."
     )
+    if not any("emergence" in entry for entry in found.heads):
+        note += (
+            " There are no curves over training, because the runs kept no checkpoints: --train.keep 0 keeps them, and "
+            "--train.save-every says how many."
+        )
     head = [
         "mechanism",
         "seeds",
@@ -238,8 +369,20 @@ def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         "gain on the repeat, nats",
         "worst ablation, nats",
     ]
+    titles, own_rows = remembered([layer for own in by_mechanism(found).values() for layer in own[0].get("inside", ())])
+    told = (
+        "What each layer remembers, first seed, while it reads random tokens. Apart: mean principal angle between the "
+        "subspaces of different heads, 90° where they share nothing. Top-k found: the share of what dense attention "
+        "would look at most that the indexer selects. Gate: the weight of each memory. Load: the share of the least "
+        "and the most used expert."
+    )
+    kept = table(told, titles, own_rows, left=2) if own_rows else None
     return section(
-        "inside", "Inside the heads", plot(drawn["inside"], "inside", "What the heads do"), table(note, head, rows)
+        "inside",
+        "Inside the heads",
+        plot(drawn["inside"], "inside", "What the heads do"),
+        table(note, head, rows),
+        kept,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..results import RunResult
 from . import figures
 from .folder import Findings, Standing, number
 from .headline import headline
@@ -54,6 +55,7 @@ def header(found: Findings) -> Html:
     title, details = headline(found)
     facts = [
         str(found.compare.get("preset") or ""),
+        str(found.compare.get("size") or ""),
         _plural({c.mechanism for c in found.cells} or set(found.mechanisms), "mechanism"),
         _plural({c.seed for c in found.cells}, "seed"),
         words(f"{steps:,} steps" for steps in sorted({c.steps for c in found.cells if c.status == "done"})),
@@ -139,7 +141,7 @@ def scoreboard(found: Findings, look: dict[str, Look]) -> Html:
     )
     lost_runs = [c for c in found.cells if c.status != "done"]
     notes = [
-        tag("li", tag("b", f"{c.mechanism}, seed {c.seed}"), f" {c.status}", f": {c.error}" if c.error else ".")
+        tag("li", tag("b", f"{c.mechanism}, seed {c.seed}"), f" {ending(c)}", f": {c.error}" if c.error else ".")
         for c in lost_runs
     ]
     warning = None
@@ -158,6 +160,10 @@ def scoreboard(found: Findings, look: dict[str, Look]) -> Html:
         table(caption, head, rows, marked=tuple(marked)),
         tag("div", tag("h3", "Runs that did not finish"), tag("ul", notes), class_="failures") if notes else None,
     )
+
+
+def ending(cell: RunResult) -> str:
+    return f"{cell.status} after {cell.attempts} attempts" if cell.attempts > 1 else cell.status
 
 
 def spread(standing: Standing, scale: float) -> Html | str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +23,10 @@ class Strategy(single.Strategy):
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         made = super().prepare(optimizers)
         dead = any("no dead parameters" in config.breaks for config in attention_configs(self.model.config))
-        self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, find_unused_parameters=dead)
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.13
+        options: dict[str, Any] = {sync: False, "find_unused_parameters": dead, "gradient_as_bucket_view": True}
+        self.wrapped = DistributedDataParallel(self.module, **options)
         return made
 
     def __call__(self, x: Tensor, y: Tensor, documents: Tensor | None = None, plain: bool = False) -> Tensor:

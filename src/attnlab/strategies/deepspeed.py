@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -86,7 +87,12 @@ class Strategy(single.Strategy):
         if self.config.compile and self.stage == 3:
             raise UserError("train.compile cannot see the parameters that ZeRO stage 3 takes away: leave it off")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # which it calls
         deepspeed = need("deepspeed", "scale")
+        if self.device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+                False  # gloo is there; this would be compiled first
+            )
         made = super().prepare(optimizers)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed divides nothing by these two here

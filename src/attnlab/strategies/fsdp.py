@@ -1,11 +1,10 @@
 """Parameters, gradients and optimizer state are cut along their first dimension, a slice for each process; a layer is
-gathered while it computes (torch.distributed.fsdp.fully_shard). A slice is a stretch of the flattened tensor, and is
-written as that."""
+gathered while it computes (torch.distributed.fsdp.fully_shard). Gradients are shared out after every part of a step, so
+that none is ever whole. A slice is a stretch of the flattened tensor, and is written as that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,11 +34,6 @@ class Strategy(single.Strategy):
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         return optimizers(self.config, self.model)
-
-    def part(self, last: bool) -> AbstractContextManager[object]:
-        root: Any = self.model
-        root.set_requires_gradient_sync(last)
-        return nullcontext()
 
     def clipped(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
         norm = super().clipped(parameters, clip)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import convert, evaluate, heads, infer, patch, prepare, workbench
+from . import convert, evaluate, heads, infer, patch, plan, prepare, workbench
 
 VERBS: dict[str, Callable[..., int]] = {
     "demo": workbench.demo,
     "list": workbench.list_,
     "prepare": prepare.prepare,
     "tokenizer": prepare.tokenizer,
+    "plan": plan.plan,
     "train": workbench.train,
     "sample": infer.sample,
     "infer": infer.infer,

@@ -34,7 +34,7 @@ def heads(
     Args:
         source: A run folder, an exported or Hugging Face folder, a name on the hub; with --untrained, a preset.
         sequences: Random sequences per length; 64 or more give marks that mean something.
-        segments: Lengths of the repeated segment (an eighth, a quarter and half of the context if left out).
+        segments: Lengths of the repeated segment (up to half of the context, at most 128, if left out).
         checkpoint: A step of a run folder; the newest if left out.
         no_ablation: Leave out the causal part, which runs the model once per head.
         emergence: Also score every checkpoint that the run kept (train with --train.keep 0).

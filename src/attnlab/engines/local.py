@@ -1,7 +1,6 @@
-"""Calls side by side in a few lasting processes: torch is imported once in each, and one bad call spoils no other.
+"""Calls side by side in a few lasting processes here: torch is imported once in each, and one bad call spoils no other.
 
-A call is a function of a module with arguments that pickle; it gets one argument more, `report`, to tell what it is
-doing. Outcomes come back as they happen. An interrupt reaches every worker once; each finishes its step and saves.
+An interrupt reaches every worker once; each finishes its step and saves. So it does where the driver dies.
 """
 
 from __future__ import annotations
@@ -10,26 +9,34 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
-from .spec import UserError
-
-Outcome = Literal["start", "event", "done", "failed", "interrupted"]
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
-Listener = Callable[[int, Outcome, Any], None]  # number of the call, what happened, the value, event or sentence
+from ..spec import UserError
+from .calls import Call, Engine, Failure, Listener, Needs, Waiting, attempt, cores, interrupts, torch_threads
 
 
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class Local:
+    def open(self, needs: Needs) -> Workers:
+        """By default a run per core or per GPU: side by side, small models lose less time waiting for each other's
+        threads."""
+        import torch
+
+        from ..train import find_device
+
+        if needs.gpus is not None:
+            raise UserError("the engine local gives runs the GPUs in turns: leave --gpus to the engines ray and slurm")
+        device = find_device(needs.device)
+        devices = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+        jobs = needs.jobs or (cores() if device.type == "cpu" else max(1, devices))
+        jobs = max(1, min(jobs, needs.runs))
+        return Workers(jobs, needs.threads or max(1, min(cores(), torch.get_num_threads()) // jobs), devices)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Worker:
 
 
 @dataclass
-class Workers:
+class Workers(Engine):
     """`jobs` processes of `threads` threads each. One job needs no process: it runs here."""
 
     jobs: int
@@ -48,9 +55,6 @@ class Workers:
     devices: int = 0  # accelerators to share out, in turns
     _workers: list[Worker] = field(default_factory=list)
     _interrupts: int = 0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -62,18 +66,17 @@ class Workers:
             worker.process.join()
         self._workers.clear()
 
-    def run(self, calls: Sequence[Call], tell: Listener) -> None:
-        """Make all calls; `tell` hears of each. A call that fails is told as a sentence and the rest go on.
+    def describe(self, calls: Sequence[Call]) -> str:
+        return f"here, {self.jobs} side by side, {self.threads} threads each"
 
-        `KeyboardInterrupt` once every call under way has ended; calls not begun are then not told at all.
-        """
+    def _run(self, waiting: Waiting, tell: Listener) -> None:
         if self.jobs == 1:
-            with _threads(self.threads):
-                for number, call in enumerate(calls):
-                    self._here(number, call, tell)
+            with torch_threads(self.threads):
+                while waiting:
+                    self._here(*waiting.popleft(), tell)
             return
-        waiting = list(enumerate(calls))[::-1]
-        with self._interruptible():
+        self._interrupts = 0
+        with interrupts(self._pass_on):
             while waiting or any(worker.call is not None for worker in self._workers):
                 if self._interrupts:
                     waiting.clear()
@@ -86,17 +89,17 @@ class Workers:
 
     def _here(self, number: int, call: Call, tell: Listener) -> None:
         tell(number, "start", None)
-        outcome, value = _attempt(call, lambda event: tell(number, "event", event))
+        outcome, value = attempt(call, lambda event: tell(number, "event", event))
         tell(number, outcome, value)
         if outcome == "interrupted":
             raise KeyboardInterrupt
 
-    def _hand_out(self, waiting: list[tuple[int, Call]], tell: Listener) -> None:
+    def _hand_out(self, waiting: Waiting, tell: Listener) -> None:
         while waiting and len(self._workers) < self.jobs:
             self._workers.append(self._hire(len(self._workers)))
         for worker in self._workers:
             if waiting and worker.call is None:
-                worker.call, call = waiting.pop()
+                worker.call, call = waiting.popleft()
                 tell(worker.call, "start", None)
                 worker.pipe.send(call)
 
@@ -120,7 +123,7 @@ class Workers:
             if number is not None and self._interrupts:
                 tell(number, "interrupted", None)
             elif number is not None:
-                tell(number, "failed", f"its process ended: {_last_words(worker.process.exitcode)}")
+                tell(number, "failed", Failure(f"its process ended: {_last_words(worker.process.exitcode)}", True))
             return
         assert worker.call is not None
         number = worker.call
@@ -128,28 +131,14 @@ class Workers:
             worker.call = None
         tell(number, outcome, value)
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first interrupt is passed on, once, and asks for an orderly end; the second ends everything."""
-        self._interrupts = 0
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, frame: object) -> None:
-            self._interrupts += 1
-            for worker in self._workers:
-                if self._interrupts > 1:
-                    worker.process.kill()
-                elif worker.call is not None and worker.process.pid is not None:
-                    os.kill(worker.process.pid, signal.SIGINT)
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _pass_on(self, count: int) -> None:
+        """The first interrupt asks for an orderly end; the second ends everything."""
+        self._interrupts = count
+        for worker in self._workers:
+            if count > 1:
+                worker.process.kill()
+            elif worker.call is not None and worker.process.pid is not None:
+                os.kill(worker.process.pid, signal.SIGINT)
 
 
 def _serve(pipe: Connection, threads: int, device: int | None) -> None:
@@ -159,15 +148,32 @@ def _serve(pipe: Connection, threads: int, device: int | None) -> None:
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device)
     try:
-        with _threads(threads):
+        with torch_threads(threads):
             _release_signals()
+            threading.Thread(target=_end_with_parent, daemon=True).start()
             while True:
-                outcome, value = _attempt(pipe.recv(), lambda event: pipe.send(("event", event)))
+                outcome, value = attempt(pipe.recv(), lambda event: _report(pipe, event))
                 pipe.send((outcome, value))
                 if outcome == "interrupted":
                     return
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return  # the parent has gone, or wants us to go
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would break what is done at the exit
+
+
+def _report(pipe: Connection, event: Any) -> None:
+    """Where nobody listens any more, the call is about to be interrupted, and saves."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        pipe.send(("event", event))
+
+
+def _end_with_parent() -> None:
+    """Nobody could pass an interrupt on any more, so this does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @contextmanager
@@ -193,35 +199,8 @@ def _visible(device: int) -> str:
     return allowed.split(",")[device] if allowed else str(device)
 
 
-def _attempt(call: Call, report: Callable[[Any], None]) -> tuple[Outcome, Any]:
-    function, arguments = call
-    try:
-        return "done", function(*arguments, report)
-    except KeyboardInterrupt:
-        return "interrupted", None
-    except UserError as error:
-        return "failed", str(error)
-    except (BrokenPipeError, ConnectionResetError):
-        raise
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-
-
 def _last_words(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"
     return f"exit status {code}"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

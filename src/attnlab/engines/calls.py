@@ -1,0 +1,157 @@
+"""What all engines share: calls go in, outcomes come back as they happen, and what a machine spoilt is made again.
+
+A call is a function of a module with arguments that pickle; it gets one argument more, `report`, to tell what it is
+doing. A call that trains names its run folder, so that whoever cannot hear it may read there how far it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+from ..spec import UserError
+
+Outcome = Literal["note", "start", "event", "again", "done", "failed", "interrupted"]
+Listener = Callable[[int, Outcome, Any], None]  # number of the call, what happened, the value, event or sentence
+MACHINE = (OSError, MemoryError, RuntimeError)  # what may be the machine's fault; torch raises CUDA's as RuntimeError
+
+
+class Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    folder: Path | None = None  # of the run that it trains
+
+
+class Failure(NamedTuple):
+    sentence: str
+    again: bool  # whether it may go well the next time
+
+
+Waiting = deque[tuple[int, Call]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an engine has to know. None: it decides."""
+
+    runs: int  # calls there will be
+    folder: Path  # for files of its own
+    jobs: int | None = None  # side by side
+    threads: int | None = None  # of each
+    gpus: int | None = None  # of each
+    device: str = "auto"  # train.device
+    say: Callable[[str], None] = lambda text: None  # where a line goes about what takes long
+
+    def __post_init__(self) -> None:
+        for name, least in (("jobs", 1), ("threads", 1), ("gpus", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} is {value}: give {least} or more, or leave it out")
+
+
+class Engine(ABC):
+    """Where calls are made; a context that lets go of what it holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @abstractmethod
+    def describe(self, calls: Sequence[Call]) -> str:
+        """What `run` would do, for a dry run."""
+
+    def run(self, calls: Sequence[Call], tell: Listener) -> None:
+        """Make all calls; `tell` hears of each. A call that fails is told as a sentence and the rest go on.
+
+        What may be the machine's fault is told as "again" and made once more, after those that wait.
+        `KeyboardInterrupt` once an interrupt was passed on; calls not begun are then not told at all.
+        """
+        waiting: Waiting = deque(enumerate(calls))
+        tried: set[int] = set()
+
+        def hear(number: int, outcome: Outcome, value: Any) -> None:
+            if not isinstance(value, Failure):
+                tell(number, outcome, value)
+            elif value.again and number not in tried:
+                tried.add(number)
+                waiting.append((number, calls[number]))
+                tell(number, "again", value.sentence)
+            else:
+                tell(number, "failed", value.sentence)
+
+        self._run(waiting, hear)
+
+    @abstractmethod
+    def _run(self, waiting: Waiting, tell: Listener) -> None:
+        """Until nothing waits and nothing is under way; to tell a `Failure` may make a call wait again."""
+
+
+class Kind(Protocol):
+    """The options of an engine."""
+
+    def open(self, needs: Needs) -> Engine: ...
+
+
+def attempt(call: Call, report: Callable[[Any], None]) -> tuple[Outcome, Any]:
+    """Make a call, and say how it ended."""
+    try:
+        return "done", call.function(*call.arguments, report)
+    except KeyboardInterrupt:
+        return "interrupted", None
+    except UserError as error:
+        return "failed", Failure(str(error), again=False)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        return "failed", Failure(said, again=isinstance(error, MACHINE))
+
+
+@contextmanager
+def interrupts(pass_on: Callable[[int], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `pass_on` with how many there were so far. Elsewhere than in the main thread: never."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = 0
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        pass_on(count)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,121 @@
+"""Calls as tasks of Ray: one started here for the time being, or a cluster that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from ..spec import UserError, need
+from .calls import Call, Failure, Needs, Outcome, attempt, cores, torch_threads
+from .remote import Remote
+
+
+@dataclass(frozen=True)
+class Ray:
+    address: str = "local"  # auto: the cluster that this machine belongs to; HOST:PORT: that one
+
+    def open(self, needs: Needs) -> OnRay:
+        return OnRay(self.address, needs)
+
+
+class OnRay(Remote):
+    """A task takes its threads as CPUs, and a GPU unless it trains on a CPU. Ray decides where and when."""
+
+    def __init__(self, address: str, needs: Needs) -> None:
+        self.ray = need("ray", "scale")
+        self.address, self.limit = address, needs.jobs
+        self.threads, self.runs = needs.threads or 1, needs.runs
+        self.say = needs.say
+        self.gpus, self.cpu = needs.gpus, needs.device == "cpu"
+        self.mine = False  # whether it was started, or joined, here
+        self.task: Any = None  # what makes a call there
+
+    def __enter__(self) -> Self:
+        if self.runs:
+            try:
+                self._connect()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.mine:
+            self.ray.shutdown()
+            self.mine, self.task = False, None
+
+    def describe(self, calls: Sequence[Call]) -> str:
+        side = "as many side by side as fit" if self.limit is None else f"{self.limit} side by side"
+        gpus = ("no GPU" if self.cpu else "a GPU where there is one") if self.gpus is None else f"{self.gpus} GPUs"
+        return f"on Ray ({self.address}), {side}, {self.threads} CPUs and {gpus} each"
+
+    def begin(self, call: Call) -> tuple[Any, str]:
+        self._connect()
+        return self.task.remote(call, self.threads, os.getcwd()), ""
+
+    def _connect(self) -> None:
+        if self.task is not None:
+            return
+        here = self.address == "local"
+        own = {"num_cpus": max(self.threads * (self.limit or 1), cores()), "include_dashboard": False} if here else {}
+        if not self.ray.is_initialized():
+            self.say("starting Ray here" if here else f"joining Ray at {self.address}")
+            try:
+                _reach(self.address)
+                self.ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            except (OSError, ValueError, RuntimeError) as error:
+                said = str(error).partition("\n")[0].rstrip(".")
+                raise UserError(
+                    f"Ray cannot be reached at {self.address!r} ({said}): give --ray-address local, auto or HOST:PORT"
+                ) from None
+            self.mine = True
+        held = self.ray.cluster_resources()
+        gpus = (0 if self.cpu else min(1, int(held.get("GPU", 0)))) if self.gpus is None else self.gpus
+        for name, wanted in (("CPU", self.threads), ("GPU", gpus)):
+            if here and wanted > held.get(name, 0):
+                raise UserError(f"a run asks for {wanted} {name}s and this machine has {int(held.get(name, 0))}")
+        variables = {k: v for k in ("PYTHONPATH",) if (v := os.environ.get(k))}
+        self.task = self.ray.remote(
+            num_cpus=self.threads,
+            num_gpus=gpus,
+            max_retries=0,  # we do, and say so
+            runtime_env={"env_vars": variables | {"OMP_NUM_THREADS": str(self.threads)}},
+        )(_task)
+
+    def ended(self, handle: Any) -> tuple[Outcome, Any] | None:
+        if not self.ray.wait([handle], timeout=0)[0]:
+            return None
+        try:
+            found: tuple[Outcome, Any] = self.ray.get(handle)
+            return found
+        except self.ray.exceptions.TaskCancelledError:
+            return "interrupted", None
+        except self.ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            told = lines[-1] if isinstance(error, self.ray.exceptions.RayTaskError) else lines[0]
+            return "failed", Failure(f"Ray lost it: {told}", again=True)
+
+    def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
+        for handle in handles:
+            self.ray.cancel(handle, force=hard)
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _task(call: Call, threads: int, folder: str) -> tuple[Outcome, Any]:
+    """On the node: where the driver is, so that relative paths mean the same."""
+    os.chdir(folder)
+    with torch_threads(threads):
+        return attempt(call, lambda event: None)

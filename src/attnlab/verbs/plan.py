@@ -1,0 +1,73 @@
+"""plan: what a model will take, before anything is paid for."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from .. import screen
+from .options import Fields, Flag, Json, json_object, listed, options_of_mechanisms, with_choices
+
+
+def plan(
+    preset: Annotated[Positional[str], arg(metavar="PRESET")],
+    *,
+    config: Fields,
+    mechanism: Annotated[str | None, arg(metavar="NAME[,NAME]")] = None,
+    mechanisms: Annotated[str | None, arg(metavar="A,B,...")] = None,
+    options: Annotated[str | None, arg(metavar="JSON")] = None,
+    gpus: Annotated[int, arg(metavar="N")] = 1,
+    gpu: Annotated[str, arg(metavar="NAME")] = "h100",
+    strategy: Annotated[str, arg(metavar="NAME")] = "ddp",
+    batch: Annotated[int | None, arg(metavar="N")] = None,
+    recompute: Flag = False,
+    tokens: Annotated[float | None, arg(metavar="N")] = None,
+    mfu: Annotated[float | None, arg(metavar="SHARE")] = None,
+    context: Annotated[int | None, arg(metavar="N")] = None,
+    json_: Json = False,
+) -> int:
+    """Say what training and decoding will take on GPUs that are not here.
+
+    Exit code: 0 training fits, 1 it does not, and what would is said.
+
+    Args:
+        preset: The shape and the run; every field of it can be overridden below.
+        mechanism: The attention of every layer, or one per layer, repeated: sliding,sliding,sliding,mla.
+        mechanisms: What else is planned in this shape, a row each (every mechanism if left out; none: '').
+        options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
+        gpus: How many.
+        gpu: h100, h200, a100, mi300, or its numbers: '{"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}'.
+        strategy: ddp (everything on each GPU), fsdp (all sharded), deepspeed[:FILE.json] (by its ZeRO stage).
+        batch: Sequences on each GPU at a time (the preset's train.batch_size if left out).
+        recompute: Keep only the input of each layer, and compute the rest twice.
+        tokens: To train on, such as 300e9 (the preset's if left out).
+        mfu: The share of the peak that training reaches (0.4 if left out).
+        context: Tokens held while decoding (the preset's context if left out).
+        json_: Print one JSON object.
+    """
+    from .. import attention
+    from ..match import variant
+    from ..plan import MFU, Machine, find_gpu
+    from ..plan import plan as plans
+
+    numbers = json_object("--gpu", gpu) if gpu.lstrip().startswith("{") else None
+    machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)
+    config = with_choices(config, mechanism, None)
+    given = options_of_mechanisms("--options", options)
+    labels = attention.names() if mechanisms is None else listed(mechanisms)
+    foresee = partial(plans, machine=machine, tokens=tokens, mfu=MFU if mfu is None else mfu, context=context)
+    with screen.working() as tell:
+        tell(config.mechanism, 0, 1 + len(labels))
+        own = foresee(config)
+        rows = []
+        for number, label in enumerate(labels, 1):
+            tell(label, number, 1 + len(labels))
+            rows.append(foresee(variant(config, label, given), advise=False))
+    if json_:
+        print(json.dumps({**own.to_dict(), "mechanisms": [row.to_dict() for row in rows]}, indent=1))
+    else:
+        screen.console().print(screen.plan(own, rows))
+    return int(not own.fits)
