@@ -52,6 +52,7 @@ SHAPE: dict[str, Any] = {
     "train.device": "cpu",
 }
 COMPILED = {"train.compile": True, "train.steps": 4, "train.eval-every": 2}
+WORSE = {"train.lr": 10, "train.warmup": 11, "train.keep": 1}  # the first validation is the best
 Options = Mapping[str, Any] | None
 PROMPT = 60.0  # seconds in which all processes must have ended, once one of them has
 
@@ -515,6 +516,9 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
         for at, number, step in (("start", 1, 0), ("step", 7, 7), ("evaluation", 2, 4), ("saving", 2, 4))
         for do in ("SIGTERM", "SIGINT")
     },
+    "SIGTERM while what is to be the best is evaluated": partial(
+        stopped, at="evaluation", number=2, step=4, do="SIGTERM", options=WORSE
+    ),
     "SIGTERM during compilation": partial(stopped, at="compilation", number=1, step=1, do="SIGTERM", options=COMPILED),
     "SIGINT during compilation, to the compiler too": partial(
         stopped, at="compilation", number=1, step=1, do="SIGINT", options=COMPILED, to="group"

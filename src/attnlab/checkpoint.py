@@ -279,7 +279,7 @@ class RunFolder:
         state: Mapping[str, Any],
     ) -> Path:
         """Write the checkpoint of `step`, whole or not at all, then drop old ones: all but the newest `train.keep` and
-        that with the least validation loss (`state["val_loss"]`). Each process of the crew gives what it holds."""
+        the `best`. Each process of the crew gives what it holds."""
         crew, place = self.crew, self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
@@ -299,7 +299,7 @@ class RunFolder:
         self, half: Path, place: Path, step: int, state: Mapping[str, Any], files: dict[str, dict[str, Any]]
     ) -> None:
         files["state.json"] = _write(half / "state.json", _line({"step": step, **state}))
-        _write(half / COMMIT, _line({"step": step, "val_loss": state.get("val_loss"), "files": files}))
+        _write(half / COMMIT, _line({"step": step, "files": files}))
         _sync(half)
         _drop(place)
         os.replace(half, place)
@@ -307,17 +307,19 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Drop the checkpoints that need not stay."""
-        steps, keep = self.steps(), self.config.train.keep
-        best = self.best()
-        for step in steps[:-keep] if keep else ():
+        keep = self.config.train.keep
+        spare = self.steps()[:-keep] if keep else []
+        best = self.best() if spare else None
+        for step in spare:
             if step != best:
                 _drop(self._place(step))
 
     def best(self) -> int | None:
-        """The step, of those with a checkpoint and a validation at that very step, with the least loss."""
-        losses = {step: read_json(self._place(step) / COMMIT)["val_loss"] for step in self.steps()}
-        known = [(loss, step) for step, loss in losses.items() if loss is not None]
-        return min(known)[1] if known else None
+        """The step, of those with a checkpoint and, on record, a validation at that very step, with the least loss."""
+        losses = {record["step"]: record["val_loss"] for record in self.metrics() if record.get("val_loss") is not None}
+        return min(
+            (step for step in self.steps() if step in losses), key=lambda step: (losses[step], step), default=None
+        )
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in ascending order."""
