@@ -534,6 +534,9 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
     "guard stop, a spike": partial(stops, kind="spike", **{"train.spike": 1}),
     "guard skip, a loss that is NaN": partial(skips, kind="nan"),
     "guard skip, a gradient that overflows": partial(skips, kind="overflow"),
+    "guard skip, NaN in a mixture of experts": partial(
+        skips, kind="nan", **{"model.ff": "moe", "model.balance": "bias", "model.n-experts": 3}
+    ),
     "guard skip, a spike": partial(skips, kind="spike", **{"train.spike": 1}),
     "guard rewind, a loss that is NaN": partial(rewinds, kind="nan"),
     "guard rewind, a spike": partial(rewinds, kind="spike", **{"train.spike": 1}),
