@@ -52,6 +52,7 @@ SHAPE: dict[str, Any] = {
     "train.device": "cpu",
 }
 COMPILED = {"train.compile": True, "train.steps": 4, "train.eval-every": 2}
+SHARDED = {"strategy": "fsdp", "model.dropout": 0.0}
 WORSE = {"train.lr": 10, "train.warmup": 11, "train.keep": 1}  # the first validation is the best
 Options = Mapping[str, Any] | None
 PROMPT = 60.0  # seconds in which all processes must have ended, once one of them has
@@ -291,14 +292,14 @@ def killed_while_it_resumes(lab: Lab) -> Outcome:
     return Outcome(f"at each of its first {tried} writes", seconds)
 
 
-SHARED = WALK | {"strategy": "fsdp", "train.steps": 2, "model.dropout": 0.0}
+TWO = WALK | SHARDED | {"train.steps": 2}
 
 
 def killed_one_of_two(lab: Lab, step: int = 4) -> Outcome:
     """One process of two that write shards, at some of its writes: the other must not wait for it."""
     tried, longest = 0, 0.0
     for rank, points in ((0, range(11, 31, step)), (1, range(1, 6, max(1, step // 2)))):
-        more, seconds = walk(lab, "write", SHARED, points=points, rank=rank, processes=2)
+        more, seconds = walk(lab, "write", TWO, points=points, rank=rank, processes=2)
         tried, longest = tried + more, max(longest, seconds)
     return Outcome(f"at {tried} writes of either, sharded; the other said that it is alone, exit code 2", longest)
 
@@ -306,17 +307,20 @@ def killed_one_of_two(lab: Lab, step: int = 4) -> Outcome:
 # b: asked to stop
 
 
-def stopped(lab: Lab, at: str, number: int, step: int, do: str, options: Options = None, **more: Any) -> Outcome:
+def stopped(
+    lab: Lab, at: str, number: int, step: int, do: str, options: Options = None, processes: int = 1, **more: Any
+) -> Outcome:
     """It ends well at `step`."""
-    whole, out = lab.whole(options), lab.new()
-    done = lab.run(out, {"at": at, "number": number, "do": do, **more}, options)
-    assert done.codes == [0], done.said[-3000:]
-    assert "the run is saved in" in done.said and "the same command with --resume goes on from there" in done.said
+    whole, out = lab.whole(options, processes=processes), lab.new()
+    fault = {"at": at, "number": number, "do": do, **more}
+    done = lab.run(out, fault, options, processes=processes, fast=True if processes > 1 else None)
+    assert set(done.codes) == {0}, done.said[-3000:]
+    assert done.said.count("the run is saved in") == done.said.count("the same command with --resume goes on") == 1
     result = RunFolder.open(out).result()
     assert newest(out) == step and result and result.status == "interrupted" and result.steps == step, newest(out)
     if at == "evaluation":
         assert not result.curve, "what was cut short does not count"
-    resumed(lab, out, whole, options)
+    resumed(lab, out, whole, options, processes=processes)
     return Outcome(f"exit code 0, with a checkpoint of step {step}", done.seconds)
 
 
@@ -515,6 +519,12 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
         f"{do} during {at}": partial(stopped, at=at, number=number, step=step, do=do)
         for at, number, step in (("start", 1, 0), ("step", 7, 7), ("evaluation", 2, 4), ("saving", 2, 4))
         for do in ("SIGTERM", "SIGINT")
+    },
+    **{
+        f"SIGTERM to one of two processes during {at}": partial(
+            stopped, at=at, number=number, step=step, do="SIGTERM", options=SHARDED, processes=2, rank=1
+        )
+        for at, number, step in (("step", 7, 7), ("evaluation", 2, 4), ("saving", 2, 4))
     },
     "SIGTERM while what is to be the best is evaluated": partial(
         stopped, at="evaluation", number=2, step=4, do="SIGTERM", options=WORSE
