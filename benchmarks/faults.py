@@ -51,7 +51,7 @@ SHAPE: dict[str, Any] = {
     "train.precision": "fp32",
     "train.device": "cpu",
 }
-COMPILED = {"train.compile": True, "train.steps": 4, "train.eval-every": 2}
+COMPILED = {"train.compile": True, "train.steps": 2, "train.keep": 1}
 SHARDED = {"strategy": "fsdp", "model.dropout": 0.0}
 WORSE = {"train.lr": 10, "train.warmup": 11, "train.keep": 1}  # the first validation is the best
 Options = Mapping[str, Any] | None
@@ -103,11 +103,7 @@ class Lab:
 
     def words(self, out: Path, options: Mapping[str, Any], resume: bool) -> list[str]:
         given = SHAPE | {"data": f"text:{self.home}/text.txt", "out": out} | dict(options)
-        flags = [
-            word
-            for name, value in given.items()
-            for word in ([f"--{name}", str(value)] if value != "" else [f"--{name}"])
-        ]
+        flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
         return ["train", "quick", *flags, *(["--resume"] if resume else [])]
 
     def run(
