@@ -179,9 +179,11 @@ def test_the_best_checkpoint_stays(folder):
     """And the newest two; a checkpoint without a validation of its own is no candidate."""
     model = nn.Linear(3, 2)
     for step, loss in ((5, 2.5), (10, 2.0), (15, None), (20, 2.25), (25, 2.1)):
-        folder.save(step, model, {}, {"val_loss": loss})
+        folder.log({"step": step, "val_loss": loss} if loss else {"step": step, "loss": 0.5})
+        folder.save(step, model, {}, {})
     assert folder.steps() == [10, 20, 25] and folder.best() == 10
-    folder.save(30, model, {}, {"val_loss": 1.5})
+    folder.log({"step": 30, "val_loss": 1.5})
+    folder.save(30, model, {}, {})
     assert folder.steps() == [25, 30] and folder.best() == 30
     assert RunFolder.create(folder.path.parent / "other", CONFIG, CORPUS).best() is None
 

@@ -250,7 +250,8 @@ class RunFolder:
             raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made."""
+        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made or
+        did not come to drop."""
         if self.crew.first:
             self._forget_after(step)
         self.crew.wait()
@@ -259,6 +260,7 @@ class RunFolder:
         half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
         for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*"), *half_gone):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        self._tidy()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
         else:
@@ -277,7 +279,7 @@ class RunFolder:
         state: Mapping[str, Any],
     ) -> Path:
         """Write the checkpoint of `step`, whole or not at all, then drop old ones: all but the newest `train.keep` and
-        that with the least validation loss (`state["val_loss"]`). Each process of the crew gives what it holds."""
+        the `best`. Each process of the crew gives what it holds."""
         crew, place = self.crew, self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
@@ -290,31 +292,34 @@ class RunFolder:
             if crew.first:
                 shutil.rmtree(half, ignore_errors=True)
         if crew.first:
-            for old in self._spare():
-                _drop(self._place(old))
+            self._tidy()
         return place
 
     def _commit(
         self, half: Path, place: Path, step: int, state: Mapping[str, Any], files: dict[str, dict[str, Any]]
     ) -> None:
         files["state.json"] = _write(half / "state.json", _line({"step": step, **state}))
-        _write(half / COMMIT, _line({"step": step, "val_loss": state.get("val_loss"), "files": files}))
+        _write(half / COMMIT, _line({"step": step, "files": files}))
         _sync(half)
         _drop(place)
         os.replace(half, place)
         _sync(self.path)
 
-    def _spare(self) -> list[int]:
-        """Checkpoints that need not stay."""
-        steps, keep = self.steps(), self.config.train.keep
-        best = self.best()
-        return [step for step in steps[:-keep] if step != best] if keep else []
+    def _tidy(self) -> None:
+        """Drop the checkpoints that need not stay."""
+        keep = self.config.train.keep
+        spare = self.steps()[:-keep] if keep else []
+        best = self.best() if spare else None
+        for step in spare:
+            if step != best:
+                _drop(self._place(step))
 
     def best(self) -> int | None:
-        """The step, of those with a checkpoint and a validation at that very step, with the least loss."""
-        losses = {step: read_json(self._place(step) / COMMIT)["val_loss"] for step in self.steps()}
-        known = [(loss, step) for step, loss in losses.items() if loss is not None]
-        return min(known)[1] if known else None
+        """The step, of those with a checkpoint and, on record, a validation at that very step, with the least loss."""
+        losses = {record["step"]: record["val_loss"] for record in self.metrics() if record.get("val_loss") is not None}
+        return min(
+            (step for step in self.steps() if step in losses), key=lambda step: (losses[step], step), default=None
+        )
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in ascending order."""

@@ -3,18 +3,24 @@ deepspeed, srun), each with a rank from 0 on. Joining them is Accelerate's work,
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .launcher import launched
+from .launcher import lasting_store, launched, rank
 from .spec import UserError, need
 
 T = TypeVar("T")
+PATIENCE = 300.0  # seconds until processes that were started together must have found each other
+_joined = count()  # how often this process did
 
 
 class Alone(UserError):
@@ -72,11 +78,9 @@ class Crew:
             value, error = work(), None
         except (UserError, OSError) as caught:
             value, error = None, caught
-        for rank, found in enumerate(
-            self.gather(error if isinstance(error, UserError) or error is None else str(error))
-        ):
+        for other, found in enumerate(self.gather(None if error is None else str(error))):
             if found is not None:
-                raise error or UserError(f"process {rank} of {self.size}: {found}")
+                raise error or UserError(f"process {other} of {self.size}: {found}")
         return value  # type: ignore[return-value]
 
 
@@ -97,6 +101,8 @@ def join(device: torch.device, grouped: bool = False) -> Crew:
             dist.init_process_group("gloo" if cpu else None, store=dist.HashStore(), rank=0, world_size=1)
         return Crew(host=dist.group.WORLD, ours=ours)
     try:
+        if ours and lasting_store():
+            dist.init_process_group("gloo" if cpu else None, store=_new_store(), rank=rank(), world_size=launched())
         known = state.PartialState(cpu=cpu)
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -105,6 +111,29 @@ def join(device: torch.device, grouped: bool = False) -> Crew:
         ) from None
     host = dist.group.WORLD if cpu else dist.new_group(backend="gloo")
     return Crew(known.process_index, known.num_processes, host, ours)
+
+
+def _new_store() -> dist.Store:
+    """A store in the first process. torchrun's own still holds what dead processes wrote, and new ones would wait for
+    those (pytorch/pytorch#135712); here it only says where the new store is."""
+    key, host, size = f"attnlab-{next(_joined)}", os.environ["MASTER_ADDR"], launched()
+    old = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), size, is_master=False)
+    if rank() == 0:
+        new = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        old.set(key, str(new.port))
+        return new
+    last = time.monotonic() + PATIENCE
+    while True:
+        port = int(old.get(key))
+        try:
+            new = dist.TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=5))
+        except RuntimeError:  # where that of an earlier first process was
+            if time.monotonic() > last:
+                raise
+            time.sleep(0.1)
+        else:
+            new.set_timeout(timedelta(seconds=PATIENCE))
+            return new
 
 
 def leave(crew: Crew) -> None:

@@ -18,3 +18,8 @@ def rank() -> int:
 def restarted() -> bool:
     """Whether this process stands in the place of one that failed (torchrun --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def lasting_store() -> bool:
+    """Whether processes find each other through a store of torchrun's own, which outlives them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -163,10 +163,11 @@ class Experts(nn.Module):
         return with_loss(y, "balance", len(counts) * (share * logits.softmax(-1).mean(0)).sum(), 0.01)
 
     @torch.no_grad()
-    def move_bias(self) -> None:
-        """After each step: away from experts that got more than their share in it."""
+    def move_bias(self, taken: bool = True) -> None:
+        """After each step: away from experts that got more than their share in it, if it was `taken`."""
         if self.balance == "bias" and self.load.any():
-            self.bias += 1e-3 * (1 / len(self.load) - self.load / self.load.sum()).sign()
+            if taken:
+                self.bias += 1e-3 * (1 / len(self.load) - self.load / self.load.sum()).sign()
             self.load.zero_()
 
 

@@ -229,7 +229,7 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
     rate = learning_rate(config, step)
     norm, applied = strategy.step(rate, config.clip, trainer.scale.now, skips or trainer.scale.used, fine)
     for experts in trainer.model.experts():
-        experts.move_bias()
+        experts.move_bias(applied)
     if trainer.scale.used and fine:
         trainer.scale.learn(applied)
     lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))

@@ -195,7 +195,6 @@ class Log:
     alone: float = 0.0  # seconds since the last record in which this process waited for no other
     warm: bool = False  # whether a whole interval has passed
     saved: int | None = None
-    validated: tuple[int, float] | None = None  # step and loss of the last validation
 
     KEPT: ClassVar = ("seconds", "tokens", "interval", "usual", "shift", "skipped", "rewinds", "scale")
 
@@ -204,10 +203,7 @@ class Log:
         return cls(step, saved=step, **{name: state[name] for name in cls.KEPT if name in state})
 
     def state(self) -> dict[str, Any]:
-        at = self.validated
-        return {name: getattr(self, name) for name in self.KEPT} | {
-            "val_loss": at[1] if at and at[0] == self.step else None
-        }
+        return {name: getattr(self, name) for name in self.KEPT}
 
 
 @dataclass
@@ -287,7 +283,6 @@ class Run:
             return False
         if not math.isfinite(loss):
             self.wrong("validation loss", loss, self.log.step)
-        self.log.validated = (self.log.step, loss)
         self.note({"tokens": self.log.tokens, "val_loss": loss})
         self.tell({"step": self.log.step, "val_loss": loss})
         return True
