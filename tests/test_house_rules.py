@@ -40,7 +40,7 @@ ORDER = [
     {"model"},
     {"match", "checkpoint"},
     {"hub"},
-    {"train", "strategies", "convert", "engines", "progress", "measure", "accounting", "heartbeat", "trackers"},
+    {"train", "step", "strategies", "convert", "engines", "progress", "measure", "accounting", "heartbeat", "trackers"},
     {"decode", "chat", "infer"},
     {"hf"},
     {"evaluate", "examine", "bench", "forecast", "footprint", "sharding", "plan", "heads"},

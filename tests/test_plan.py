@@ -116,7 +116,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from attnlab import Decoder
 from attnlab.config import RunConfig, from_dict
-from attnlab.train import make_optimizers
+from attnlab.step import make_optimizers
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 config = from_dict(RunConfig, json.loads(sys.argv[4]))

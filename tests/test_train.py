@@ -20,18 +20,8 @@ from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.infer import sample_run
 from attnlab.spec import UserError
-from attnlab.train import (
-    Diverged,
-    Trainer,
-    find_device,
-    find_precision,
-    learning_rate,
-    make_optimizers,
-    resolve,
-    train,
-    train_step,
-    validate,
-)
+from attnlab.step import Trainer, find_device, find_precision, learning_rate, make_optimizers, train_step, validate
+from attnlab.train import Diverged, resolve, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
 MODEL = ModelConfig(context=32, n_layers=2, d_model=16, n_heads=2)

@@ -25,7 +25,8 @@ from .measure import counted_flops, interleaved, peak_growth, tensor_bytes, wait
 from .model import Decoder
 from .results import BenchRecord, Record
 from .spec import UserError, choose
-from .train import Trainer, find_device, find_precision, resolve, train_step
+from .step import Trainer, find_device, find_precision, train_step
+from .train import resolve
 
 Kind = Literal["train", "prefill", "decode"]
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and how much there is

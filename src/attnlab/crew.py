@@ -78,9 +78,7 @@ class Crew:
             value, error = work(), None
         except (UserError, OSError) as caught:
             value, error = None, caught
-        for other, found in enumerate(
-            self.gather(error if isinstance(error, UserError) or error is None else str(error))
-        ):
+        for other, found in enumerate(self.gather(None if error is None else str(error))):
             if found is not None:
                 raise error or UserError(f"process {other} of {self.size}: {found}")
         return value  # type: ignore[return-value]

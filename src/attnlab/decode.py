@@ -16,7 +16,7 @@ from .cache import Cache
 from .measure import wait_for
 from .model import Decoder
 from .spec import UserError
-from .train import check_compiler
+from .step import check_compiler
 
 VARIANTS = 64  # kinds of blocks that one process may compile
 

@@ -37,8 +37,8 @@ from .data.tokens import Tokens
 from .model import Decoder
 from .results import EvalResult
 from .spec import UserError, choose
+from .step import find_device
 from .tasks import task_of
-from .train import find_device
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once

@@ -12,8 +12,8 @@ from .config import ModelConfig
 from .match import cache_floats
 from .results import TaskResult
 from .spec import UserError
+from .step import find_device
 from .tasks import Score, Task, score, task_of
-from .train import find_device
 
 SEQUENCES = 512  # held out, of each length
 DEPTHS = 8  # parts of the haystack

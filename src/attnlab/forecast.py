@@ -11,7 +11,7 @@ from .config import RunConfig
 from .match import cache_floats, parameters
 from .model import attention_configs
 from .results import Record
-from .train import find_device, find_precision
+from .step import find_device, find_precision
 
 FLOAT = 4  # bytes of a cached number, in float32
 

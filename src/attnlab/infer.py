@@ -14,7 +14,7 @@ from .decode import check, continuation
 from .measure import tensor_bytes
 from .model import Decoder, Experts
 from .spec import UserError
-from .train import find_device
+from .step import find_device
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .model import Decoder, Experts, attention_configs, flops_per_token
 from .results import Record
 from .sharding import find_sharding
 from .spec import UserError, choose
-from .train import make_optimizers
+from .step import make_optimizers
 
 BF16 = 2  # bytes
 USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA, communication and what fragmentation wastes

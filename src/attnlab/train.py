@@ -1,7 +1,7 @@
-"""Training. Step `n` is a pure function of (weights, optimizer state, config, n): no iterator, no random state.
+"""Training: the steps (`step.py`) of a run, with what is told, validated, guarded against and saved on the way.
 
-So a run that was interrupted goes on bit for bit as if it had not been, and runs with one seed see the same batches
-whatever their mechanism is.
+A step knows nothing of those before it but weights and optimizer state, so a run that was interrupted goes on bit for
+bit as if it had not been, and runs with one seed see the same batches whatever their mechanism is.
 """
 
 from __future__ import annotations
@@ -15,36 +15,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import data, ops, strategies
-from .accounting import Account, Laggards, Peak, combine, document_lengths, find_peak
-from .checkpoint import RunFolder, load_weights
-from .config import Execution, RunConfig, TrainConfig
-from .convert.heal import distilled, freeze, start_from
-from .crew import ALONE, Alone, Crew, join, leave, lost, unreachable
+from .accounting import Account, Laggards, Peak, combine, find_peak
+from .checkpoint import RunFolder
+from .config import Execution, RunConfig
+from .crew import Alone, Crew, join, leave, lost, unreachable
 from .heartbeat import Heartbeat
 from .launcher import restarted
 from .measure import peak_bytes, reset_peak
-from .model import Decoder, attention_configs, flops_per_token
+from .model import attention_configs, flops_per_token
 from .results import RunResult
 from .spec import UserError
-from .strategies import Strategy
+from .step import HOW, Step, Trainer, dealt, find_device, find_precision, learning_rate, train_step, validate
 from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
-HOW = Execution()
 USUAL = 50  # losses that say what is usual
-
-
 REWINDS = 10  # more than so many end a run whose loss keeps rising
 
 
@@ -181,272 +175,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     if config.model.vocab_size < corpus.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
     return config, corpus
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then cosine to `min_lr`, or flat and a linear fall at the end."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    if config.schedule == "cosine":
-        share = (step - config.warmup) / max(1, config.steps - config.warmup)
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-    else:
-        height = min(1.0, (config.steps - step) / (config.decay * config.steps))
-    return config.min_lr + height * (config.lr - config.min_lr)
-
-
-def make_optimizers(config: TrainConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name. Weight decay pulls on matrices, embeddings among them, not on norms and biases (nanoGPT's rule).
-
-    With Muon, it takes the matrices between embedding and head, and AdamW everything else.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    outer |= {id(p) for name, p in model.named_parameters() if name.split(".")[0] == "head"}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    if config.optimizer == "muon":
-        hidden = [p for p in parameters if p.ndim == 2 and id(p) not in outer]
-        parameters = [p for p in parameters if p.ndim != 2 or id(p) in outer]
-        optimizers["muon"] = torch.optim.Muon(
-            hidden,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",  # one rate then suits both optimizers
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers["adamw"] = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        fused=all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters),
-    )
-    return optimizers
-
-
-@dataclass
-class Trainer:
-    """What a step needs."""
-
-    config: RunConfig
-    corpus: data.Corpus
-    strategy: Strategy
-    crew: Crew
-    precision: str  # fp32, bf16 or fp16
-    device: torch.device
-    scale: Scale
-
-    @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        corpus: data.Corpus,
-        how: Execution = HOW,
-        crew: Crew = ALONE,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> Trainer:
-        """Initial weights, where none are given, depend on the seed alone. Changes torch's global random state."""
-        device = find_device(config.train.device)
-        if device.index is None and device.type == "cuda" and crew.size > 1:
-            device = torch.device("cuda", torch.cuda.current_device())
-        kind, settings = strategies.find(how.strategy)
-        precision = find_precision(config.train.precision, device)
-        if not kind.careful and (config.train.guard == "skip" or precision == "fp16"):
-            raise UserError(
-                f"the strategy {how.strategy} applies a step before anyone has seen its gradient, so train.guard skip "
-                "and train.precision fp16 cannot be: give guard stop or rewind, and fp32 or bf16"
-            )
-        torch.manual_seed(config.seed)
-        model, objective = crew.agree(lambda: cls._model(config, device, weights))
-        model.recompute = how.recompute
-        strategy = kind(
-            model,
-            objective,
-            make_optimizers,
-            config.train,
-            crew,
-            device,
-            len(dealt(config.train, crew.size)),
-            settings,
-        )
-        return cls(config, corpus, strategy, crew, precision, device, Scale(precision == "fp16"))
-
-    @staticmethod
-    def _model(
-        config: RunConfig, device: torch.device, weights: Mapping[str, Tensor] | None
-    ) -> tuple[Decoder, Callable[..., Tensor] | None]:
-        """The model on the host, and what its teacher makes of the loss, if it has one."""
-        if config.train.compile:
-            check_compiler("train.compile", device)
-        model = Decoder(config.model)
-        if weights is not None:
-            load_weights(model, weights)
-        elif config.init:
-            start_from(model, config.init)
-        freeze(model, config.train.train)
-        taught = distilled(model, config.teacher, config.train.distill, device) if config.teacher else None
-        return model, taught
-
-    @property
-    def model(self) -> Decoder:
-        return self.strategy.model
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Weights stay float32; otherwise the matrix products read them rounded. Where layers are computed again, their
-        rounded weights are not kept in between."""
-        if self.precision == "fp32":
-            return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype, cache_enabled=not self.model.recompute)
-
-    def batch(self, step: int) -> list[data.Batch]:
-        """The parts of step `step` that this process reads one by one, on the host."""
-        train, crew = self.config.train, self.crew
-        size = train.batch_size * train.accumulate
-        whole = self.corpus.batch(self.config.seed, step, size, self.config.model.context, crew.rank, crew.size)
-        ends = list(accumulate(dealt(train, crew.size)))
-        return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
-
-
-def dealt(train: TrainConfig, processes: int) -> list[int]:
-    """Rows of each part that a process reads one by one: whole parts where they can be dealt out, else their shares."""
-    rows, rest = divmod(train.batch_size * train.accumulate, processes)
-    if rest:
-        raise UserError(
-            f"{train.batch_size * train.accumulate} sequences a step (train.batch_size {train.batch_size} times "
-            f"train.accumulate {train.accumulate}) cannot be shared out among {processes} processes: make one of them "
-            f"a multiple of {processes}"
-        )
-    parts = -(-rows // train.batch_size)
-    return [rows * (i + 1) // parts - rows * i // parts for i in range(parts)]
-
-
-@dataclass
-class Scale:
-    """What float16 gradients are multiplied by so that small ones are not lost: halved when they overflow, doubled
-    after 2000 steps in which they did not (Micikevicius et al. 2018, arXiv 1710.03740)."""
-
-    used: bool
-    factor: float = 2.0**16
-    good: int = 0
-
-    @property
-    def now(self) -> float:
-        return self.factor if self.used else 1.0
-
-    def learn(self, applied: bool) -> None:
-        self.good = self.good + 1 if applied else 0
-        if not applied:
-            self.factor /= 2
-        elif self.good % 2000 == 0:
-            self.factor *= 2
-
-
-class Step(NamedTuple):
-    """What a step tells."""
-
-    loss: Tensor  # mean over the targets of all processes, or this one's part of the sum that is
-    norm: Tensor  # of the gradient, before clipping
-    tokens: int  # targets that counted, of all processes
-    applied: bool = True
-    own: int = 0  # targets that this process read
-    lengths: tuple[int, ...] = ()  # of the documents that it read, where rows hold whole ones
-    waited: float = 0.0  # seconds for data
-    alone: float = 0.0  # seconds of data and forward passes, in which a process does not wait for others but in fsdp
-
-
-def train_step(trainer: Trainer, step: int, place: int | None = None, limit: float = math.inf) -> Step:
-    """One optimizer step, number `step` from 0, on the data of step `place` (`step` unless given). Where `train.guard`
-    is to skip, it is not taken if its loss is above `limit` or anything is not finite."""
-    config, strategy, crew = trainer.config.train, trainer.strategy, trainer.crew
-    place = step if place is None else place
-    seed_dropout(trainer.config.seed, place, trainer.device, crew.rank)
-    began = time.perf_counter()
-    parts = trainer.batch(place)
-    waited = time.perf_counter() - began
-    counts = [part.counted() for part in parts]
-    everyone = int(crew.sum(sum(counts))[0])
-    total, alone = torch.zeros((), device=trainer.device), waited
-    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
-        weight = share * crew.size * trainer.scale.now
-        with strategy.part(number + 1 == len(parts)), ops.part_of_step(number), ops.scale_losses(weight):
-            began = time.perf_counter()
-            with trainer.autocast():
-                loss = strategy(*part.to(trainer.device))
-            alone += time.perf_counter() - began
-            strategy.backward(loss * weight)
-        total += loss.detach() * share
-    skips = config.guard == "skip"
-    fine = not skips or crew.sum(total.item())[0] <= limit
-    rate = learning_rate(config, step)
-    norm, applied = strategy.step(rate, config.clip, trainer.scale.now, skips or trainer.scale.used, fine)
-    for experts in trainer.model.experts():
-        experts.move_bias(applied)
-    if trainer.scale.used and fine:
-        trainer.scale.learn(applied)
-    lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))
-    return Step(total, norm, everyone, applied, sum(counts), lengths, waited, alone)
-
-
-@torch.no_grad()
-def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean loss in nats over the targets of the fixed held-out rows; None where it was `stopped`."""
-    size, crew = trainer.config.train.batch_size, trainer.crew
-    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
-    losses, counts = [], []
-    trainer.model.eval()
-    try:
-        for at in range(0, len(whole.x), size):
-            if stopped():
-                return None
-            first, last = (at + size * part // crew.size for part in (crew.rank, crew.rank + 1))
-            part = whole.rows(first, max(last, first + 1))  # all processes work, if some for nothing
-            with trainer.autocast():
-                losses.append(trainer.strategy(*part.to(trainer.device), plain=True).float())
-            counts.append(part.counted() if last > first else 0)
-    finally:
-        trainer.model.train()
-    total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True) if count)
-    return crew.sum(total)[0] / whole.counted()
-
-
-def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
-    """What is random within a step is a function of (seed, step), and of the process where there are several."""
-    number = int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])
-    torch.default_generator.manual_seed(
-        number
-    )  # torch.manual_seed would also note down a stack trace for each GPU kind
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(number)
-
-
-def find_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. `UserError` lists what is there."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if name == "auto":
-        return torch.device(there[min(1, len(there) - 1)])
-    if name not in there:
-        raise UserError(f"the device {name!r} is not there: allowed here are auto, {', '.join(there)}")
-    return torch.device(name)
-
-
-def find_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return "bf16" if fast else "fp32"
 
 
 @dataclass
@@ -689,20 +417,6 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: s
         curve=curve,
         train_curve=train_curve,
     )
-
-
-def check_compiler(option: str, device: torch.device) -> None:
-    """UserError where `option` asks torch.compile for what it cannot do on this machine."""
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise UserError(
-                f"{option} needs a C++ compiler, and none was found; install g++ or clang++, or leave it off"
-            ) from None
 
 
 @contextmanager

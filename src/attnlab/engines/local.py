@@ -28,7 +28,7 @@ class Local:
         threads."""
         import torch
 
-        from ..train import find_device
+        from ..step import find_device
 
         if needs.gpus is not None:
             raise UserError("the engine local gives runs the GPUs in turns: leave --gpus to the engines ray and slurm")

@@ -57,7 +57,7 @@ def heads(
         raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
     from ..heads import whole
     from ..results import write_json
-    from ..train import find_device
+    from ..step import find_device
 
     model = (_fresh(source, seed) if untrained else _loaded(source, checkpoint)).to(find_device(device))
     with screen.working() as tell:

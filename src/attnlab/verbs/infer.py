@@ -97,7 +97,7 @@ def infer(
 
     from .. import hub
     from ..infer import continue_texts
-    from ..train import find_device
+    from ..step import find_device
 
     place = find_device(device)
     narrow = dtype == "bf16" or (dtype == "auto" and place.type != "cpu")
