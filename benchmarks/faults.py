@@ -137,8 +137,8 @@ class Lab:
                 try:
                     hung, codes = False, [process.wait(timeout)]
                 except subprocess.TimeoutExpired:
-                    process.kill()
-                    hung, codes = True, [process.wait()]
+                    process.terminate()  # a launcher then ends its workers
+                    hung, codes = True, [process.wait(PROMPT)]
             ended = time.time()
         said = log.read_text() if log.exists() else ""
         assert not hung, f"not all processes ended within {timeout:.0f} s:\n{said[-3000:]}"
