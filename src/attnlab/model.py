@@ -102,7 +102,7 @@ class Experts(nn.Module):
     the f_i are then those of the whole, and so is the loss."""
 
     bias: Tensor
-    load: Tensor
+    load: Tensor | None = None  # tokens that each expert got since the bias last moved
     together: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
@@ -116,7 +116,6 @@ class Experts(nn.Module):
         for weight in (self.into, self.out):
             nn.init.normal_(weight, std=0.02)
         self.register_buffer("bias", torch.zeros(E))  # moves an expert's chance to be chosen, not its weight
-        self.register_buffer("load", torch.zeros(E), persistent=False)  # since the bias last moved
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
@@ -157,7 +156,7 @@ class Experts(nn.Module):
         counts = counts if self.together is None else self.together(counts)
         if self.balance == "bias":
             if self.training:
-                self.load += counts
+                self.load = counts if self.load is None else self.load + counts
             return y
         share = counts / counts.sum()
         return with_loss(y, "balance", len(counts) * (share * logits.softmax(-1).mean(0)).sum(), 0.01)
@@ -165,10 +164,9 @@ class Experts(nn.Module):
     @torch.no_grad()
     def move_bias(self, taken: bool = True) -> None:
         """After each step: away from experts that got more than their share in it, if it was `taken`."""
-        if self.balance == "bias" and self.load.any():
-            if taken:
-                self.bias += 1e-3 * (1 / len(self.load) - self.load / self.load.sum()).sign()
-            self.load.zero_()
+        load, self.load = self.load, None
+        if load is not None and taken and load.any():
+            self.bias += 1e-3 * (1 / len(load) - load / load.sum()).sign()
 
 
 class Block(nn.Module):
