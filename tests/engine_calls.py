@@ -39,7 +39,7 @@ def write(folder, record):
 def until_interrupted(folder, report):
     write(folder, {"step": 1})
     try:
-        for _ in range(1200):
+        for _ in range(6000):
             time.sleep(0.05)
     except KeyboardInterrupt:
         write(folder, {"step": 2})  # "saves"
