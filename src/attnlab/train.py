@@ -27,7 +27,7 @@ from . import data, ops, strategies
 from .accounting import Account, Laggards, Peak, combine, find_peak
 from .checkpoint import RunFolder
 from .config import Execution, RunConfig
-from .crew import Alone, Crew, join, leave, lost, unreachable
+from .crew import Alone, Crew, Lost, join, leave, lost, unreachable
 from .heartbeat import Heartbeat
 from .launcher import restarted
 from .measure import peak_bytes, reset_peak
@@ -78,11 +78,12 @@ def train(
     crew = join(find_device(config.train.device), kind.grouped)
     try:
         with _own_random_state(), _stop_requests() as stop, _deterministic(config.train.deterministic):
-            return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
-    except RuntimeError as error:
-        if crew.size > 1 and unreachable(error):
-            raise lost(error) from error
-        raise
+            try:
+                return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
+            except RuntimeError as error:
+                if crew.size > 1 and unreachable(error):
+                    raise lost(error) from error
+                raise
     finally:
         leave(crew)
 
@@ -460,6 +461,9 @@ def _stop_requests() -> Iterator[threading.Event]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+    except Lost:
+        before[signal.SIGTERM] = signal.SIG_IGN  # a launcher ends this process too: what is to be said comes first
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
+import secrets
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +36,7 @@ class OnRay(Remote):
         self.threads, self.runs = needs.threads or 1, needs.runs
         self.say = needs.say
         self.gpus, self.cpu = needs.gpus, needs.device == "cpu"
+        self.stop = (needs.folder / f".stop-{secrets.token_hex(4)}").absolute()  # is there once tasks are to end
         self.mine = False  # whether it was started, or joined, here
         self.task: Any = None  # what makes a call there
 
@@ -47,6 +52,7 @@ class OnRay(Remote):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop.unlink(missing_ok=True)
         if self.mine:
             self.ray.shutdown()
             self.mine, self.task = False, None
@@ -58,7 +64,7 @@ class OnRay(Remote):
 
     def begin(self, call: Call) -> tuple[Any, str]:
         self._connect()
-        return self.task.remote(call, self.threads, os.getcwd()), ""
+        return self.task.remote(call, self.threads, os.getcwd(), self.stop), ""
 
     def _connect(self) -> None:
         if self.task is not None:
@@ -103,8 +109,9 @@ class OnRay(Remote):
             return "failed", Failure(f"Ray lost it: {told}", again=True)
 
     def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
-        for handle in handles:
-            self.ray.cancel(handle, force=hard)
+        self.stop.touch()
+        for handle in handles if hard else ():
+            self.ray.cancel(handle, force=True)
 
 
 def _reach(address: str) -> None:
@@ -114,8 +121,23 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _task(call: Call, threads: int, folder: str) -> tuple[Outcome, Any]:
+def _task(call: Call, threads: int, folder: str, stop: Path) -> tuple[Outcome, Any]:
     """On the node: where the driver is, so that relative paths mean the same."""
+    if stop.exists():  # it waited until now
+        return "interrupted", None
     os.chdir(folder)
-    with torch_threads(threads):
-        return attempt(call, lambda event: None)
+    ended = threading.Event()
+    threading.Thread(target=_interrupt, args=(stop, ended), daemon=True).start()
+    try:
+        with torch_threads(threads):
+            return attempt(call, lambda event: None)
+    finally:
+        ended.set()
+
+
+def _interrupt(stop: Path, ended: threading.Event) -> None:
+    """Once, when `stop` is there. Ray's own cancelling is lost now and then on a loaded machine."""
+    while not ended.wait(0.5):
+        if stop.exists():
+            _thread.interrupt_main()
+            return
