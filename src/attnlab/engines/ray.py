@@ -6,6 +6,7 @@ import _thread
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ def _task(call: Call, threads: int, folder: str, stop: Path) -> tuple[Outcome, A
     if stop.exists():  # it waited until now
         return "interrupted", None
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a driver in the background hands on that it is ignored
     ended = threading.Event()
     threading.Thread(target=_interrupt, args=(stop, ended), daemon=True).start()
     try:
@@ -136,7 +138,7 @@ def _task(call: Call, threads: int, folder: str, stop: Path) -> tuple[Outcome, A
 
 
 def _interrupt(stop: Path, ended: threading.Event) -> None:
-    """Once, when `stop` is there. Ray's own cancelling is lost now and then on a loaded machine."""
+    """Once, when `stop` is there: what Ray's own cancelling does to a task that runs."""
     while not ended.wait(0.5):
         if stop.exists():
             _thread.interrupt_main()
