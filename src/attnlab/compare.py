@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from .train import resolve, train
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
 BASELINE = "mha"  # where it is compared; else the first
 EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file; also: "heads"
@@ -468,21 +469,30 @@ def _lost(cell: RunResult, size: str = "") -> str:
     return f"[red]{escape(who)} failed{' twice' if cell.attempts > 1 else ''}: {escape(cell.error)}"
 
 
-def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
-    """Losses, a column for each size."""
+def _grid(
+    title: str, columns: Sequence[Mapping[str, Any]], name: str, cell: Callable[[Mapping[str, Any]], str]
+) -> Table:
+    """A row for each mechanism, a column for each of several comparisons."""
     from rich.markup import escape
     from rich.table import Table
 
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    view.add_column("val loss", no_wrap=True)
-    for each in sizes:
-        view.add_column(each["size"], justify="right", no_wrap=True)
-    for rows in zip(*(each["summary"] for each in sizes), strict=True):
-        shown = [
-            "" if row["val_loss"] is None else f"{row['val_loss']:.4f} {LOSS_SIGNS.get(row['verdict'], '?')}"
-            for row in rows
-        ]
-        view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *shown)
+    view.add_column(title, no_wrap=True)
+    for column in columns:
+        view.add_column(column[name], justify="right", no_wrap=True)
+    for rows in zip(*(column["summary"] for column in columns), strict=True):
+        view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *map(cell, rows))
+    return view
+
+
+def _marked(row: Mapping[str, Any], name: str, form: str, signs: Mapping[str, str], scale: float = 1) -> str:
+    """A number and the sign of its verdict."""
+    return "" if row[name] is None else f"{form.format(scale * row[name])} {signs.get(row['verdict'], '?')}"
+
+
+def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
+    """Losses, a column for each size."""
+    view = _grid("val loss", sizes, "size", lambda row: _marked(row, "val_loss", "{:.4f}", LOSS_SIGNS))
     notes: list[RenderableType] = [
         "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; "
         "?: too few seeds."
@@ -500,18 +510,8 @@ SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not dist
 def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[RenderableType]:
     """Accuracies, a column for each task."""
     from rich.markup import escape
-    from rich.table import Table
 
-    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    view.add_column("accuracy, %", no_wrap=True)
-    for task in tasks:
-        view.add_column(task["task"], justify="right", no_wrap=True)
-    for rows in zip(*(task["summary"] for task in tasks), strict=True):
-        shown = [
-            "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} {SIGNS.get(row['verdict'], '?')}"
-            for row in rows
-        ]
-        view.add_row(f"[bold]{escape(rows[0]['mechanism'])}", *shown)
+    view = _grid("accuracy, %", tasks, "task", lambda row: _marked(row, "accuracy", "{:.1f}", SIGNS, 100))
     view.add_row("[dim]chance", *(f"[dim]{100 * task['chance']:.1f}  " for task in tasks))
     contexts = " or ".join(dict.fromkeys(str(task["context"]) for task in tasks))
     notes = [
