@@ -1,5 +1,5 @@
 """`python -m attnlab` is `attnlab`."""
 
-from attnlab.cli import main
+from attnlab.cli import run
 
-raise SystemExit(main())
+run()

@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -52,6 +52,17 @@ def main(args: Sequence[str] | None = None) -> int:
         elif rank() == 0 or not getattr(error, "shared", False):
             print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
         return 2
+
+
+def run() -> NoReturn:
+    """`main` as a program. One process of several ends at once: all is written, and native libraries that still hold
+    threads of the process group (DeepSpeed's do) now and then abort while they are torn down."""
+    code = main()
+    if launched() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_verb(given: Sequence[str]) -> int:
