@@ -23,8 +23,8 @@ from speed import markdown, progress_of, provenance, say, write_section
 from attnlab import data, hub
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert, targets
+from attnlab.files import read_json, write_bytes, write_json
 from attnlab.report.look import GLYPHS, INK, MUTED, PALETTE, RULE, looks
-from attnlab.results import read_json, write_bytes, write_json
 from attnlab.train import train
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "conversion.md"

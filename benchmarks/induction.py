@@ -30,7 +30,7 @@ from attnlab import presets
 from attnlab.compare import compare
 from attnlab.config import DataConfig, RunConfig
 from attnlab.data.corpus import shakespeare
-from attnlab.results import write_bytes, write_json
+from attnlab.files import write_bytes, write_json
 from attnlab.stats import paired
 
 MECHANISMS = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")

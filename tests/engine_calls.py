@@ -7,7 +7,7 @@ import os
 import signal
 import time
 
-from attnlab.spec import UserError
+from attnlab.errors import UserError
 
 
 def square(folder, x, report):

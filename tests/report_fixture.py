@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attnlab.results import FORMAT, BenchRecord, LawResult, RunResult, write_json
+from attnlab.files import write_json
+from attnlab.results import FORMAT, BenchRecord, LawResult, RunResult
 from attnlab.stats import paired
 
 LAYERS, CONTEXT, STEPS = 4, 256, 2000

@@ -27,9 +27,9 @@ from attnlab.accounting import (
     training_flops,
 )
 from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.errors import UserError
 from attnlab.measure import counted_flops, peak_bytes, reset_peak
 from attnlab.model import Decoder, attention_configs
-from attnlab.spec import UserError
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=61, context=39, n_layers=2, d_model=32, n_heads=4)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from attnlab.audit import audit_target
 from attnlab.audit.foreign import Settings, causal_mask
+from attnlab.errors import UserError
 from attnlab.laws import LAWS
-from attnlab.spec import UserError
 
 HERE = Path(__file__).parent / "foreign"
 GPT, DICT, SMALL = HERE / "gpt_style.py", HERE / "dict_style.py", HERE / "library/models/small/modeling_small.py"

@@ -10,12 +10,12 @@ from torch import nn
 
 from attnlab import attention, bench
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
+from attnlab.errors import UserError
 from attnlab.match import parameters, variant
 from attnlab.measure import counted_flops, interleaved, peak_growth, tensor_bytes
 from attnlab.model import attention_configs
 from attnlab.progress import Meter
 from attnlab.results import BenchRecord
-from attnlab.spec import UserError
 
 PRESET = RunConfig(
     model=ModelConfig(context=24, n_layers=2, d_model=32, n_heads=4, options={}),

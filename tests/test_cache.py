@@ -6,8 +6,9 @@ import torch
 
 from attnlab import attention, cache
 from attnlab.cache import Cache, extend
+from attnlab.errors import UserError
 from attnlab.ops import chunk_sums, ema, newest, rope
-from attnlab.spec import CAUSAL, CacheSpec, Mask, UserError
+from attnlab.spec import CAUSAL, CacheSpec, Mask
 
 TOKEN = CacheSpec({"k": (3,)})
 

@@ -16,9 +16,9 @@ from attnlab import attention, checkpoint, data
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.crew import Crew
+from attnlab.errors import UserError
 from attnlab.model import Decoder
 from attnlab.results import RunResult
-from attnlab.spec import UserError
 
 CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
 MODEL = ModelConfig(vocab_size=CORPUS.vocab_size, context=16, n_layers=1, d_model=16, n_heads=2)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from attnlab import __version__, attention, checkpoint, cli, presets
+from attnlab.errors import UserError
 from attnlab.results import BenchRecord
-from attnlab.spec import UserError
 from attnlab.verbs import options, workbench
 
 Run = Callable[..., tuple[int, str, str]]

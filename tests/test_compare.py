@@ -16,10 +16,11 @@ from attnlab import compare as module
 from attnlab import examine
 from attnlab.compare import attention_of, plan, sample_of, table, verdicts
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.errors import UserError
+from attnlab.files import read_json
 from attnlab.match import parameters, variant
 from attnlab.progress import Progress
-from attnlab.results import LawResult, RunResult, TaskResult, read_json
-from attnlab.spec import UserError
+from attnlab.results import LawResult, RunResult, TaskResult
 from attnlab.train import Diverged, train
 
 compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)

@@ -16,10 +16,12 @@ from attnlab.convert.dense import Dense
 from attnlab.convert.statistics import gather
 from attnlab.data import CharTokenizer
 from attnlab.decode import generate
+from attnlab.errors import UserError
 from attnlab.laws import check_attention
 from attnlab.model import Decoder, attention_configs
-from attnlab.ops import record_losses, rope
-from attnlab.spec import RopeScaling, UserError
+from attnlab.ops import rope
+from attnlab.recording import record_losses
+from attnlab.spec import RopeScaling
 
 SHAPE = ModelConfig(vocab_size=29, context=21, n_layers=2, d_model=24, n_heads=4, head_dim=6)
 SOURCES = {

@@ -12,7 +12,7 @@ from attnlab import data
 from attnlab.config import DataConfig
 from attnlab.data import packing
 from attnlab.data.prepare import Plan, prepare
-from attnlab.spec import UserError
+from attnlab.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
 

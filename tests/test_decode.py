@@ -6,8 +6,8 @@ import torch
 from attnlab import attention, decode
 from attnlab.config import ModelConfig
 from attnlab.decode import generate, left_padded, prefill, step
+from attnlab.errors import UserError
 from attnlab.model import Decoder
-from attnlab.spec import UserError
 
 # every mechanism, as it comes and in each variant that its own Config names
 SETTINGS = [

@@ -22,9 +22,9 @@ from engine_calls import fails, square, until_interrupted, write
 from attnlab import compare as module
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.engines import Call, Local, Needs, Ray, Slurm, remote, slurm
-from attnlab.lock import alone
-from attnlab.results import RunResult, read_json
-from attnlab.spec import UserError
+from attnlab.errors import UserError
+from attnlab.files import alone, read_json
+from attnlab.results import RunResult
 
 HERE = Path(__file__).parent
 SLURM_HERE = Slurm(cluster="local", time="60")

@@ -228,7 +228,7 @@ def test_indexer_learns_where_attention_looks():
     x, positions = torch.randn(8, L, D), torch.arange(L).expand(8, L)
     indexer = [p for name, p in m.named_parameters() if name.startswith("index")]
     optimizer = torch.optim.Adam(indexer, 1e-2)
-    from attnlab.ops import record_losses
+    from attnlab.recording import record_losses
 
     losses = []
     for _ in range(60):

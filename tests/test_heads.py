@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, ops, presets
+from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, presets
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.latent import angles
 from attnlab.heads.scores import lengths
+from attnlab.recording import Maps, record_attention
 from attnlab.stats import beyond, holm, welch
 
 VOCAB, PLACES = 24, 32
@@ -208,7 +209,7 @@ def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
     assert value_sizes(model, layers) == [None, None]
 
 
-def dense(maps: ops.Maps, length: int) -> list[torch.Tensor]:
+def dense(maps: Maps, length: int) -> list[torch.Tensor]:
     """Each map with a column per key position, wherever its keys were stored: B N L length."""
     found = []
     for weights, (_, keys) in zip(maps, maps.at, strict=True):
@@ -221,10 +222,10 @@ def dense(maps: ops.Maps, length: int) -> list[torch.Tensor]:
 def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> None:
     """Whatever is cached, and in which order: a query looks at the same tokens."""
     model, tokens, length = small(mechanism).double(), repeated(40, 2, 13, 3), 26
-    with ops.record_attention() as whole, torch.no_grad():
+    with record_attention() as whole, torch.no_grad():
         model(tokens)
     cache = model.empty_cache(2, length)
-    with ops.record_attention() as apart, torch.no_grad():
+    with record_attention() as apart, torch.no_grad():
         _, cache = model(tokens[:, :11], cache=cache)
         each = len(apart)
         for t in range(11, length):
@@ -235,7 +236,7 @@ def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> N
         joined = torch.cat(parts[i::each], 2)
         torch.testing.assert_close(joined, expected, atol=1e-6, rtol=0)
     model.train()
-    with ops.record_attention() as training:
+    with record_attention() as training:
         logits, _ = model(tokens)
         logits.sum().backward()
     assert len(training) == len(whole) and not any(weights.requires_grad for weights in training)
@@ -251,7 +252,7 @@ def test_absorbed_maps_equal_expanded_maps(mechanism: str, dtype: torch.dtype) -
     for mode in ("expanded", "absorbed"):
         model = small(mechanism, options={mechanism: {"mode": mode}}).to(dtype)
         cache = model.empty_cache(2, length)
-        with ops.record_attention() as found, torch.no_grad():
+        with record_attention() as found, torch.no_grad():
             model(tokens)
             for t in range(length):
                 _, cache = model(tokens[:, t : t + 1], cache=cache)

@@ -20,8 +20,8 @@ from attnlab.cli import main
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert
 from attnlab.data import CharTokenizer
+from attnlab.errors import UserError
 from attnlab.model import Decoder
-from attnlab.spec import UserError
 from attnlab.train import Trainer, resolve, train, train_step, validate
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 20

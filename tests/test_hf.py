@@ -17,9 +17,9 @@ from transformers.generation import BaseStreamer
 import attnlab.hf
 from attnlab import Decoder, ModelConfig, attention, cli, decode, hub
 from attnlab.data.tokenizer import ByteTokenizer, CharTokenizer
+from attnlab.errors import UserError
 from attnlab.evaluate import evaluate
 from attnlab.hf.memory import Memory
-from attnlab.spec import UserError
 
 NAMES = attention.names()
 OPTIONS = {"msla": {"top_k": 6}, "sliding": {"window": 7}, "mka": {"chunk": 4}}

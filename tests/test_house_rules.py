@@ -30,9 +30,10 @@ TEXTS = [
 
 # A module may import from its own row and from rows above it, never from a row below.
 ORDER = [
-    {"spec", "config", "results", "stats", "launcher", "lock"},
-    {"kernels", "crew"},
-    {"cache", "ops", "documents"},
+    {"errors", "files", "spec", "config", "results", "stats", "formatting", "launcher"},
+    {"device", "layers", "recording", "crew"},
+    {"kernels"},
+    {"cache", "ops", "documents", "feed_forward"},
     {"attention"},
     {"laws", "presets"},
     {"audit", "listing"},
@@ -194,7 +195,7 @@ def test_nobody_asks_for_a_mechanism_by_name(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((SRC / "attention").glob("*.py")), ids=name_of)
 def test_a_mechanism_reads_like_an_essay(file: Path) -> None:
     text = file.read_text("utf-8")
-    assert len(text.splitlines()) <= 130
+    assert len(text.splitlines()) <= 160
     assert ast.get_docstring(ast.parse(text)), "it begins with the formula, the source and what is cached"
 
 

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab import data, hub
 from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from attnlab.errors import UserError
 from attnlab.model import Decoder, flops_per_token
-from attnlab.ops import record_notes
-from attnlab.spec import RopeScaling, UserError
+from attnlab.recording import record_notes
+from attnlab.spec import RopeScaling
 from attnlab.train import train
 
 T = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attnlab[hf]'")

@@ -18,11 +18,11 @@ from attnlab.config import ModelConfig
 from attnlab.data import bpe
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.decode import generate
+from attnlab.errors import UserError
 from attnlab.infer import Stream, continue_texts, weight_bytes
-from attnlab.kernels.linear import Linear, _one_row, linear
+from attnlab.layers import Linear, _one_row, linear
 from attnlab.measure import counted_flops, read_speed
 from attnlab.model import Decoder
-from attnlab.spec import UserError
 
 TEXTS = ["Übermäßig schöne Grüße, ", "日本語 и русский 🦊🦊 ", "plain words, and then some more plain words. "] * 20
 SPECIAL = ["<|im_start|>", "<|im_end|>"]

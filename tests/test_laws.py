@@ -18,11 +18,11 @@ import attnlab
 from attnlab import attention
 from attnlab.attention import gqa, mla, sliding
 from attnlab.config import ModelConfig
+from attnlab.errors import UserError
 from attnlab.laws import LAWS, check_attention, check_class, check_mechanism, check_module, verdict
 from attnlab.laws.interface import separate
 from attnlab.laws.subject import Broken, span
 from attnlab.model import Decoder
-from attnlab.spec import UserError
 
 SMALL = interface.SMALL
 OF_ANY_MODULE = [name for name, law in LAWS.items() if law.needs == "module"]

@@ -6,9 +6,9 @@ import pytest
 
 from attnlab import attention
 from attnlab.config import ModelConfig, RunConfig
+from attnlab.errors import UserError
 from attnlab.match import cache_floats, match, parameters, variant
 from attnlab.model import attention_configs
-from attnlab.spec import UserError
 
 PRESET = RunConfig(model=ModelConfig(vocab_size=31, context=48, n_layers=2, d_model=64, n_heads=4))
 MHA = variant(PRESET, "mha")

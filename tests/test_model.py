@@ -8,10 +8,13 @@ from torch.nn import functional as F
 
 from attnlab import attention, presets
 from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
-from attnlab.kernels.drop import dropout
-from attnlab.model import Decoder, Experts, attention_configs, flops_per_token
-from attnlab.ops import attend, record_attention, record_losses, with_loss
-from attnlab.spec import Mask, RopeScaling, UserError
+from attnlab.errors import UserError
+from attnlab.feed_forward import Experts
+from attnlab.layers import dropout
+from attnlab.model import Decoder, attention_configs, flops_per_token
+from attnlab.ops import attend
+from attnlab.recording import record_attention, record_losses, with_loss
+from attnlab.spec import Mask, RopeScaling
 
 SMALL = ModelConfig(vocab_size=31, context=40, n_layers=2, d_model=32, n_heads=4)
 

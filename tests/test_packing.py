@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from attnlab import attention, data, ops
+from attnlab import attention, data
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.data import packing
 from attnlab.documents import Documents
+from attnlab.errors import UserError
 from attnlab.model import Decoder
-from attnlab.spec import UserError
+from attnlab.recording import record_losses
 from attnlab.train import Trainer, resolve, train, train_step, validate
 
 # -- which document goes where ---------------------------------------------------------------------------------------
@@ -147,10 +148,10 @@ def test_padding_takes_no_part_in_auxiliary_losses(fields):
     model, (tokens, documents) = decoder(**fields), packed_rows()
     found = []
     for junk in (0, 7):
-        with ops.record_losses() as losses:
+        with record_losses() as losses:
             model(torch.where(documents >= 0, tokens, junk), documents=documents)
         found.append([float(value) for values in losses.values() for value in values])
-    with ops.record_losses() as losses:  # the same documents with more padding
+    with record_losses() as losses:  # the same documents with more padding
         wide = [torch.nn.functional.pad(t, (0, 9), value=v) for t, v in ((tokens, 3), (documents, -1))]
         model(wide[0], documents=wide[1])
     found.append([float(value) for values in losses.values() for value in values])

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from attnlab import attention, cli, hub
+from attnlab.errors import UserError
 from attnlab.hf.hosts import Adapter
 from attnlab.hf.patch import PRESETS, patch
 from attnlab.laws.subject import Broken
-from attnlab.spec import UserError
 
 TOKENS = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}

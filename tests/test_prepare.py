@@ -23,7 +23,7 @@ from attnlab.data import shards, sources
 from attnlab.data.prepare import Plan, encode, pieces_of, prepare, units_of
 from attnlab.data.shards import Prepared, checksum
 from attnlab.data.sources import Block, open_source
-from attnlab.spec import UserError
+from attnlab.errors import UserError
 
 WIKI = " \n = First = \n \n Some text .\n = = Part = = \n more\n \n = Second = \n \n x = y = z\n \n = Third = \n end"
 STORIES = [f"Once there was number {i}.\n\nIt was {'very ' * (i * 7 % 11)}happy. 🙂" for i in range(40)]

@@ -18,9 +18,9 @@ from attnlab.data import ByteTokenizer
 from attnlab.data.prepare import Plan, prepare
 from attnlab.evaluate import evaluate_source
 from attnlab.forecast import FLOAT, forecast
+from attnlab.formatting import span
 from attnlab.match import parameters
 from attnlab.measure import counted_flops, matrix_rate
-from attnlab.screen import span
 from attnlab.train import learning_rate, train
 
 RECIPES = [name for name in presets.names() if presets.get(name).data.source.startswith("prepared:")]

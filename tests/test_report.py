@@ -22,11 +22,12 @@ pytest.importorskip("plotly")
 import browser as chromium
 import report_fixture as fixture
 
+from attnlab.errors import UserError
+from attnlab.formatting import count, size
 from attnlab.report import figures, look, render, write_report
 from attnlab.report.folder import Findings, Standing, read
 from attnlab.report.headline import headline
 from attnlab.results import BenchRecord, RunResult
-from attnlab.spec import UserError
 
 FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json")
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>\"'&<b>"
@@ -164,7 +165,7 @@ def test_failed_runs_are_marked_and_counted_nowhere(folder: Path) -> None:
     ],
 )
 def test_counts(value: float, written: str) -> None:
-    assert look.count(value) == written
+    assert count(value) == written
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_counts(value: float, written: str) -> None:
     ],
 )
 def test_sizes(value: float, written: str) -> None:
-    assert look.size(value) == written
+    assert size(value) == written
 
 
 def test_every_mechanism_has_a_look_of_its_own_that_does_not_depend_on_the_others() -> None:

@@ -14,9 +14,9 @@ pytest.importorskip("plotly")
 import browser as chromium
 import report_fixture as fixture
 
+from attnlab.errors import UserError
 from attnlab.report import look, render, sizes, write_report
 from attnlab.report.folder import read
-from attnlab.spec import UserError
 
 NAMES = ("mha", "mla", "sliding")
 SHAPES = {"2x64": 0.25, "4x128": 1.0, "6x256": 6.0}  # and parameters, relative to the fixture's

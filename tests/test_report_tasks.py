@@ -15,10 +15,10 @@ pytest.importorskip("plotly")
 import browser as chromium
 import report_fixture as fixture
 
+from attnlab.errors import UserError
 from attnlab.report import look, render, tasks, write_report
 from attnlab.report.folder import read
 from attnlab.results import TaskResult
-from attnlab.spec import UserError
 
 NAMES = ("mha", "sliding", "latent_lookup")
 LENGTHS = (16, 32, 64, 128, 256)

@@ -18,7 +18,7 @@ from attnlab import data
 from attnlab.data.prepare import Plan, prepare
 from attnlab.data.shards import Prepared, SplitWriter, checksum, dtype_of
 from attnlab.data.tokens import Tokens
-from attnlab.spec import UserError
+from attnlab.errors import UserError
 
 U16 = np.dtype("<u2")
 TEXT = "".join(f"document {i} says {'so ' * (i % 7)}\n" for i in range(60))

@@ -21,9 +21,9 @@ import torch
 from attnlab import checkpoint, hub
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.errors import UserError
 from attnlab.evaluate import evaluate_source
 from attnlab.infer import sample_run
-from attnlab.spec import UserError
 from attnlab.train import Trainer, dealt, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40

@@ -12,10 +12,10 @@ import torch
 
 from attnlab import data, tasks
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.errors import UserError
 from attnlab.evaluate import evaluate_source
 from attnlab.examine import examine
 from attnlab.model import Decoder
-from attnlab.spec import UserError
 from attnlab.train import Trainer, resolve, train, train_step
 
 NAMES = sorted(tasks.TASKS)

@@ -14,7 +14,7 @@ import pytest
 
 from attnlab import data
 from attnlab.data import bpe
-from attnlab.spec import UserError
+from attnlab.errors import UserError
 
 pytest.importorskip("tokenizers", reason="pip install 'attnlab[data]'")
 

@@ -18,8 +18,8 @@ import pytest
 from attnlab import trackers
 from attnlab.checkpoint import RunFolder
 from attnlab.config import ModelConfig, RunConfig
-from attnlab.results import read_json
-from attnlab.spec import UserError
+from attnlab.errors import UserError
+from attnlab.files import read_json
 from attnlab.trackers import open_trackers, scalars
 
 CONFIG = RunConfig(name="odd name/1", model=ModelConfig(mechanisms=("sliding", "mla")))

@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab import attention, checkpoint, data, ops
+from attnlab import attention, checkpoint, data
 from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.device import find_device, find_precision
+from attnlab.errors import UserError
 from attnlab.infer import sample_run
-from attnlab.spec import UserError
-from attnlab.step import Trainer, find_device, find_precision, learning_rate, make_optimizers, train_step, validate
+from attnlab.recording import record_attention
+from attnlab.step import Trainer, learning_rate, make_optimizers, train_step, validate
 from attnlab.train import Diverged, resolve, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
@@ -464,6 +466,6 @@ def test_attention_maps_of_a_trained_run(config, tmp_path):
     train(with_train(config, steps=1), tmp_path)
     model, _ = checkpoint.load_model(tmp_path)
     tokens = torch.tensor([data.from_text(TEXT).tokenizer.encode("the quick")])
-    with torch.no_grad(), ops.record_attention() as maps:
+    with torch.no_grad(), record_attention() as maps:
         model(tokens)
     assert [tuple(m.shape) for m in maps] == [(1, 2, 9, 9)] * 2

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from attnlab.engines import Call
 from attnlab.engines.local import Workers
+from attnlab.errors import UserError
 from attnlab.progress import Progress
-from attnlab.spec import UserError
 
 # What the workers are asked to do: functions of a module, because they must pickle.
 

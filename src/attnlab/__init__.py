@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOME = {
-    "UserError": "spec",
+    "UserError": "errors",
     "AttentionConfig": "spec",
     "CacheSpec": "spec",
     "Mask": "spec",
@@ -26,8 +26,8 @@ _HOME = {
     "extend": "cache",
     "attend": "ops",
     "rope": "ops",
-    "record_attention": "ops",
-    "record_losses": "ops",
+    "record_attention": "recording",
+    "record_losses": "recording",
     "Decoder": "model",
     "check_attention": "laws",
     "load_model": "checkpoint",

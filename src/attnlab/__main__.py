@@ -1,5 +1,5 @@
 """`python -m attnlab` is `attnlab`."""
 
-from attnlab.cli import run
+from .cli import run
 
 run()

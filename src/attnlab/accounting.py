@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, RunConfig
+from .errors import UserError
 from .measure import matrix_rate, matrix_size, peak_bytes
 from .model import flops_per_token
-from .spec import UserError
 
 TRAINING = 3  # forward passes that a forward and a backward pass cost
 DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32

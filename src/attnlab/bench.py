@@ -20,12 +20,13 @@ from . import attention, data
 from .cache import Cache
 from .config import RunConfig
 from .decode import prefill, step
+from .device import find_device, find_precision, wait_for
+from .errors import UserError, choose
 from .match import Options, variant, with_options
-from .measure import counted_flops, interleaved, peak_growth, tensor_bytes, wait_for
+from .measure import counted_flops, interleaved, peak_growth, tensor_bytes
 from .model import Decoder
 from .results import BenchRecord, Record
-from .spec import UserError, choose
-from .step import Trainer, find_device, find_precision, train_step
+from .step import Trainer, train_step
 from .train import resolve
 
 Kind = Literal["train", "prefill", "decode"]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .results import write_bytes
-from .spec import CacheSpec, UserError
+from .errors import UserError
+from .files import write_bytes
+from .spec import CacheSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from .data import Tokenizer
-from .spec import UserError
+from .errors import UserError
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:

@@ -15,14 +15,12 @@ together again, for one process or for many that hold other stretches than those
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -35,12 +33,12 @@ from torch import Tensor, nn
 from . import data
 from .config import RunConfig, from_dict, to_dict
 from .crew import ALONE, Crew
+from .errors import UserError
+from .files import disk_errors, read_json, write_bytes, write_json
 from .model import Decoder
-from .results import FORMAT, RunResult, environment, read_json, write_bytes, write_json
-from .spec import UserError
+from .results import FORMAT, RunResult, environment
 
 T = TypeVar("T")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 COMMIT = "commit.json"
@@ -235,7 +233,7 @@ class RunFolder:
             return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
-        with _disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        with disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -283,7 +281,7 @@ class RunFolder:
         crew, place = self.crew, self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
-            with _disk_errors(place):
+            with disk_errors(place):
                 crew.agree(lambda: _make_anew(half) if crew.first else None)
                 own = crew.agree(lambda: _write_pieces(half, model, optimizer, crew))
                 files = {name: about for each in crew.gather(own) for name, about in each.items()}
@@ -440,19 +438,6 @@ def load_model(
         model = Decoder(folder.config.model)
     load_weights(model, folder.load_weights(step))
     return model.to(device).eval(), folder.config
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """A full disk, in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise UserError(
-                f"cannot write {path}: the disk is full; free space and run the same command again with --resume"
-            ) from None
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
 def _drop(place: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import tyro
 
 from . import __version__, presets
+from .errors import UserError, choose
 from .launcher import launched, rank
-from .spec import UserError, choose
 from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
 

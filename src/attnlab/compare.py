@@ -23,15 +23,15 @@ from . import data
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
 from .engines import Call, Engine, Kind, Local, Needs, Outcome
+from .errors import UserError, need
 from .examine import examine
+from .files import alone, read_json, write_bytes, write_json
 from .heads import value_sizes, watch, whole
 from .infer import sample_run
 from .laws import check_mechanism
-from .lock import alone
 from .match import Matched, Options, What, match, parameters, variant
 from .progress import Progress
-from .results import FORMAT, LawResult, RunResult, TaskResult, environment, read_json, write_bytes, write_json
-from .spec import UserError, need
+from .results import FORMAT, LawResult, RunResult, TaskResult, environment
 from .stats import paired
 from .tasks import Task, task_of
 from .train import resolve, train

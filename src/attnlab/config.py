@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-from .spec import UNSCALED, RopeScaling, UserError, choose
+from .errors import UserError, choose
+from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
 

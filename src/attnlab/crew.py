@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .errors import UserError, need
 from .launcher import lasting_store, launched, rank
-from .spec import UserError, need
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds until processes that were started together must have found each other

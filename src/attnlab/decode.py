@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .measure import wait_for
+from .device import check_compiler, wait_for
+from .errors import UserError
 from .model import Decoder
-from .spec import UserError
-from .step import check_compiler
 
 VARIANTS = 64  # kinds of blocks that one process may compile
 

@@ -34,10 +34,10 @@ from .data.corpus import read_texts
 from .data.shards import SPLITS, Prepared
 from .data.tokenizer import Tokenizer
 from .data.tokens import Tokens
+from .device import find_device
+from .errors import UserError, choose
 from .model import Decoder
 from .results import EvalResult
-from .spec import UserError, choose
-from .step import find_device
 from .tasks import task_of
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded

@@ -9,10 +9,10 @@ import numpy as np
 
 from .checkpoint import RunFolder, load_model
 from .config import ModelConfig
+from .device import find_device
+from .errors import UserError
 from .match import cache_floats
 from .results import TaskResult
-from .spec import UserError
-from .step import find_device
 from .tasks import Score, Task, score, task_of
 
 SEQUENCES = 512  # held out, of each length

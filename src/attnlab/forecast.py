@@ -8,10 +8,10 @@ import torch
 
 from .accounting import measured_peak, training_flops
 from .config import RunConfig
+from .device import find_device, find_precision
 from .match import cache_floats, parameters
 from .model import attention_configs
 from .results import Record
-from .step import find_device, find_precision
 
 FLOAT = 4  # bytes of a cached number, in float32
 

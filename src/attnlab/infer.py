@@ -11,10 +11,11 @@ from . import chat, hub
 from .checkpoint import RunFolder
 from .data import Tokenizer
 from .decode import check, continuation
+from .device import find_device
+from .errors import UserError
+from .feed_forward import Experts
 from .measure import tensor_bytes
-from .model import Decoder, Experts
-from .spec import UserError
-from .step import find_device
+from .model import Decoder
 
 
 @dataclass(frozen=True)

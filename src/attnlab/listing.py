@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from . import attention
-from .spec import AttentionConfig, UserError
+from .errors import UserError
+from .formatting import number
+from .spec import AttentionConfig
 
 SHAPE = {"d_model": 768, "n_heads": 12, "head_dim": 64}  # GPT-2's layer, with rotary positions
 TOKENS = 1024  # GPT-2's context
@@ -92,7 +94,3 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     formulas = [f"- **{r['name']}**: `{r['formula']}`. Caches {r['caches']}. Source: {r['source']}." for r in records]
     return "\n".join([*lines, "", *formulas]) + "\n"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

@@ -15,9 +15,10 @@ import torch
 
 from .attention import module
 from .config import ModelConfig, RunConfig
+from .errors import UserError, choose
 from .model import Decoder, attention_configs
 from .results import Record
-from .spec import AttentionConfig, CacheSpec, UserError, choose
+from .spec import AttentionConfig, CacheSpec
 
 What = Literal["params", "cache", "none"]
 TOLERANCE = 0.01  # what counts as equal

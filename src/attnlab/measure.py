@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from .device import wait_for
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -197,11 +199,3 @@ class Follow(TorchDispatchMode):
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def wait_for(device: torch.device) -> None:
-    """Until everything asked of it is done: no clock may be read before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

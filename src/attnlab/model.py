@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from . import attention
 from .cache import Cache
 from .config import ModelConfig
 from .documents import PLAIN, Documents
-from .kernels.drop import dropout
-from .kernels.linear import Linear, linear
-from .ops import note, with_loss
-from .spec import CAUSAL, AttentionConfig, Mask, UserError
+from .errors import UserError
+from .feed_forward import Experts, FeedForward
+from .layers import Dropout, Linear, make_norm
+from .spec import CAUSAL, AttentionConfig, Mask
 
 
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
@@ -56,117 +55,6 @@ def flops_per_token(config: ModelConfig, context: int | None = None, new: int | 
     ff = sum(experts if config.has_experts(i) else dense for i in range(config.n_layers))
     attending = sum(c.flops(new, context) / new for c in attention_configs(config))
     return attending + ff + 2 * config.d_model * config.vocab_size
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.d_model, eps=config.resolved_norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.resolved_norm_eps, bias=config.bias)
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, on the CPU at the speed of memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p) if self.training else x
-
-
-def activate(kind: str, x: Tensor) -> Tensor:
-    """gelu, exact or as GPT-2 approximates it; relu2: relu(x)^2 (So et al. 2021); swiglu: silu of the first half of x
-    times the second (Shazeer 2020)."""
-    if kind == "swiglu":
-        gate, x = x.chunk(2, -1)
-        return F.silu(gate) * x
-    return F.relu(x).square() if kind == "relu2" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-class FeedForward(nn.Module):
-    """W_out activate(W_in x)."""
-
-    def __init__(self, config: ModelConfig, width: int) -> None:
-        super().__init__()
-        self.kind = config.ff_kind
-        self.into = Linear(config.d_model, width * (2 if self.kind == "swiglu" else 1), bias=config.bias)
-        self.out = Linear(width, config.d_model, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(activate(self.kind, self.into(x)))
-
-
-class Experts(nn.Module):
-    """Mixture of experts: each token goes to its k best of E experts, weighted by softmax over the k logits, or as
-    `ExpertsConfig` says. Dropless: no expert has a capacity, so every token gets all k. Load is evened out by the loss
-    E sum_i f_i p_i (Switch Transformer, arXiv 2101.03961), or by a bias on the choice alone (arXiv 2408.15664).
-
-    Where several processes read parts of one batch, `together` sums over all of them how many tokens each expert got:
-    the f_i are then those of the whole, and so is the loss."""
-
-    bias: Tensor
-    load: Tensor | None = None  # tokens that each expert got since the bias last moved
-    together: Callable[[Tensor], Tensor] | None = None
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.k, self.balance, self.options = config.experts_per_token, config.balance, config.experts
-        E, D, F_ = config.n_experts, config.d_model, config.resolved_expert_dim
-        self.router = Linear(D, E, bias=False)
-        self.into = nn.Parameter(torch.empty(E, F_ * (2 if config.ff_kind == "swiglu" else 1), D))
-        self.out = nn.Parameter(torch.empty(E, D, F_))
-        self.shared = FeedForward(config, F_ * config.experts.shared) if config.experts.shared else None
-        for weight in (self.into, self.out):
-            nn.init.normal_(weight, std=0.02)
-        self.register_buffer("bias", torch.zeros(E))  # moves an expert's chance to be chosen, not its weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        exact = torch.promote_types(x.dtype, torch.float32)  # a rounded score would send tokens elsewhere
-        logits = linear(tokens.to(exact), self.router.weight.to(exact))
-        chosen, weight = self.route(logits)
-        E = len(self.into)
-        expert, order = chosen.flatten().sort(stable=True)  # every (token, expert) pair, expert by expert
-        counts = note("load", torch.bincount(expert, minlength=E))
-        token = order // self.k
-        parts = tokens[token].split(counts.tolist())
-        each = zip(parts, self.into.unbind(), self.out.unbind(), strict=True)  # indexing adds up whole-size gradients
-        done = torch.cat([self.expert(*one) for one in each])
-        done = done * weight.flatten()[order, None].to(done.dtype)
-        y = torch.zeros_like(tokens, dtype=done.dtype).index_add(0, token, done).view_as(x)
-        return self.even_out(y if self.shared is None else y + self.shared(x), logits, counts)
-
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Which experts each token goes to, and their weights: T k."""
-        o = self.options
-        sigmoid = o.score == "sigmoid"
-        wish = (logits.sigmoid() if sigmoid else logits) + self.bias.to(logits.dtype)
-        if o.groups > 1:
-            grouped = wish.unflatten(-1, (o.groups, -1))
-            best = grouped.topk(o.group_best).values.sum(-1).topk(o.groups_kept).indices
-            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            wish = grouped.masked_fill(out[..., None], -torch.inf).flatten(-2)
-        chosen = wish.topk(self.k).indices
-        weight = (F.logsigmoid(logits) if sigmoid else logits.log_softmax(-1)).gather(1, chosen)
-        return chosen, (weight.softmax(-1) if o.normalize else weight.exp()) * o.scale
-
-    def expert(self, x: Tensor, into: Tensor, out: Tensor) -> Tensor:
-        return linear(activate(self.options.kind, linear(x, into)), out)
-
-    def even_out(self, y: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return y
-        counts = counts if self.together is None else self.together(counts)
-        if self.balance == "bias":
-            if self.training:
-                self.load = counts if self.load is None else self.load + counts
-            return y
-        share = counts / counts.sum()
-        return with_loss(y, "balance", len(counts) * (share * logits.softmax(-1).mean(0)).sum(), 0.01)
-
-    @torch.no_grad()
-    def move_bias(self, taken: bool = True) -> None:
-        """After each step: away from experts that got more than their share in it, if it was `taken`."""
-        load, self.load = self.load, None
-        if load is not None and taken and load.any():
-            self.bias += 1e-3 * (1 / len(load) - load / load.sum()).sign()
 
 
 class Block(nn.Module):

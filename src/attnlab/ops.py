@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from . import kernels
+from . import kernels, recording
 from .kernels import Pairs, one_row, reference
-from .kernels.linear import Linear as Linear  # a mechanism takes all it needs from here
-from .kernels.linear import linear as linear
+from .layers import Linear as Linear  # a mechanism takes all it needs from here
+from .layers import linear as linear
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
-
-Collection = TypeVar("Collection")
-
-
-class Maps(list[Tensor]):
-    """Attention weights (B N L S), one of each `attend` call, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at: list[tuple[Tensor, Tensor]] = []  # the positions of each map's queries (B L) and keys (B S)
-
-
-_maps: Maps | None = None  # what `record_attention`, `record_losses` and `record_notes` are collecting, if anything
-_losses: dict[str, list[Tensor]] | None = None
-_notes: dict[str, list[Tensor]] | None = None
-_scale = 1.0  # of auxiliary losses
-_first_part = True  # of a step
 
 
 def rope(
@@ -96,13 +76,6 @@ def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -
     return ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the precision of its weight: autocast hands over a narrower x, and mixing them warns."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
 def attend(
     q: Float[Tensor, "B L N H"],
     k: Float[Tensor, "B S K H"],
@@ -120,9 +93,8 @@ def attend(
     that sees nothing gives 0. `scale` None: H^-0.5. `keep` (B|1 N|1 L S, bool) narrows what the mask allows."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = Pairs(mask, q_pos, k_pos, keep)
-    if _maps is not None:
-        _maps.append(reference.weights(q, k, pairs, scale).detach())
-        _maps.at.append((q_pos, k_pos))
+    if recording.wants_maps():
+        recording.add_map(reference.weights(q, k, pairs, scale), q_pos, k_pos)
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
 
 
@@ -223,71 +195,3 @@ def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
     guess = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).log_softmax(-1).masked_fill(~keep, 0)
     divergence = (torch.xlogy(target, target) - target * guess).sum(-1)
     return (divergence * real).sum() / real.sum().clamp(min=1)
-
-
-@contextmanager
-def _collecting(name: str, found: Collection) -> Iterator[Collection]:
-    """`found` stands as this module's `name` while it is open, and what stood there stands again afterwards."""
-    outer = globals()[name]
-    globals()[name] = found
-    try:
-        yield found
-    finally:
-        globals()[name] = outer
-
-
-def record_attention() -> AbstractContextManager[Maps]:
-    """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing when not in use."""
-    return _collecting("_maps", Maps())
-
-
-def record_notes() -> AbstractContextManager[dict[str, list[Tensor]]]:
-    """Collect what mechanisms tell with `note`, by name, in order: latents, gates, the load of experts."""
-    return _collecting("_notes", defaultdict(list))
-
-
-def record_losses() -> AbstractContextManager[dict[str, list[Tensor]]]:
-    """Collect the values of auxiliary losses by name, in order."""
-    return _collecting("_losses", defaultdict(list))
-
-
-def note(name: str, value: Tensor) -> Tensor:
-    """`value` as it is, for those who look inside. Costs nothing when nobody does."""
-    if _notes is not None:
-        _notes[name].append(value.detach())
-    return value
-
-
-def scale_losses(factor: float) -> AbstractContextManager[float]:
-    """Auxiliary losses attached meanwhile weigh `factor` times as much: that of the loss that they stand beside, where
-    it is one part of a batch, or scaled for float16."""
-    return _collecting("_scale", factor)
-
-
-def part_of_step(number: int) -> AbstractContextManager[bool]:
-    """A forward pass meanwhile is part `number`, from 0, of those whose gradients make up one step."""
-    return _collecting("_first_part", number == 0)
-
-
-def begins_step() -> bool:
-    """Whether this forward pass is the first of a step: not a later part, and not one that is computed again on the
-    way back (activation checkpointing)."""
-    return _first_part and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
-
-
-def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
-    """`y` unchanged; in the backward pass, the gradient of `weight * loss` joins that of whatever is made from `y`."""
-    if _losses is not None:
-        _losses[name].append(loss.detach())
-    return _Attach.apply(y, loss, weight * _scale)
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.dtype = weight, loss.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grads[0], torch.full((), ctx.weight, dtype=ctx.dtype, device=grads[0].device), None

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .config import RunConfig
+from .errors import UserError, choose
+from .feed_forward import Experts
 from .footprint import META, Footprint, Part, footprint, on_meta
 from .match import cache_floats
 from .measure import peak_growth
-from .model import Decoder, Experts, attention_configs, flops_per_token
+from .model import Decoder, attention_configs, flops_per_token
 from .results import Record
 from .sharding import find_sharding
-from .spec import UserError, choose
 from .step import make_optimizers
 
 BF16 = 2  # bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
-from .spec import UserError, choose
+from .errors import UserError, choose
 
 
 def quick() -> RunConfig:

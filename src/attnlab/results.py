@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
-
-from .spec import UserError
 
 FORMAT = 1
 
@@ -190,51 +185,6 @@ class Emergence(Record):
     second_half: list[float]
     sequences: int
     segments: list[int]  # tokens; the losses are on the longest
-
-
-def write_json(path: str | Path, data: Any, indent: int | None = 1) -> Path:
-    """Write whole or not at all: to a temporary name beside `path`, to the disk, then renamed. `indent` None: on one
-    line, which is ten times as fast to make."""
-    return write_bytes(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> Path:
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except FileNotFoundError:
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"cannot write {path}: the disk is full; free space and run the same command again"
-            ) from None
-        raise
-    return path
-
-
-def read_json(path: str | Path) -> Any:
-    path = Path(path)
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: check the folder's name") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not readable JSON: it was cut short or changed; delete it and run again") from None
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .formatting import clock, gigabytes, short, span
+
 PATIENCE = 10.0  # seconds between two lines, where there is no terminal to redraw
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
-    from .listing import SHAPE, TOKENS, number
+    from .formatting import number
+    from .listing import SHAPE, TOKENS
 
     left, right = "left", "right"
     numbers = {"floats/token": right, f"cache at {TOKENS}": right, "parameters": right}
@@ -207,19 +210,6 @@ def shapes(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def short(count: float) -> str:
-    """Three digits of a number, and how large it is: 671B."""
-    for power, unit in ((4, "T"), (3, "B"), (2, "M"), (1, "k")):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.3g}{unit}"
-    return f"{count:,.0f}"
-
-
-def gigabytes(count: float) -> str:
-    value = count / 1e9
-    return f"{value:,.0f} GB" if value >= 100 else f"{value:.3g} GB" if value >= 1 else f"{count / 1e6:.3g} MB"
-
-
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
@@ -285,13 +275,6 @@ def recovery(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def span(seconds: float) -> str:
-    """A time in the largest unit that it fills."""
-    units = (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-    name, unit = next((pair for pair in units if seconds >= pair[1]), units[-1])
-    return f"{seconds / unit:,.1f} {name}"
-
-
 def size(count: int | None) -> str:
     """Bytes, in words."""
     if count is None:
@@ -340,13 +323,6 @@ class Pace:
             return line
         rate = (done - self.start) / (now - self.began)
         return f"{line}, {rate:,.3g} a second, {clock((of - done) / rate)} left"
-
-
-def clock(seconds: float) -> str:
-    """ "1:05", or "2:01:05" from an hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 SHOWN = 3  # heads of each kind, where more are marked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .spec import UserError, choose
+from .errors import UserError, choose
 from .strategies.deepspeed import settings_of
 
 STAGES: dict[int, frozenset[str]] = {  # of ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054): what is sharded

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import data, ops, strategies
+from . import data, strategies
 from .accounting import document_lengths
 from .checkpoint import load_weights
 from .config import Execution, RunConfig, TrainConfig
 from .convert.heal import distilled, freeze, start_from
 from .crew import ALONE, Crew
+from .device import check_compiler, find_device, find_precision
+from .errors import UserError
 from .model import Decoder
-from .spec import UserError
+from .recording import part_of_step, scale_losses
 from .strategies import Strategy
 
 HOW = Execution()
@@ -217,7 +219,7 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
         weight = share * crew.size * trainer.scale.now
-        with strategy.part(number + 1 == len(parts)), ops.part_of_step(number), ops.scale_losses(weight):
+        with strategy.part(number + 1 == len(parts)), part_of_step(number), scale_losses(weight):
             began = time.perf_counter()
             with trainer.autocast():
                 loss = strategy(*part.to(trainer.device))
@@ -266,43 +268,3 @@ def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> N
     )  # torch.manual_seed would also note down a stack trace for each GPU kind
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
-
-
-def find_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. `UserError` lists what is there."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if name == "auto":
-        return torch.device(there[min(1, len(there) - 1)])
-    if name not in there:
-        raise UserError(f"the device {name!r} is not there: allowed here are auto, {', '.join(there)}")
-    return torch.device(name)
-
-
-def find_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return "bf16" if fast else "fp32"
-
-
-def check_compiler(option: str, device: torch.device) -> None:
-    """UserError where `option` asks torch.compile for what it cannot do on this machine."""
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise UserError(
-                f"{option} needs a C++ compiler, and none was found; install g++ or clang++, or leave it off"
-            ) from None

@@ -25,7 +25,7 @@ from .config import DataConfig
 from .data.corpus import Batch, Corpus
 from .data.tokenizer import CharTokenizer
 from .data.tokens import Tokens
-from .spec import UserError, choose
+from .errors import UserError, choose
 
 HELD_OUT = 2**63  # seeds stay below it
 STAGES = ((500, 4), (1000, 2))  # before this step, how many sequences share the context

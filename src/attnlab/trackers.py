@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, to_dict
-from .results import read_json, write_json
-from .spec import choose, need
+from .errors import choose, need
+from .files import read_json, write_json
 
 PROJECT = "attnlab"
 Say = Callable[[str], None]

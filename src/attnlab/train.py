@@ -23,18 +23,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import data, ops, strategies
+from . import data, strategies
 from .accounting import Account, Laggards, Peak, combine, find_peak
 from .checkpoint import RunFolder
 from .config import Execution, RunConfig
 from .crew import Alone, Crew, Lost, join, leave, lost, unreachable
+from .device import device_name, find_device, find_precision
+from .errors import UserError
 from .heartbeat import Heartbeat
 from .launcher import restarted
 from .measure import peak_bytes, reset_peak
 from .model import attention_configs, flops_per_token
+from .recording import record_losses
 from .results import RunResult
-from .spec import UserError
-from .step import HOW, Step, Trainer, dealt, find_device, find_precision, learning_rate, train_step, validate
+from .step import HOW, Step, Trainer, dealt, learning_rate, train_step, validate
 from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
@@ -241,7 +243,7 @@ class Run:
                 return True
             started = time.perf_counter()
             reports = _due(log.step + 1, config.log_every, config.steps)
-            with ops.record_losses() if reports else nullcontext({}) as auxiliary:
+            with record_losses() if reports else nullcontext({}) as auxiliary:
                 done = train_step(trainer, log.step, log.step + log.shift, self.limit())
             self.fresh.append(done)
             log.step += 1
@@ -412,7 +414,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: s
         precision=trainer.precision,
         impl=config.model.impl,
         threads=torch.get_num_threads(),
-        device=_device_name(trainer.device),
+        device=device_name(trainer.device),
         command=_command(),
         options={name: dict(fields) for name, fields in config.model.options.items()},
         curve=curve,
@@ -467,10 +469,6 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _command() -> str:

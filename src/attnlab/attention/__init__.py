@@ -11,7 +11,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from ..spec import AttentionConfig, UserError, choose
+from ..errors import UserError, choose
+from ..spec import AttentionConfig
 
 
 def names() -> list[str]:

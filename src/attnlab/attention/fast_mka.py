@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import Linear, attend, ema, note, rope
+from ..layers import Linear
+from ..ops import attend, ema, rope
+from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 from .gqa import head_norms

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import Linear, RMSNorm, attend, rope
-from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
+from ..errors import UserError
+from ..layers import Linear, RMSNorm
+from ..ops import attend, rope
+from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 
 @dataclass(frozen=True, kw_only=True)

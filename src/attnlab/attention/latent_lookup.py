@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
-from ..ops import Linear
-from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError
+from ..errors import UserError
+from ..layers import Linear
+from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 
 @dataclass(frozen=True, kw_only=True)

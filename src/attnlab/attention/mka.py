@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import Linear, attend, chunk_sums, linear, newest, note, spread
-from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from ..errors import UserError
+from ..layers import Linear, linear
+from ..ops import attend, chunk_sums, newest, spread
+from ..recording import note
+from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 
 

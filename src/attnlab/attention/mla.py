@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..ops import Linear, RMSNorm, attend, note, rope
-from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask, UserError, choose
+from ..errors import UserError, choose
+from ..layers import Linear, RMSNorm
+from ..ops import attend, rope
+from ..recording import note
+from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
 

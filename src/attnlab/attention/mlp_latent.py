@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..cache import Cache, Output
-from ..ops import Linear
+from ..layers import Linear
 from ..spec import CAUSAL, Mask
 from . import mha
 

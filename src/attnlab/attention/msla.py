@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
+from ..errors import UserError
 from ..kernels import one_row
-from ..ops import Linear, attention_weights, begins_step, index_scores, kl, newest, rope, with_loss
-from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from ..layers import Linear
+from ..ops import attention_weights, index_scores, kl, newest, rope
+from ..recording import begins_step, with_loss
+from ..spec import CAUSAL, CacheSpec, Mask
 from . import mla
 
 

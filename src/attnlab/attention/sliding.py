@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..cache import Cache, Output
-from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from ..errors import UserError
+from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .. import attention
+from ..errors import UserError, choose
 from ..laws import LAWS, check_class, check_mechanism, check_subject, verdict
 from ..laws.subject import LENGTHS, WIDTHS, find_number, one_line, seeded, speaks, subject
 from ..results import LawResult
-from ..spec import AttentionConfig, UserError, choose
+from ..spec import AttentionConfig
 from . import foreign
 
 

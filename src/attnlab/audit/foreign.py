@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, choose
 from ..laws.subject import one_line
-from ..spec import UserError, choose
 from .missing import StandIn, standing_in
 
 MASKS = ("additive", "keep", "drop")

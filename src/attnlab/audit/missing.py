@@ -16,7 +16,7 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-from ..spec import UserError
+from ..errors import UserError
 
 
 class StandIn(ABCMeta):

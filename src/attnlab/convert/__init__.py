@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
+from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
-from ..spec import AttentionConfig, UserError, choose
+from ..spec import AttentionConfig
 from . import linear, targets
 from .budget import Wish
 from .certificate import Certificate, compare

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..spec import AttentionConfig, UserError
+from ..errors import UserError
+from ..spec import AttentionConfig
 
 
 @dataclass(frozen=True)

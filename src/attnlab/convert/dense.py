@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import gqa, sliding
+from ..errors import UserError
 from ..ops import frequencies
-from ..spec import UserError
 
 DENSE = (gqa.Attention, sliding.Attention)  # mha and mqa are gqa's class
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from .. import hub
 from ..checkpoint import load_weights, weights
+from ..errors import UserError
 from ..model import Decoder
-from ..spec import UserError
 
 
 def start_from(model: Decoder, source: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import UserError
+from ..errors import UserError
 from .dense import Dense
 
 ROUNDS = 8  # of turning every head towards the mean of its group

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Decoder
-from ..ops import record_attention
+from ..recording import record_attention
 
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, how much there is
 

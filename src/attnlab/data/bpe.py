@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import UserError, need
+from ..errors import UserError, need
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # what the families call the end of a document

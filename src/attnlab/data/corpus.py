@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig
-from ..spec import UserError
+from ..errors import UserError
 from . import packing, sampler
 from .shards import Prepared
 from .tokenizer import CharTokenizer, Tokenizer

@@ -26,8 +26,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..results import environment, read_json, write_json
-from ..spec import UserError
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..results import environment
 from . import sources
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, checksum, dtype_of, write_meta
 from .sources import Block, Source, Split, open_source

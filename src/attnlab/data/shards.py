@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..results import read_json
-from ..spec import UserError, choose
+from ..errors import UserError, choose
+from ..files import read_json
 from .bpe import BPETokenizer, gpt2
 from .tokenizer import CharTokenizer, Tokenizer, tokenizer
 from .tokens import Tokens

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..spec import UserError, choose, need
+from ..errors import UserError, choose, need
 from .corpus import shakespeare, visible_files
 
 BLOCK = 1 << 20  # characters or bytes that are read at a time

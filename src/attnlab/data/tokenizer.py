@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..results import read_json
-from ..spec import UserError
+from ..errors import UserError
+from ..files import read_json
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
 
 ANYWHERE = re.compile("")

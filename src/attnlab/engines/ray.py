@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..spec import UserError, need
+from ..errors import UserError, need
 from .calls import Call, Failure, Needs, Outcome, attempt, cores, torch_threads
 from .remote import Remote
 

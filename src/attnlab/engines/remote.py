@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..spec import UserError
+from ..errors import UserError
 from .calls import Call, Engine, Listener, Outcome, Waiting, interrupts
 
 

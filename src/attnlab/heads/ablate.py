@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..model import Decoder
 from ..results import Ablation
-from ..spec import UserError
 from ..stats import t_quantile
 from .scores import lengths, repeated
 from .watch import heads_replaced, watch

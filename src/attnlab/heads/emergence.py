@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import RunFolder, load_model
+from ..errors import UserError
 from ..results import Emergence
-from ..spec import UserError
 from .ablate import losses
 from .scores import PATTERNS, lengths, mean_scores, repeated
 

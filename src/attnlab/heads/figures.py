@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..results import write_bytes
-from ..spec import UserError, need
+from ..errors import UserError, need
+from ..files import write_bytes
 
 BLUE, VERMILLION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8781"
 DPI = 200

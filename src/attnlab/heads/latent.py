@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..attention import mla, msla
 from ..model import Decoder
+from ..recording import record_attention
 from .watch import Layer, watch
 
 
@@ -92,7 +92,7 @@ def _selection(one: Inside, attention: msla.Attention, x: Tensor, layer: Layer) 
     selected = layer.maps[0].amax(1) > 0  # B L S
     attention.config = replace(sparse, top_k=length, local=0)
     try:
-        with ops.record_attention() as maps:
+        with record_attention() as maps:
             attention(x, positions)
     finally:
         attention.config = sparse

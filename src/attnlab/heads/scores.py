@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..errors import UserError
 from ..model import Decoder
 from ..results import HeadScores
-from ..spec import UserError
 from ..stats import beyond, holm, welch
 from .watch import output_matrix, watch
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ..errors import UserError
 from ..model import Block, Decoder
-from ..spec import AttentionConfig, Mask, UserError
+from ..recording import record_attention, record_notes
+from ..spec import AttentionConfig, Mask
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def watch(model: Decoder) -> Iterator[list[Layer]]:
     """While it is open, every forward pass of `model` adds one `Layer` per block. Costs nothing afterwards."""
     seen: list[Layer] = []
     handles = []
-    with ops.record_attention() as maps, ops.record_notes() as notes:
+    with record_attention() as maps, record_notes() as notes:
         for block in model.blocks():
             state: dict[str, Tensor] = {}
 
@@ -151,7 +152,7 @@ def value_sizes(model: Decoder, layers: list[Layer]) -> list[Tensor | None]:
         matrix = output_matrix(block.attention)
         handle = matrix.register_forward_pre_hook(keep)
         x = block.attention_norm(layer.residual)
-        with ops.record_attention() as maps:
+        with record_attention() as maps:
             block.attention(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), None, Mask(window=1))
         handle.remove()
         own = torch.eye(x.shape[1], device=x.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec import need
+from ..errors import need
 
 need("transformers", "hf")
 

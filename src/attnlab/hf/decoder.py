@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..config import ModelConfig, from_dict, to_dict
+from ..errors import UserError
 from ..hub.families import attnlab as form
 from ..model import Decoder
-from ..spec import UserError
 from .memory import furnish, locate
 
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .. import attention
 from ..config import from_dict
+from ..errors import UserError, choose
 from ..hub import files
 from ..hub.card import FRONT, cell
 from ..laws.subject import span
-from ..spec import UserError, choose
 from .hosts import MODELS
 from .patch import Counts, patch
 

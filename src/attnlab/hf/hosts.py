@@ -15,7 +15,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from .. import attention
 from ..config import from_dict
-from ..spec import UserError, choose
+from ..errors import UserError, choose
 from .decoder import cached, refuse
 from .memory import Memory, Place, furnish, locate
 

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..cache import Cache
-from ..spec import CAUSAL, AttentionConfig, Mask, UserError
+from ..errors import UserError
+from ..spec import CAUSAL, AttentionConfig, Mask
 
 
 class Place(NamedTuple):

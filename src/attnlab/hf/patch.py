@@ -14,10 +14,11 @@ from transformers import PretrainedConfig
 
 from .. import attention
 from ..config import to_dict
+from ..errors import UserError, choose
 from ..hub.rotary import rotary
 from ..laws.interface import separate
 from ..laws.subject import Broken, by, movement, scale, seeded, unchanged
-from ..spec import UNSCALED, AttentionConfig, UserError, choose
+from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import data
-from ..results import read_json, write_bytes, write_json
-from ..spec import UserError, need
+from ..errors import UserError, need
+from ..files import read_json, write_bytes, write_json
 from . import vocabulary
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

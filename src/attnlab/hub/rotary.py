@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import ModelConfig
-from ..spec import UNSCALED, RopeScaling, choose
+from ..errors import choose
+from ..spec import UNSCALED, RopeScaling
 from .table import only
 
 KINDS = ("default", "linear", "llama3", "yarn")

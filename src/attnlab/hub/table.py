@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..model import Decoder
-from ..spec import UserError
 from .files import Stored
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from .. import data
 from ..data.bpe import END, byte_letters, byte_level
 from ..data.tokenizer import ByteTokenizer, CharTokenizer
-from ..spec import UserError
+from ..errors import UserError
 
 
 def written(tokenizer: data.Tokenizer) -> dict[str, Any]:

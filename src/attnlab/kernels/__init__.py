@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..spec import Mask, choose
+from ..errors import choose
+from ..spec import Mask
 
 NAMES = ("reference", "sdpa", "flex")
 

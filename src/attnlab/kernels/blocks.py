@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers import survivors
 from . import Pairs, per_head
-from .drop import survivors
 
 BLOCK = 64
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ..spec import UserError
+from ..errors import UserError
 from . import Pairs, per_head
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from .. import attention
+from ..errors import choose
 from ..results import LawResult
-from ..spec import AttentionConfig, choose
+from ..spec import AttentionConfig
 from . import any_module, interface
 from .subject import Broken, Call, NotApplicable, Subject, one_line, seeded, subject
 

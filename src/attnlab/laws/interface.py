@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..cache import Cache
 from ..documents import Documents
-from ..spec import CAUSAL, CacheSpec, Mask, UserError
+from ..errors import UserError
+from ..recording import record_attention, record_losses
+from ..spec import CAUSAL, CacheSpec, Mask
 from .subject import Broken, NotApplicable, Subject, by, finite, movement, plain, same, scale, shaken
 
 BUDGET = 4  # bfloat16 roundings that follow one another: projections, rotation, scores, weights, values, output
@@ -476,7 +477,7 @@ def gradients(s: Subject) -> str:
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
 
     def value() -> tuple[Tensor, float]:
-        with ops.record_losses() as losses:
+        with record_losses() as losses:
             y = s(inputs["x"], module)
         return (y * weight).sum(), sum(float(loss) for values in losses.values() for loss in values)
 
@@ -503,7 +504,7 @@ def gradients(s: Subject) -> str:
 def attention_maps(s: Subject) -> str:
     """Recorded attention is non-negative, sums to 1, and is zero for the future and for pads."""
     x, positions, _ = _ragged(s)
-    with ops.record_attention() as maps:
+    with record_attention() as maps:
         s.module(x, positions)
     if not maps:
         raise NotApplicable("it records no attention map: it does not attend")

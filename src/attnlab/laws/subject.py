@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache
-from ..spec import AttentionConfig, CacheSpec, UserError
+from ..errors import UserError
+from ..spec import AttentionConfig, CacheSpec
 
 Call = Callable[[nn.Module, Tensor], Any]  # how to call somebody's module on x [B T D]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..results import write_bytes
-from ..spec import need
+from ..errors import need
+from ..files import write_bytes
 from . import figures, inside, sections, sizes, tasks
 from .folder import Findings, read
 from .headline import headline

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..results import write_bytes
-from ..spec import need
+from ..errors import need
+from ..files import write_bytes
+from ..formatting import loss, signed, size
 from . import document, plotly_script, sections
 from .figures import View, _bytes_ticks, figure, plain
 from .html import table, tag
-from .look import MARKERS, MUTED, PALETTE, loss, signed, size
+from .look import MARKERS, MUTED, PALETTE
 
 SLOTS = (1, 2, 3, 4, 5, 6)  # colours that stay apart for colour-blind readers; each also has a marker and a dash
 DASHES = ("solid", "dash", "dot", "dashdot", "solid", "dash")

@@ -11,10 +11,11 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from ..errors import need
+from ..formatting import size, words
 from ..results import BenchRecord, RunResult
-from ..spec import need
 from .folder import Findings, Standing, number
-from .look import GROUND, INK, MUTED, RULE, Look, size, veil, words
+from .look import GROUND, INK, MUTED, RULE, Look, veil
 
 FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 

@@ -11,8 +11,9 @@ from statistics import fmean
 from struct import pack
 from typing import Any
 
-from ..results import FORMAT, BenchRecord, LawResult, RunResult, TaskResult, read_json
-from ..spec import UserError
+from ..errors import UserError
+from ..files import read_json
+from ..results import FORMAT, BenchRecord, LawResult, RunResult, TaskResult
 
 FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json", "heads.json")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import median
 
+from ..formatting import words
 from .folder import Findings, Standing, number
-from .look import words
 
 
 def headline(found: Findings) -> tuple[str, list[str]]:

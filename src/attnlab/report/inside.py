@@ -7,7 +7,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from ..spec import need
+from ..errors import need
 from .figures import Series, View, _bands, _over_seeds, _steps, figure, plain
 from .folder import Findings
 from .html import Html, table

@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..formatting import NONE, count, loss, milliseconds, signed, size, times, words
 from ..results import RunResult
 from . import figures
 from .folder import Findings, Standing, number
 from .headline import headline
 from .html import Html, join, table, tag
-from .look import (
-    NONE,
-    Look,
-    count,
-    loss,
-    milliseconds,
-    signed,
-    size,
-    swatch,
-    times,
-    words,
-)
+from .look import Look, swatch
 
 Figures = dict[str, list[figures.View]]
 

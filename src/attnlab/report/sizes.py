@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..spec import need
+from ..errors import need
+from ..formatting import count, loss, signed
 from .figures import View, figure, plain
 from .folder import Findings, Standing
 from .html import Html, join, table, tag
-from .look import MUTED, Look, count, loss, signed
+from .look import MUTED, Look
 from .sections import VERDICTS, Figures, ending, named, plot, section
 
 

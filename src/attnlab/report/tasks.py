@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from ..errors import need
+from ..formatting import NONE, signed, size, words
 from ..results import TaskResult
-from ..spec import need
 from .figures import View, _bytes_ticks, figure, plain
 from .folder import Findings, Trial
 from .html import Html, join, table, tag
-from .look import MUTED, NONE, Look, signed, size, words
+from .look import MUTED, Look
 from .sections import VERDICTS, Figures, named, plot, section
 
 BLUES = ("#f5f3ee", "#8ecdf5", "#0072b2", "#062238")  # from none to all, dark enough apart for anyone's eyes

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ..errors import UserError, choose
 from ..launcher import launched
-from ..spec import UserError, choose
 from .single import Strategy as Strategy
 
 NAMES = ("auto", "single", "ddp", "fsdp", "deepspeed")

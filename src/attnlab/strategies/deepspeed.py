@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import Piece, Stored, whole
 from ..config import TrainConfig
-from ..results import read_json
-from ..spec import UserError, need
+from ..errors import UserError, need
+from ..files import read_json
 from . import single
 from .single import Optimizers
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..checkpoint import Piece, Stored, optimizer_tensors, whole
 from ..config import TrainConfig
-from ..spec import UserError
+from ..errors import UserError
 from . import single
 from .single import Optimizers
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from .. import screen
-from ..spec import UserError
+from ..errors import UserError
 from .options import Flag, Json, json_object, listed, shown, this_command, train_and_tell
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def convert(
         json_: Print the certificate as JSON.
     """
     from .. import hub
-    from ..results import write_json
+    from ..files import write_json
 
     loaded = hub.load(source)
     folder = out or Path("converted") / f"{Path(source).name}-{to}"
@@ -136,8 +136,8 @@ def heal(
     from .. import hub
     from ..checkpoint import RunFolder
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
+    from ..files import read_json, write_json
     from ..report.conversion import write_recovery
-    from ..results import read_json, write_json
 
     folder = Path(source).expanduser()
     certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}

@@ -44,7 +44,7 @@ def evaluate(
         json_: Print one JSON object.
     """
     from ..evaluate import evaluate_source
-    from ..results import write_json
+    from ..files import write_json
 
     with screen.working() as tell:
         found = evaluate_source(

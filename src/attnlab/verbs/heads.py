@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from .. import presets, screen
-from ..spec import UserError
+from ..errors import UserError
 from .options import Flag, Json, listed
 from .options import whole as whole_number
 
@@ -55,9 +55,9 @@ def heads(
         raise UserError("an untrained model has no checkpoints: leave out --emergence or --untrained")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
+    from ..device import find_device
+    from ..files import write_json
     from ..heads import whole
-    from ..results import write_json
-    from ..step import find_device
 
     model = (_fresh(source, seed) if untrained else _loaded(source, checkpoint)).to(find_device(device))
     with screen.working() as tell:

@@ -96,8 +96,8 @@ def infer(
     import torch
 
     from .. import hub
+    from ..device import find_device
     from ..infer import continue_texts
-    from ..step import find_device
 
     place = find_device(device)
     narrow = dtype == "bf16" or (dtype == "auto" and place.type != "cpu")

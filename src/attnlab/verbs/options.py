@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from ..config import Execution, RunConfig
+from ..errors import UserError, choose
 from ..launcher import rank
 from ..results import RunResult
-from ..spec import UserError, choose
 
 Flag = FlagCreatePairsOff[bool]
 Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ..spec import UserError, choose
+from ..errors import UserError, choose
 from .options import Flag, json_object, listed, whole
 
 
@@ -86,7 +86,7 @@ def export(
         trust: Open a pickle, which can run code that it brings.
     """
     from .. import hub, screen
-    from ..results import read_json
+    from ..files import read_json
 
     with screen.working() as tell:
         tell(f"reading {source}", 0, 2)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ..spec import UserError
+from ..errors import UserError
 from .options import Json, listed, this_command
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
@@ -126,8 +126,8 @@ def tokenizer(
         raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
     from ..data import bpe, sources
     from ..data.prepare import pieces_of
+    from ..files import write_json
     from ..progress import Progress
-    from ..results import write_json
 
     split = sources.open_source(name, documents).splits["train"]
     with Progress() as bars:

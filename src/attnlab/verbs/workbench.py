@@ -12,8 +12,8 @@ from tyro.conf import Positional, arg
 from .. import presets, screen
 from ..config import Execution, RunConfig
 from ..engines import Kind, Local, Ray, Slurm
+from ..errors import UserError, choose
 from ..launcher import rank
-from ..spec import UserError, choose
 from .options import (
     Fields,
     Flag,
@@ -327,8 +327,8 @@ def demo(
     """
     from .. import bench as bench_module
     from .. import compare as comparison
+    from ..files import write_json
     from ..report import write_report
-    from ..results import write_json
 
     config = presets.get("quick")
     found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())

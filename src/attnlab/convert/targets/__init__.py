@@ -17,7 +17,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from ...spec import choose
+from ...errors import choose
 
 
 def names() -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import UserError
+from ...errors import UserError
 from .. import rotary
 from ..budget import Wish
 from ..dense import Dense, state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...spec import UserError
+from ...errors import UserError
 from ..budget import Wish
 from ..dense import Dense
 from .gqa import METHODS, kept, weights

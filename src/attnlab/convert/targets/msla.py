@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...model import Decoder
-from ...spec import UserError
 from ..budget import Wish
 from ..dense import Dense
 from ..statistics import Tell, record_inputs

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...config import ModelConfig, from_dict, to_dict
+from ...errors import UserError
 from ...model import Decoder
-from ...spec import UserError
 from ..table import Row, ours, same
 
 MODEL_TYPES = ("attnlab",)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...config import ModelConfig
+from ...errors import UserError
 from ...model import Decoder, attention_configs
-from ...spec import UserError
 from ..table import Row, same
 from . import deepseek_v3 as v3
 from .deepseek_v3 import EXTRA, PREFIX

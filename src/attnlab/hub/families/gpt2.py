@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...config import ModelConfig
+from ...errors import choose
 from ...model import Decoder
-from ...spec import choose
 from ..table import Row, only, same, transposed
 
 MODEL_TYPES = ("gpt2",)

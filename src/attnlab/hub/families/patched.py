@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...config import ModelConfig
+from ...errors import UserError
 from ...model import Decoder
-from ...spec import UserError
 from ..table import Row, same
 from . import gpt2, llama, mistral, qwen2, qwen3
 

@@ -1,0 +1,100 @@
+"""PyTorch's layers, faster on a CPU: linear, dropout and norms.
+
+Linear: x W^T + b. Decoding is reading weights, and PyTorch's own way reads them slowly on some processors: on two cores
+of an AMD EPYC, which read memory at 37 GB/s, one row times a float32 matrix ran at 13 to 19 GB/s in MKL. oneDNN, which
+comes with PyTorch too, reached 21 to 32 with the same layout, so without gradients it is used instead. In bfloat16 it
+reaches 13 to 18, unless the weights are stored again in an order of its own; a plain loop over the matrix, which is
+what one row becomes under `torch.compile`, reached 19 to 31. benchmarks/decode.py measures what comes of it.
+
+Dropout: on a CPU, PyTorch draws one Bernoulli number at a time, which takes longer than all matrix products of a small
+model together; here one 64-bit draw decides for four elements. Elsewhere it is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: ... I, weight: O I, bias: O -> ... O."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias) if x.shape[:-1].numel() != 1 else _one_row(x, weight, bias)
+    if ONEDNN and x.dtype == weight.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = (weight.to(exact) * x.to(exact).flatten()).sum(-1)
+    y = y if bias is None else y + bias.to(exact)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, at the speed of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each element with probability `p` (to 2^-16) and scale the others by 1 / (1 - p). Draws from the default
+    generator."""
+    if p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return _Dropout.apply(x, p)
+
+
+def survivors(like: Tensor, p: float) -> tuple[Tensor, float]:
+    """1 where an element stays and 0 where it goes, shaped and typed as `like`, and the scale that keeps the mean."""
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    gone = round(p * 2**16)
+    kept = torch.empty_like(like, memory_format=torch.contiguous_format)
+    torch.ge(draws[: like.numel()].view(like.shape), gone - 2**15, out=kept)
+    return kept, 2**16 / (2**16 - gone)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        kept, ctx.scale = survivors(x, p)
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return (grads[0] * kept).mul_(ctx.scale), None
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=config.resolved_norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.resolved_norm_eps, bias=config.bias)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, on the CPU at the speed of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the precision of its weight: autocast hands over a narrower x, and mixing them warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
