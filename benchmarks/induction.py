@@ -29,7 +29,7 @@ from speed import markdown, provenance, say
 from attnlab import presets
 from attnlab.compare import compare
 from attnlab.config import DataConfig, RunConfig
-from attnlab.data.corpus import shakespeare
+from attnlab.data.texts import shakespeare
 from attnlab.files import write_bytes, write_json
 from attnlab.stats import paired
 

@@ -30,9 +30,9 @@ import torch
 from speed import DOCUMENT, markdown, provenance, say, write_section
 
 from attnlab.data import tokenizer
-from attnlab.data.corpus import shakespeare
 from attnlab.data.prepare import Plan, prepare
 from attnlab.data.sources import open_source
+from attnlab.data.texts import shakespeare
 from attnlab.data.tokens import Tokens
 from attnlab.measure import interleaved
 

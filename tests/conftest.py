@@ -19,7 +19,14 @@ from jaxtyping import jaxtyped
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-CHECKED = ("attnlab.cache", "attnlab.ops", "attnlab.kernels", "attnlab.attention")
+CHECKED = (
+    "attnlab.cache",
+    "attnlab.ops",
+    "attnlab.layers",
+    "attnlab.recording",
+    "attnlab.kernels",
+    "attnlab.attention",
+)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

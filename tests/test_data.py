@@ -10,7 +10,7 @@ import torch
 
 from attnlab import data
 from attnlab.config import DataConfig
-from attnlab.data import packing
+from attnlab.data import packing, texts
 from attnlab.data.prepare import Plan, prepare
 from attnlab.errors import UserError
 
@@ -45,10 +45,9 @@ def test_shakespeare_is_nanogpts(shakespeare):
 
 
 def test_the_packaged_text_is_checked(monkeypatch):
-    from attnlab.data import corpus
 
-    corpus.shakespeare.cache_clear()
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", "0" * 64)
+    texts.shakespeare.cache_clear()
+    monkeypatch.setattr(texts, "SHAKESPEARE_SHA256", "0" * 64)
     with pytest.raises(UserError, match="sha256"):
         data.load(DataConfig())
 

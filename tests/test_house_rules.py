@@ -37,7 +37,7 @@ ORDER = [
     {"attention"},
     {"laws", "presets"},
     {"audit", "listing"},
-    {"data", "tasks"},
+    {"data"},
     {"model"},
     {"match", "checkpoint"},
     {"hub"},

@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from attnlab.data.sampler import GOLDEN, key_of, mix, permuted, shares, units, window_starts
+from attnlab.data.order import GOLDEN, key_of, mix, permuted, shares, units, window_starts
 
 PINNED = {
     "mix": [0, 6238072747940578789, 2720858781877447050],

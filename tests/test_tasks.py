@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from attnlab import data, tasks
+from attnlab import data
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.data import tasks
+from attnlab.data.endless import STAGES
 from attnlab.errors import UserError
 from attnlab.evaluate import evaluate_source
-from attnlab.examine import examine
+from attnlab.examine import examine, score
 from attnlab.model import Decoder
 from attnlab.train import Trainer, resolve, train, train_step
 
@@ -100,7 +102,7 @@ def test_answers_are_spread_evenly(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_a_pure_function_and_a_larger_one_begins_with_it(name: str) -> None:
     corpus = data.load(DataConfig(source=f"task:{name}"))
-    late = tasks.STAGES[-1][0]
+    late = STAGES[-1][0]
     one, two = corpus.batch(5, late, 6, 64), corpus.batch(5, late, 9, 64)
     assert one.x.shape == (6, 64) and one.x.dtype == torch.int64
     assert torch.equal(one.x, two.x[:6]) and torch.equal(one.y, two.y[:6])
@@ -200,7 +202,7 @@ def trained(name: str, mechanism: str, steps: int) -> Decoder:
 @pytest.mark.parametrize("name", NAMES)
 def test_whoever_sees_no_earlier_token_stays_at_chance(name: str) -> None:
     model, task = trained(name, "latent_lookup", 60), tasks.task(name)
-    found = tasks.score(lambda x: model(x)[0], task, 16, 1000)
+    found = score(lambda x: model(x)[0], task, 16, 1000)
     assert found.accuracy < task.chance + 4 * (task.chance / found.right.size) ** 0.5 + 0.003
     assert found.right.shape == (1000, (task.held_out(1, 16)[1] >= 0).sum())
     assert found.exact <= found.accuracy
@@ -208,7 +210,7 @@ def test_whoever_sees_no_earlier_token_stays_at_chance(name: str) -> None:
 
 def test_attention_soon_learns_what_it_does_not() -> None:
     model = trained("copying", "mha", 150)
-    found = tasks.score(lambda x: model(x)[0], tasks.task("copying"), 16, 200)
+    found = score(lambda x: model(x)[0], tasks.task("copying"), 16, 200)
     assert found.accuracy > 0.4 > 10 * tasks.task("copying").chance
 
 
@@ -222,7 +224,7 @@ def test_a_score_is_what_an_oracle_or_a_fool_would_get() -> None:
     def once(x: torch.Tensor) -> torch.Tensor:
         return perfect(x).index_fill(1, torch.tensor([x.shape[1] - 1]), 0.0)
 
-    scores = [tasks.score(reader, task, 20, 30, batch=7) for reader in (perfect, once, lambda x: 0 * perfect(x))]
+    scores = [score(reader, task, 20, 30, batch=7) for reader in (perfect, once, lambda x: 0 * perfect(x))]
     assert [round(s.accuracy, 9) for s in scores] == [1.0, 0.9, 0.0]
     assert [s.exact for s in scores] == [1.0, 0.0, 0.0]
 

@@ -22,6 +22,7 @@ import torch
 from . import data
 from .checkpoint import RunFolder, load_model
 from .config import RunConfig
+from .data.tasks import Task, task_of
 from .engines import Call, Engine, Kind, Local, Needs, Outcome
 from .errors import UserError, need
 from .examine import examine
@@ -33,7 +34,6 @@ from .match import Matched, Options, What, match, parameters, variant
 from .progress import Progress
 from .results import FORMAT, LawResult, RunResult, TaskResult, environment
 from .stats import paired
-from .tasks import Task, task_of
 from .train import resolve, train
 
 if TYPE_CHECKING:

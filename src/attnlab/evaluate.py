@@ -30,15 +30,15 @@ from torch.nn import functional as F
 from . import data, hub
 from .checkpoint import RunFolder
 from .config import DataConfig
-from .data.corpus import read_texts
 from .data.shards import SPLITS, Prepared
+from .data.tasks import task_of
+from .data.texts import read_texts
 from .data.tokenizer import Tokenizer
 from .data.tokens import Tokens
 from .device import find_device
 from .errors import UserError, choose
 from .model import Decoder
 from .results import EvalResult
-from .tasks import task_of
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once

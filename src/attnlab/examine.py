@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .checkpoint import RunFolder, load_model
 from .config import ModelConfig
+from .data.tasks import Task, task_of
 from .device import find_device
 from .errors import UserError
 from .match import cache_floats
 from .results import TaskResult
-from .tasks import Score, Task, score, task_of
 
 SEQUENCES = 512  # held out, of each length
 DEPTHS = 8  # parts of the haystack
@@ -74,3 +77,29 @@ def by_depth(found: Score) -> Iterator[tuple[float, float]]:
     for number in range(DEPTHS):
         if (part == number).any():
             yield (number + 0.5) / DEPTHS, float(found.right[part == number].mean())
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model gets right on held-out sequences of one length."""
+
+    right: np.ndarray  # bool [sequences questions]: every sequence of one length asks equally many
+    depth: np.ndarray | None  # the same shape, where the task has one
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def exact(self) -> float:
+        """The share of sequences without a mistake. For copying, that is what greedy decoding gets right as a whole."""
+        return float(self.right.all(1).mean())
+
+
+@torch.inference_mode()
+def score(logits: Callable[[Tensor], Tensor], task: Task, length: int, count: int, batch: int = 64) -> Score:
+    """Put `count` held-out sequences to a model: `logits` is from token ids [B T] to [B T V]."""
+    tokens, targets = task.held_out(count, length)
+    answers = torch.cat([logits(x).argmax(-1) for x in torch.from_numpy(tokens).split(batch)]).numpy()
+    right = (answers == targets)[targets >= 0].reshape(count, -1)
+    return Score(right, None if task.depth is None else task.depth(tokens))

@@ -1,8 +1,10 @@
 """Text corpora. `load(DataConfig(...))` gives a Corpus; tinyshakespeare comes with the package (see PROVENANCE.md)."""
 
 from .bpe import BPETokenizer
-from .corpus import SHAKESPEARE_SHA256, Batch, Corpus, from_text, from_texts, load, read_text
+from .corpus import Batch, Corpus
+from .load import load
 from .shards import Prepared
+from .texts import SHAKESPEARE_SHA256, from_text, from_texts, read_text
 from .tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
 

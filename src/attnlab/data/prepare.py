@@ -30,7 +30,8 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from ..results import environment
 from . import sources
-from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, checksum, dtype_of, write_meta
+from .nanogpt import write_meta
+from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, checksum, dtype_of
 from .sources import Block, Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens

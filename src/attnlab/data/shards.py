@@ -12,9 +12,7 @@ there each split is one file of uint16. Checksums of all files stand in the mani
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,15 +24,14 @@ import numpy as np
 
 from ..errors import UserError, choose
 from ..files import read_json
-from .bpe import BPETokenizer, gpt2
-from .tokenizer import CharTokenizer, Tokenizer, tokenizer
+from . import nanogpt
+from .tokenizer import Tokenizer, tokenizer
 from .tokens import Tokens
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
 CHUNK = 1 << 20
-META = 1 << 24  # bytes; nanoGPT's meta.pkl has a few thousand
 
 Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
 
@@ -62,7 +59,11 @@ class Prepared:
         """UserError where there is none, or where it is unfinished, cut short or at odds with itself."""
         path = Path(folder).expanduser()
         if not (path / "manifest.json").exists():
-            return cls(path, _nanogpt_manifest(path))
+            if path.with_name(path.name + UNFINISHED).exists():
+                raise UserError(
+                    f"{path} is not finished: run the attnlab prepare that began it again, and it will go on"
+                )
+            return cls(path, nanogpt.manifest(path))
         manifest = read_json(path / "manifest.json")
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
@@ -82,7 +83,7 @@ class Prepared:
     def tokenizer(self) -> Tokenizer:
         """UserError where it is not the one that made the ids."""
         if "format" not in self.manifest:
-            return _nanogpt_tokenizer(self.path)
+            return nanogpt.tokenizer_of(self.path)
         found = tokenizer(self.path)
         if found.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             raise UserError(
@@ -157,71 +158,6 @@ def _starts_after(parts: list[np.ndarray], end: int | None) -> np.ndarray:
         at += len(part)
     found = np.concatenate(starts)
     return found[(found < length) | (found == 0)]
-
-
-# nanoGPT's folders
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings and containers; anything that would have to be imported is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise UserError(f"asks for {module}.{name}")
-
-
-def _nanogpt_manifest(path: Path) -> dict[str, Any]:
-    """What the manifest of such a folder would say; it has no "format"."""
-    if path.with_name(path.name + UNFINISHED).exists():
-        raise UserError(f"{path} is not finished: run the attnlab prepare that began it again, and it will go on")
-    found = {split: path / f"{split}.bin" for split in ("train", "val") if (path / f"{split}.bin").exists()}
-    if "train" not in found:
-        why = "has neither manifest.json nor train.bin" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {why}, so it is not a prepared corpus; give the --out folder of 'attnlab prepare'")
-    splits = {}
-    for split, file in found.items():
-        if (size := file.stat().st_size) % 2:
-            raise UserError(f"{file} has {size} bytes, which are no whole number of 2-byte ids: it was cut short")
-        splits[split] = {"tokens": size // 2, "shards": [{"file": file.name, "tokens": size // 2}]}
-    return {"layout": "nanogpt", "dtype": "<u2", "splits": splits}
-
-
-def _nanogpt_tokenizer(path: Path) -> Tokenizer:
-    """Characters where there is a meta.pkl, GPT-2's where there is none: nanoGPT's own rule."""
-    meta = path / "meta.pkl"
-    if (path / "tokenizer.json").exists():
-        return tokenizer(path)
-    return CharTokenizer(read_meta(meta)) if meta.exists() else gpt2()
-
-
-def read_meta(path: Path) -> str:
-    """The characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
-    try:
-        if path.stat().st_size > META:
-            raise UserError("is larger than such a file can be")
-        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        letters = {int(i): str(letter) for i, letter in meta["itos"].items()}
-        chars = "".join(letters[i] for i in range(meta["vocab_size"]))
-        if list(chars) != sorted(set(chars)) or len(chars) != len(letters):
-            raise UserError("has an alphabet that is not in order")
-    except UserError as error:
-        raise UserError(f"{path} {error}: only nanoGPT's own layout is read; put a tokenizer.json beside it") from None
-    except Exception:  # a pickle can fail in any way
-        raise UserError(
-            f"{path} is not nanoGPT's meta.pkl (vocab_size, itos, stoi); put a tokenizer.json beside it"
-        ) from None
-    return chars
-
-
-def write_meta(path: Path, made: Tokenizer) -> None:
-    """What nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos); nothing for GPT-2's
-    tokenizer, which is what it takes a folder without the file to have."""
-    if isinstance(made, BPETokenizer) and made.is_gpt2:
-        return
-    meta: dict[str, Any] = {"vocab_size": made.vocab_size}
-    if isinstance(made, CharTokenizer):
-        meta["itos"] = dict(enumerate(made.chars))
-        meta["stoi"] = {letter: i for i, letter in enumerate(made.chars)}
-    path.write_bytes(pickle.dumps(meta))
 
 
 # writing

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, choose, need
-from .corpus import shakespeare, visible_files
+from .texts import shakespeare, visible_files
 
 BLOCK = 1 << 20  # characters or bytes that are read at a time
 ROWS = 500  # records that are read at a time

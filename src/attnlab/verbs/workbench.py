@@ -162,7 +162,7 @@ def compare(
         json_: Print compare.json instead of the table.
     """
     from .. import compare as comparison
-    from ..tasks import TASKS
+    from ..data.tasks import TASKS
 
     config = with_choices(config, None, data, pack)
     presets.check_corpus(config)

@@ -11,24 +11,16 @@ each other sooner where there is less to confuse.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from .config import DataConfig
-from .data.corpus import Batch, Corpus
-from .data.tokenizer import CharTokenizer
-from .data.tokens import Tokens
-from .errors import UserError, choose
+from ..config import DataConfig
+from ..errors import UserError, choose
 
 HELD_OUT = 2**63  # seeds stay below it
-STAGES = ((500, 4), (1000, 2))  # before this step, how many sequences share the context
 
 # Symbols are characters, so that a sequence can be read; a token's id is the place of its character among them.
 NOISE, LETTERS, MARK = ".", "abcdefghijklmnopqrstuvwxyz", "|"
@@ -239,77 +231,3 @@ def task_of(config: DataConfig) -> Task | None:
     """The task that a run trains on, if it is one."""
     kind, _, name = config.source.partition(":")
     return task(name) if kind == "task" else None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Endless(Corpus):
-    """A task as a corpus. What it has of text is one sequence, for whoever wants to look at one."""
-
-    task: Task
-
-    @classmethod
-    def of(cls, config: DataConfig) -> Endless:
-        if config.tokenizer != "auto" or config.pack != "stream":
-            raise UserError(
-                f"{config.source!r} has symbols of its own and whole sequences: leave data.tokenizer and data.pack out"
-            )
-        found = task(config.source.removeprefix("task:"))
-        train, val = (Tokens.of(rows[0][0]) for rows in (found.sequences(0, 0, 1, 64), found.held_out(1, 64)))
-        symbols = CharTokenizer(found.symbols)
-        return cls(source=config.source, tokenizer=symbols, train=train, val=val, task=found)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of the symbols and of some sequences: it changes when what is asked does."""
-        digest = hashlib.sha256(self.task.symbols.encode())
-        for length in (64, 67):
-            for rows in self.task.sequences(0, 0, 64, length):
-                digest.update(rows.astype("<i4").data)
-        return digest.hexdigest()
-
-    def check(self, context: int) -> None:
-        """UserError where the context, or the part of it that training begins with, is too short or too long."""
-        self.task.check(context)
-        self.task.check(context // STAGES[0][1])
-
-    def batch(self, seed: int, step: int, batch_size: int, context: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of one sequence each, or in early steps of several short ones, as documents; see `Corpus.batch`."""
-        self.check(context)
-        many = next((many for before, many in STAGES if step < before), 1)
-        own = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
-        tokens, targets = self.task.sequences(seed, step, batch_size * many, context // many)
-        x, y = (torch.from_numpy(part.reshape(batch_size, -1)[own]) for part in (tokens, targets))
-        if many == 1:
-            return Batch(x, y)
-        document = torch.arange(many).repeat_interleave(context // many).expand_as(x)
-        pad = (0, context % many)
-        return Batch(F.pad(x, pad), F.pad(y, pad, value=-1), F.pad(document, pad, value=-1))
-
-    def windows(self, count: int, context: int, split: str = "val") -> Batch:
-        return Batch(*map(torch.from_numpy, self.task.held_out(count, context)))
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model gets right on held-out sequences of one length."""
-
-    right: np.ndarray  # bool [sequences questions]: every sequence of one length asks equally many
-    depth: np.ndarray | None  # the same shape, where the task has one
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.mean())
-
-    @property
-    def exact(self) -> float:
-        """The share of sequences without a mistake. For copying, that is what greedy decoding gets right as a whole."""
-        return float(self.right.all(1).mean())
-
-
-@torch.inference_mode()
-def score(logits: Callable[[Tensor], Tensor], task: Task, length: int, count: int, batch: int = 64) -> Score:
-    """Put `count` held-out sequences to a model: `logits` is from token ids [B T] to [B T V]."""
-    tokens, targets = task.held_out(count, length)
-    answers = torch.cat([logits(x).argmax(-1) for x in torch.from_numpy(tokens).split(batch)]).numpy()
-    right = (answers == targets)[targets >= 0].reshape(count, -1)
-    return Score(right, None if task.depth is None else task.depth(tokens))

@@ -1,0 +1,93 @@
+"""Text files as a corpus, and Shakespeare, which comes with the package."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .corpus import Corpus
+from .tokenizer import CharTokenizer, Tokenizer
+from .tokens import Tokens
+
+SHAKESPEARE = "shakespeare"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
+    """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
+    return from_texts([text], source, val_fraction)
+
+
+def from_texts(
+    texts: Sequence[str],
+    source: str = "text",
+    val_fraction: float = 0.1,
+    tokenizer: Tokenizer | None = None,
+    pack: str = "stream",
+) -> Corpus:
+    """The same for several documents, each ended by the tokenizer's end of document, if it has one."""
+    made = tokenizer or CharTokenizer.of("".join(texts))
+    end = [] if made.end is None else [np.array([made.end], np.int32)]
+    pieces = [np.concatenate([made.encode_array(text), *end]) for text in texts]
+    ids, starts = np.concatenate(pieces), np.cumsum([0, *map(len, pieces[:-1])])
+    cut = int(len(ids) * (1 - val_fraction))
+    val = np.unique(np.concatenate([[0], starts[starts > cut] - cut]))
+    return Corpus(source, made, Tokens.of(ids[:cut], starts[starts < max(cut, 1)]), Tokens.of(ids[cut:], val), pack)
+
+
+def read_text(path: Path) -> str:
+    """The text of one file, or of every file under a folder (hidden ones left out) in the order of their paths."""
+    return "".join(read_texts(path))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The same, file by file."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; text:PATH needs a UTF-8 text file or a folder of such files")
+    found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
+    texts = [text for text in map(_read_file, found) if text]
+    if not texts:
+        what = "is empty" if path.is_file() else f"has no text in it ({len(found)} files, all empty)"
+        raise UserError(f"{path} {what}; give a UTF-8 text file or a folder of such files")
+    # a file that lacks its last newline must not run into the next one's first word
+    return [text if text.endswith("\n") else text + "\n" for text in texts[:-1]] + texts[-1:]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return [path for path in folder.rglob("*") if path.is_file() and not hidden(path)]
+
+
+def _read_file(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); text:PATH needs readable UTF-8 text") from None
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start} (line {line}); "
+            "save it as UTF-8, or take it out of the folder if it is not text"
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def shakespeare() -> str:
+    content = (files(__package__) / "tinyshakespeare.txt").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"the packaged tinyshakespeare.txt has sha256 {digest[:12]}... instead of {SHAKESPEARE_SHA256[:12]}...; "
+            "install attnlab again (a checkout must not rewrite its line ends)"
+        )
+    return content.decode("utf-8")
