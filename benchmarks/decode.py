@@ -29,7 +29,7 @@ from speed import DOCUMENT, markdown, provenance, say, write_section
 
 from attnlab import decode, hub
 from attnlab.infer import weight_bytes
-from attnlab.measure import interleaved, read_speed
+from attnlab.measure.counters import interleaved, read_speed
 from attnlab.model import Decoder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -30,9 +30,11 @@ from typing import Any
 
 import torch
 
-from attnlab import checkpoint, cli, train
-from attnlab.launcher import rank, restarted
-from attnlab.strategies import ddp, single
+from attnlab import cli
+from attnlab.runs import folder as run_folder
+from attnlab.runs.launcher import rank, restarted
+from attnlab.training import train
+from attnlab.training.strategies import ddp, single
 
 Act = Callable[[], None]
 
@@ -139,7 +141,7 @@ def at_write(tick: Act, fault: dict[str, Any]) -> None:
 
 
 def at_half(tick: Act, fault: dict[str, Any]) -> None:
-    honest = checkpoint._write
+    honest = run_folder._write
 
     def write(path: Path, content: bytes) -> dict[str, Any]:
         with open(path, "wb") as file:
@@ -148,13 +150,13 @@ def at_half(tick: Act, fault: dict[str, Any]) -> None:
             tick()
         return honest(path, content)
 
-    checkpoint._write = write
+    run_folder._write = write
 
 
 def at_half_line(tick: Act, fault: dict[str, Any]) -> None:
-    honest = checkpoint.RunFolder.log
+    honest = run_folder.RunFolder.log
 
-    def log(self: checkpoint.RunFolder, record: Any) -> None:
+    def log(self: run_folder.RunFolder, record: Any) -> None:
         path = self.path / "metrics.jsonl"
         held = path.read_bytes() if path.exists() else b""
         with open(path, "ab") as file:
@@ -164,7 +166,7 @@ def at_half_line(tick: Act, fault: dict[str, Any]) -> None:
         path.write_bytes(held)
         honest(self, record)
 
-    checkpoint.RunFolder.log = log  # type: ignore[method-assign]
+    run_folder.RunFolder.log = log  # type: ignore[method-assign]
 
 
 def at_compilation(tick: Act, fault: dict[str, Any]) -> None:
@@ -188,7 +190,7 @@ PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {
     "step": lambda tick, _: before(train.Trainer, "batch", tick),
     "evaluation": lambda tick, _: before(single.Strategy, "__call__", tick, lambda *_, plain=False, **__: plain),
     "compilation": at_compilation,
-    "saving": lambda tick, _: before(checkpoint, "_write", tick),
+    "saving": lambda tick, _: before(run_folder, "_write", tick),
     "write": at_write,
     "half": at_half,
     "half line": at_half_line,

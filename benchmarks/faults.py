@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from speed import markdown, provenance, say
 
-from attnlab.checkpoint import RunFolder
 from attnlab.results import RunResult
+from attnlab.runs.folder import RunFolder
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 20

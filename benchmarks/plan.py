@@ -22,10 +22,11 @@ from attnlab import attention, data, presets
 from attnlab.config import Execution, ModelConfig, RunConfig, TrainConfig
 from attnlab.footprint import META, AsOnGpu, Recomputed, footprint, on_meta
 from attnlab.match import variant
-from attnlab.measure import Follow, flop_counter, peak_growth, tensor_bytes
+from attnlab.measure.counters import Follow, flop_counter, peak_growth, tensor_bytes
+from attnlab.measure.gpus import GPUS
 from attnlab.model import Decoder, flops_per_token
-from attnlab.plan import GPUS, Machine, Sizes, walk
-from attnlab.train import Trainer, train_step
+from attnlab.plan import Machine, Sizes, walk
+from attnlab.training.train import Trainer, train_step
 
 CPU = torch.device("cpu")
 SHAPES = ("gpt2-124m", "llama-8b", "deepseek-v3-671b")

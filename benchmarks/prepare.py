@@ -34,7 +34,7 @@ from attnlab.data.prepare import Plan, prepare
 from attnlab.data.sources import open_source
 from attnlab.data.texts import shakespeare
 from attnlab.data.tokens import Tokens
-from attnlab.measure import interleaved
+from attnlab.measure.counters import interleaved
 
 SECTIONS = ("preparing", "reading", "memory")
 CORES = os.cpu_count() or 1

@@ -36,10 +36,10 @@ from attnlab import bench, presets
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.data import Corpus
 from attnlab.match import variant
-from attnlab.measure import interleaved
+from attnlab.measure.counters import interleaved
 from attnlab.model import Decoder
 from attnlab.results import BenchRecord, environment
-from attnlab.train import Trainer, learning_rate, resolve, train_step
+from attnlab.training.train import Trainer, learning_rate, resolve, train_step
 
 Precision = Literal["auto", "fp32", "bf16"]
 SECTIONS = ("train-vs-nanogpt", "mechanisms", "decode")

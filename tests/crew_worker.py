@@ -15,7 +15,7 @@ import time
 from torch import distributed as dist
 
 from attnlab.config import Execution, RunConfig, from_dict
-from attnlab.train import Stopped, Trainer, train
+from attnlab.training.train import Stopped, Trainer, train
 
 
 def main() -> None:

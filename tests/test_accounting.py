@@ -13,22 +13,19 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attnlab import attention
-from attnlab.accounting import (
+from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.errors import UserError
+from attnlab.measure.counters import counted_flops, peak_bytes, reset_peak
+from attnlab.measure.gpus import Peak, datasheet, find_peak, measured_peak
+from attnlab.measure.throughput import (
     Account,
     Interval,
     Laggards,
-    Peak,
     combine,
-    datasheet,
     document_lengths,
-    find_peak,
-    measured_peak,
     recomputed_flops,
     training_flops,
 )
-from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig
-from attnlab.errors import UserError
-from attnlab.measure import counted_flops, peak_bytes, reset_peak
 from attnlab.model import Decoder, attention_configs
 
 CPU = torch.device("cpu")

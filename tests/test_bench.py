@@ -12,7 +12,7 @@ from attnlab import attention, bench
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
 from attnlab.match import parameters, variant
-from attnlab.measure import counted_flops, interleaved, peak_growth, tensor_bytes
+from attnlab.measure.counters import counted_flops, interleaved, peak_growth, tensor_bytes
 from attnlab.model import attention_configs
 from attnlab.progress import Meter
 from attnlab.results import BenchRecord

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab import attention, checkpoint, data
-from attnlab.checkpoint import RunFolder
+from attnlab import attention, data
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from attnlab.crew import Crew
 from attnlab.errors import UserError
 from attnlab.model import Decoder
 from attnlab.results import RunResult
+from attnlab.runs import folder as run_folder
+from attnlab.runs.folder import RunFolder
+from attnlab.runs.processes import Crew
+from attnlab.runs.tensors import Piece, Stored, load_weights, weights, whole
 
 CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
 MODEL = ModelConfig(vocab_size=CORPUS.vocab_size, context=16, n_layers=1, d_model=16, n_heads=2)
@@ -103,7 +105,7 @@ def test_a_model_comes_back(tmp_path, name, tied):
     model = Decoder(config.model).eval()
     folder.save(1, model, {}, {})
     random = torch.get_rng_state()
-    again, found = checkpoint.load_model(tmp_path)
+    again, found = run_folder.load_model(tmp_path)
     assert found == config and not again.training and torch.equal(torch.get_rng_state(), random)
     tokens = torch.arange(9)[None]
     with torch.no_grad():
@@ -123,8 +125,8 @@ def test_tied_weights_under_two_names():
             self.head.weight = self.embed.weight
 
     one, other = Tied(), Tied()
-    assert list(checkpoint.weights(one)) == ["embed.weight"]
-    checkpoint.load_weights(other, checkpoint.weights(one))
+    assert list(weights(one)) == ["embed.weight"]
+    load_weights(other, weights(one))
     assert torch.equal(other.head.weight, one.embed.weight) and other.head.weight is other.embed.weight
 
 
@@ -136,7 +138,7 @@ def test_weights_of_another_model_are_refused():
         ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "gate": torch.zeros(1)}, "gate"),
     ):
         with pytest.raises(UserError, match=f"does not fit the model: names or shapes differ at {said}"):
-            checkpoint.load_weights(model, tensors)
+            load_weights(model, tensors)
 
 
 def test_tensors_in_pieces(tmp_path):
@@ -146,14 +148,14 @@ def test_tensors_in_pieces(tmp_path):
         folder = RunFolder.create(tmp_path / f"in-{len(cuts) + 1}", CONFIG, CORPUS)
         ends = [0, *cuts, 42]
         place = folder.path / "step-00000003"
-        folder.save_pieces(3, {name: checkpoint.whole(tensor) for name, tensor in tensors.items()}, {}, {})
+        folder.save_pieces(3, {name: whole(tensor) for name, tensor in tensors.items()}, {}, {})
         files = []
         for number, (start, stop) in enumerate(pairwise(ends)):
-            held = {"a": checkpoint.Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
-            held |= {name: checkpoint.whole(tensors[name]) for name in "bcd"} if number == 0 else {}
-            checkpoint._write_pieces(place, held, {}, Crew(rank=number, size=len(ends) - 1))
+            held = {"a": Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
+            held |= {name: whole(tensors[name]) for name in "bcd"} if number == 0 else {}
+            run_folder._write_pieces(place, held, {}, Crew(rank=number, size=len(ends) - 1))
             files.append(place / (f"model.rank-{number:05d}.safetensors" if number else "model.safetensors"))
-        stored = checkpoint.Stored(files)
+        stored = Stored(files)
         assert sorted(stored.names()) == [*"abcd"] and stored.shape("a") == (7, 3, 2)
         for name, tensor in tensors.items():
             assert torch.equal(stored.read(name), tensor)
@@ -162,7 +164,7 @@ def test_tensors_in_pieces(tmp_path):
                 assert torch.equal(stored.read("a", start, stop), tensors["a"].flatten()[start:stop])
         if cuts:
             with pytest.raises(ValueError, match="parts of a are missing"):
-                checkpoint.Stored(files[:-1])
+                Stored(files[:-1])
 
 
 def test_optimizer_state_of_another_model_is_refused(folder):
@@ -270,32 +272,32 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_way_out(folder, file, damag
 
 def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
     fill(folder, 5)
-    write = checkpoint._write
+    write = run_folder._write
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "state.json":
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(run_folder, "_write", full)
     with pytest.raises(UserError, match=r"cannot write .*step-00000010: the disk is full; free space"):
         fill(folder, 10)
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
-    monkeypatch.setattr(checkpoint, "_write", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_folder, "_write", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fill(folder, 10)
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
 
 
 def test_a_folder_that_cannot_be_begun_is_not_there(tmp_path, monkeypatch):
-    write = checkpoint.write_json
+    write = run_folder.write_json
 
     def full(path: Path, content: dict, indent: int | None = 1) -> Path:
         if path.name == "run.json":
             raise UserError("the disk is full")
         return write(path, content, indent)
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(run_folder, "write_json", full)
     (tmp_path / "mine").mkdir()
     for path in (tmp_path / "new", tmp_path / "mine"):
         with pytest.raises(UserError, match="full"):
@@ -309,7 +311,7 @@ def test_a_folder_that_cannot_be_begun_is_not_there(tmp_path, monkeypatch):
 LIMITED = """
 import resource, signal, sys, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails as on a full disk
-from attnlab.checkpoint import RunFolder
+from attnlab.runs.folder import RunFolder
 folder = RunFolder.open(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:

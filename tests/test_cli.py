@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from attnlab import __version__, attention, checkpoint, cli, presets
+from attnlab import __version__, attention, cli, presets
 from attnlab.errors import UserError
 from attnlab.results import BenchRecord
+from attnlab.runs import folder as run_folder
 from attnlab.verbs import options, workbench
 
 Run = Callable[..., tuple[int, str, str]]
@@ -231,7 +232,7 @@ def test_a_full_disk_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnlab import train
+    from attnlab.training import train
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise train.Stopped("stopped after step 7; the run is saved in here")
@@ -391,6 +392,6 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
 
 
 def test_the_checkpoint_of_a_run_opens_without_the_command_line(trained: Path) -> None:
-    model, config = checkpoint.load_model(trained)
+    model, config = run_folder.load_model(trained)
     assert config.mechanism == "mla"
     assert not model.training

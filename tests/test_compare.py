@@ -21,7 +21,7 @@ from attnlab.files import read_json
 from attnlab.match import parameters, variant
 from attnlab.progress import Progress
 from attnlab.results import LawResult, RunResult, TaskResult
-from attnlab.train import Diverged, train
+from attnlab.training.train import Diverged, train
 
 compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)
 EXTRAS = ("laws.json", "samples.json", "attention.json")

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from attnlab import UserError, cli, data, hub, load_model
-from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
 from attnlab.data.prepare import Plan, prepare
@@ -23,6 +22,7 @@ from attnlab.data.tokens import Tokens
 from attnlab.evaluate import binned, evaluate, evaluate_source, ratio_error, seen_share, text_bytes, windows
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
+from attnlab.runs.folder import RunFolder
 
 VOCABULARY = 257  # of bytes, and the end of a document
 CONTEXT = 12

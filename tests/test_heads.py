@@ -378,7 +378,7 @@ def test_gates_recall_and_experts() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run that kept all its checkpoints."""
-    from attnlab.train import train
+    from attnlab.training.train import train
 
     config = presets.get("quick")
     model = replace(config.model, n_layers=2, d_model=16, n_heads=2, context=24, mechanisms=("mla",))

@@ -15,14 +15,14 @@ import torch
 from torch.nn import functional as F
 
 from attnlab import hub
-from attnlab.checkpoint import RunFolder
 from attnlab.cli import main
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert
 from attnlab.data import CharTokenizer
 from attnlab.errors import UserError
 from attnlab.model import Decoder
-from attnlab.train import Trainer, resolve, train, train_step, validate
+from attnlab.runs.folder import RunFolder
+from attnlab.training.train import Trainer, resolve, train, train_step, validate
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 20
 MODEL = ModelConfig(context=16, n_layers=2, d_model=16, n_heads=2, positions="learned", bias=True)

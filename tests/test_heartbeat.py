@@ -8,7 +8,7 @@ import time
 import pytest
 
 from attnlab.files import read_json, write_json
-from attnlab.heartbeat import FOLDER, Heartbeat, beats, stale
+from attnlab.runs.heartbeat import FOLDER, Heartbeat, beats, stale
 
 
 def test_a_beat_says_who_and_how_far(tmp_path):

@@ -22,7 +22,7 @@ from attnlab.errors import UserError
 from attnlab.model import Decoder, flops_per_token
 from attnlab.recording import record_notes
 from attnlab.spec import RopeScaling
-from attnlab.train import train
+from attnlab.training.train import train
 
 T = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attnlab[hf]'")
 

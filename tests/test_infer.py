@@ -21,7 +21,7 @@ from attnlab.decode import generate
 from attnlab.errors import UserError
 from attnlab.infer import Stream, continue_texts, weight_bytes
 from attnlab.layers import Linear, _one_row, linear
-from attnlab.measure import counted_flops, read_speed
+from attnlab.measure.counters import counted_flops, read_speed
 from attnlab.model import Decoder
 
 TEXTS = ["Übermäßig schöne Grüße, ", "日本語 и русский 🦊🦊 ", "plain words, and then some more plain words. "] * 20

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlab.checkpoint import RunFolder
+from attnlab.runs.folder import RunFolder
 
 BIN = Path(sys.executable).parent
 TRAIN = [

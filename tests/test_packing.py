@@ -10,14 +10,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from attnlab import attention, data
-from attnlab.checkpoint import RunFolder
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.data import packing
 from attnlab.documents import Documents
 from attnlab.errors import UserError
 from attnlab.model import Decoder
 from attnlab.recording import record_losses
-from attnlab.train import Trainer, resolve, train, train_step, validate
+from attnlab.runs.folder import RunFolder
+from attnlab.training.train import Trainer, resolve, train, train_step, validate
 
 # -- which document goes where ---------------------------------------------------------------------------------------
 

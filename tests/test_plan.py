@@ -17,8 +17,9 @@ from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.footprint import META
 from attnlab.hub.families import deepseek_v3
 from attnlab.match import variant
+from attnlab.measure.gpus import GPUS, find_gpu
 from attnlab.model import attention_configs, flops_per_token
-from attnlab.plan import GPUS, Machine, Plan, Sizes, find_gpu, plan
+from attnlab.plan import Machine, Plan, Sizes, plan
 from attnlab.sharding import STAGES, find_sharding
 from attnlab.spec import CacheSpec
 
@@ -116,7 +117,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from attnlab import Decoder
 from attnlab.config import RunConfig, from_dict
-from attnlab.step import make_optimizers
+from attnlab.training.optimizers import make_optimizers
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 config = from_dict(RunConfig, json.loads(sys.argv[4]))

@@ -20,8 +20,8 @@ from attnlab.evaluate import evaluate_source
 from attnlab.forecast import FLOAT, forecast
 from attnlab.formatting import span
 from attnlab.match import parameters
-from attnlab.measure import counted_flops, matrix_rate
-from attnlab.train import learning_rate, train
+from attnlab.measure.counters import counted_flops, matrix_rate
+from attnlab.training.train import learning_rate, train
 
 RECIPES = [name for name in presets.names() if presets.get(name).data.source.startswith("prepared:")]
 

@@ -17,7 +17,7 @@ from attnlab import TrainConfig, UserError, presets
 from attnlab.compare import heads_of_run
 from attnlab.report import render, write_report
 from attnlab.report.inside import _within
-from attnlab.train import train
+from attnlab.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab import checkpoint, hub
-from attnlab.checkpoint import RunFolder
+from attnlab import hub
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluate import evaluate_source
 from attnlab.infer import sample_run
-from attnlab.train import Trainer, dealt, resolve, train, train_step
+from attnlab.runs import folder as run_folder
+from attnlab.runs.folder import RunFolder
+from attnlab.training.train import Trainer, dealt, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
 WORKER = Path(__file__).parent / "crew_worker.py"
@@ -152,7 +153,7 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Pa
         for stop, result in launch(home, processes, jobs).items():
             assert f"stopped after step {stop};" in result.get("stopped", ""), result
         assert RunFolder.open(out).newest() == stops[-1][1]
-        model, _ = checkpoint.load_model(out)  # by one process, whoever wrote it
+        model, _ = run_folder.load_model(out)  # by one process, whoever wrote it
         assert sum(p.numel() for p in model.parameters()) == whole.parameters
     result = train(config, out, resume=True)
     assert result.status == "done" and [step for step, _ in result.curve] == [20, 40, 60]
@@ -246,10 +247,10 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
         rank = place / "model.rank-00001.safetensors"
         rank.write_bytes(rank.read_bytes()[:-1] + b"!")
         with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(its checksum is wrong\)"):
-            checkpoint.load_model(folder.path)
+            run_folder.load_model(folder.path)
         rank.unlink()
         with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(it is missing\)"):
-            checkpoint.load_model(folder.path)
+            run_folder.load_model(folder.path)
 
 
 def test_rows_are_dealt_out() -> None:

@@ -18,7 +18,7 @@ from attnlab.errors import UserError
 from attnlab.evaluate import evaluate_source
 from attnlab.examine import examine, score
 from attnlab.model import Decoder
-from attnlab.train import Trainer, resolve, train, train_step
+from attnlab.training.train import Trainer, resolve, train, train_step
 
 NAMES = sorted(tasks.TASKS)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from attnlab import trackers
-from attnlab.checkpoint import RunFolder
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.errors import UserError
 from attnlab.files import read_json
-from attnlab.trackers import open_trackers, scalars
+from attnlab.runs.folder import RunFolder
+from attnlab.training import trackers
+from attnlab.training.trackers import open_trackers, scalars
 
 CONFIG = RunConfig(name="odd name/1", model=ModelConfig(mechanisms=("sliding", "mla")))
 ALL = ("tensorboard", "wandb", "trackio")
@@ -28,7 +28,7 @@ ALL = ("tensorboard", "wandb", "trackio")
 SITTING = """
 import socket, sys
 from test_trackers import CONFIG, record
-from attnlab.trackers import open_trackers
+from attnlab.training.trackers import open_trackers
 
 connect = socket.socket.connect
 def near(self, address):
@@ -48,7 +48,7 @@ with open_trackers(sys.argv[5:], sys.argv[1], CONFIG, after) as trackers:
 DISK_FULL = """
 import resource, sys
 from test_trackers import CONFIG
-from attnlab.trackers import open_trackers
+from attnlab.training.trackers import open_trackers
 with open_trackers(["tensorboard"], sys.argv[1], CONFIG, -1, print) as trackers:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     for step in range(300):

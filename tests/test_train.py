@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab import attention, checkpoint, data
-from attnlab.checkpoint import RunFolder
+from attnlab import attention, data
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.device import find_device, find_precision
 from attnlab.errors import UserError
 from attnlab.infer import sample_run
 from attnlab.recording import record_attention
-from attnlab.step import Trainer, learning_rate, make_optimizers, train_step, validate
-from attnlab.train import Diverged, resolve, train
+from attnlab.runs import folder as run_folder
+from attnlab.runs.folder import RunFolder
+from attnlab.training.optimizers import learning_rate, make_optimizers
+from attnlab.training.step import Trainer, train_step, validate
+from attnlab.training.train import Diverged, resolve, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
 MODEL = ModelConfig(context=32, n_layers=2, d_model=16, n_heads=2)
@@ -103,7 +105,7 @@ def test_killed_without_warning(config, tmp_path):
     script = (
         "import json, os, signal, sys\n"
         "from attnlab.config import RunConfig, from_dict\n"
-        "from attnlab.train import train\n"
+        "from attnlab.training.train import train\n"
         "stop = lambda event: event['step'] == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "train(from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2], progress=stop)\n"
     )
@@ -133,7 +135,7 @@ def test_a_run_tells_everything(config, tmp_path):
     assert result.val_loss == result.curve[-1][1] and result.best_val_loss == min(loss for _, loss in result.curve)
     assert result.train_loss == result.train_curve[-1][1] < result.train_curve[0][1]
 
-    model, _ = checkpoint.load_model(tmp_path)
+    model, _ = run_folder.load_model(tmp_path)
     specs = [layer.attention.config.cache_spec for layer in model.layers]
     assert result.parameters == sum(p.numel() for p in model.parameters())
     assert result.floats_per_token == specs[1].per_token == 12 + 4  # the ring costs nothing more
@@ -266,7 +268,7 @@ def test_a_finished_run_is_not_done_again(config, tmp_path):
 @pytest.mark.parametrize("at", [7, 2])
 def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
     """At step 7 there is a checkpoint of step 5; at step 2 there is none."""
-    from attnlab import train as module
+    from attnlab.training import train as module
 
     honest = module.train_step
 
@@ -354,9 +356,9 @@ INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  
 COMPILE = """
 import json, sys
 from dataclasses import replace
-from attnlab.checkpoint import RunFolder
+from attnlab.runs.folder import RunFolder
 from attnlab.config import RunConfig, from_dict
-from attnlab.train import train
+from attnlab.training.train import train
 config = from_dict(RunConfig, json.loads(sys.argv[1]))
 losses = []
 for compiled in (False, True):
@@ -453,7 +455,7 @@ def test_a_trained_run_is_sampled(config, tmp_path, name):
     assert out.texts == [pieces[0], pieces[1]] and [len(text) for text in out.texts] == [9, 9]
     assert out.texts[1:] == sample_run(tmp_path, ["pack"], 9, seed=2, device="cpu").texts
     assert out.tokens == 18 and out.tokens_per_s > 0 and out.step == 1 and out.mechanism == name
-    model, _ = checkpoint.load_model(tmp_path)
+    model, _ = run_folder.load_model(tmp_path)
     specs = [layer.attention.config.cache_spec for layer in model.layers]
     assert out.cache_bytes == 4 * sum(spec.floats(length + 8) for spec in specs for length in (10, 4))
     with pytest.raises(UserError, match="'Z'"):
@@ -464,7 +466,7 @@ def test_a_trained_run_is_sampled(config, tmp_path, name):
 
 def test_attention_maps_of_a_trained_run(config, tmp_path):
     train(with_train(config, steps=1), tmp_path)
-    model, _ = checkpoint.load_model(tmp_path)
+    model, _ = run_folder.load_model(tmp_path)
     tokens = torch.tensor([data.from_text(TEXT).tokenizer.encode("the quick")])
     with torch.no_grad(), record_attention() as maps:
         model(tokens)

@@ -30,7 +30,7 @@ _HOME = {
     "record_losses": "recording",
     "Decoder": "model",
     "check_attention": "laws",
-    "load_model": "checkpoint",
+    "load_model": "runs.folder",
     "generate": "decode",
     "patch": "hf.patch",
 }

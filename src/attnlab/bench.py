@@ -23,11 +23,11 @@ from .decode import prefill, step
 from .device import find_device, find_precision, wait_for
 from .errors import UserError, choose
 from .match import Options, variant, with_options
-from .measure import counted_flops, interleaved, peak_growth, tensor_bytes
+from .measure.counters import counted_flops, interleaved, peak_growth, tensor_bytes
 from .model import Decoder
 from .results import BenchRecord, Record
-from .step import Trainer, train_step
-from .train import resolve
+from .training.step import Trainer, train_step
+from .training.train import resolve
 
 Kind = Literal["train", "prefill", "decode"]
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and how much there is

@@ -17,7 +17,7 @@ import tyro
 
 from . import __version__, presets
 from .errors import UserError, choose
-from .launcher import launched, rank
+from .runs.launcher import launched, rank
 from .verbs import VERBS
 from .verbs.options import options_of_mechanisms, with_choices
 

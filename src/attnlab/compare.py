@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import data
-from .checkpoint import RunFolder, load_model
 from .config import RunConfig
 from .data.tasks import Task, task_of
 from .engines import Call, Engine, Kind, Local, Needs, Outcome
@@ -33,8 +32,9 @@ from .laws import check_mechanism
 from .match import Matched, Options, What, match, parameters, variant
 from .progress import Progress
 from .results import FORMAT, LawResult, RunResult, TaskResult, environment
+from .runs.folder import RunFolder, load_model
 from .stats import paired
-from .train import resolve, train
+from .training.train import resolve, train
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

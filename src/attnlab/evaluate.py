@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import data, hub
-from .checkpoint import RunFolder
 from .config import DataConfig
 from .data.shards import SPLITS, Prepared
 from .data.tasks import task_of
@@ -39,6 +38,7 @@ from .device import find_device
 from .errors import UserError, choose
 from .model import Decoder
 from .results import EvalResult
+from .runs.folder import RunFolder
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once

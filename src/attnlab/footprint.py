@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .config import RunConfig
-from .convert.heal import freeze
-from .measure import Follow, flop_counter
+from .measure.counters import Follow, flop_counter
 from .model import Decoder, attention_configs
+from .training.objective import freeze
 
 META = torch.device("meta")
 

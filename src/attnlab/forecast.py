@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .accounting import measured_peak, training_flops
 from .config import RunConfig
 from .device import find_device, find_precision
 from .match import cache_floats, parameters
+from .measure.gpus import measured_peak
+from .measure.throughput import training_flops
 from .model import attention_configs
 from .results import Record
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from . import chat, hub
-from .checkpoint import RunFolder
 from .data import Tokenizer
 from .decode import check, continuation
 from .device import find_device
 from .errors import UserError
 from .feed_forward import Experts
-from .measure import tensor_bytes
+from .measure.counters import tensor_bytes
 from .model import Decoder
+from .runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

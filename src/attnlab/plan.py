@@ -6,65 +6,29 @@ Memory and FLOPs of training are counted (`footprint`); what is assumed is said 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import RunConfig
-from .errors import UserError, choose
+from .errors import UserError
 from .feed_forward import Experts
 from .footprint import META, Footprint, Part, footprint, on_meta
 from .match import cache_floats
-from .measure import peak_growth
+from .measure.counters import peak_growth
+from .measure.gpus import Gpu
 from .model import Decoder, attention_configs, flops_per_token
 from .results import Record
 from .sharding import find_sharding
-from .step import make_optimizers
+from .training.optimizers import make_optimizers
 
 BF16 = 2  # bytes
 USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA, communication and what fragmentation wastes
 MFU = 0.4  # of the peak, where nothing is said
 MOST_GPUS = 2**16  # that are thought about
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """As its datasheet says, in bytes (a GB taken as 10^9), FLOPs per second of dense bfloat16 matrix products, and
-    bytes per second."""
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # NVIDIA H100 datasheet, SXM: 80GB, 1,979 teraFLOPS of BFLOAT16 with sparsity, which is half without, 3.35TB/s
-        Gpu("h100", 80e9, 989.5e12, 3.35e12),
-        # NVIDIA H200 datasheet, SXM: 141GB, 1,979 teraFLOPS with sparsity, 4.8TB/s
-        Gpu("h200", 141e9, 989.5e12, 4.8e12),
-        # NVIDIA A100 datasheet, 80GB SXM: 312 TFLOPS of BFLOAT16, 624 with sparsity, 2,039GB/s
-        Gpu("a100", 80e9, 312e12, 2.039e12),
-        # AMD Instinct MI300X datasheet: 192 GB HBM3, 1,307.4 TFLOPS of bfloat16 without sparsity, 5.3 TB/s
-        Gpu("mi300", 192e9, 1307.4e12, 5.3e12),
-    )
-}
-
-
-def find_gpu(given: str | Mapping[str, Any]) -> Gpu:
-    """By name, or of numbers: {"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}."""
-    if isinstance(given, str):
-        return GPUS[choose("GPU", given, GPUS)]
-    wanted = [f.name for f in fields(Gpu) if f.name != "name"]
-    numbers = [given.get(name) for name in wanted]
-    if set(given) - {"name", *wanted} or not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
-        raise UserError(f"the GPU {dict(given)} is not known: give a number above 0 for each of {', '.join(wanted)}")
-    return Gpu(str(given.get("name", "own")), *map(float, numbers))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import RunFolder, load_model
 from ..errors import UserError
 from ..results import Emergence
+from ..runs.folder import RunFolder, load_model
 from .ablate import losses
 from .scores import PATTERNS, lengths, mean_scores, repeated
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from .. import data
-from ..checkpoint import RunFolder, load_model
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
+from ..runs.folder import RunFolder, load_model
 from . import card, families, files, table
 
 INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # how it is computed or trained, not what

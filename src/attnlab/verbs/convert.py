@@ -134,10 +134,10 @@ def heal(
     from dataclasses import replace
 
     from .. import hub
-    from ..checkpoint import RunFolder
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
     from ..files import read_json, write_json
     from ..report.conversion import write_recovery
+    from ..runs.folder import RunFolder
 
     folder = Path(source).expanduser()
     certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}

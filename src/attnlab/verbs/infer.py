@@ -150,7 +150,7 @@ def show(found: Samples, prompts: Sequence[str], as_json: bool) -> int:
 
 def summary(found: Samples) -> str:
     """One line: what, how fast, how much memory."""
-    from ..measure import read_speed
+    from ..measure.counters import read_speed
 
     made = found.mechanism if found.step is None else f"{found.mechanism}, step {found.step}"
     parts = [

@@ -14,8 +14,8 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from ..config import Execution, RunConfig
 from ..errors import UserError, choose
-from ..launcher import rank
 from ..results import RunResult
+from ..runs.launcher import rank
 
 Flag = FlagCreatePairsOff[bool]
 Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_
@@ -48,7 +48,7 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
     """`train` with a bar on the screen. None where it was asked to stop: how to go on is then said, and all is well."""
     from ..progress import Progress
-    from ..train import Stopped, train
+    from ..training.train import Stopped, train
 
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
     tell: Callable[[Mapping[str, Any]], None] | None = None

@@ -50,7 +50,8 @@ def plan(
     """
     from .. import attention
     from ..match import variant
-    from ..plan import MFU, Machine, find_gpu
+    from ..measure.gpus import find_gpu
+    from ..plan import MFU, Machine
     from ..plan import plan as plans
 
     numbers = json_object("--gpu", gpu) if gpu.lstrip().startswith("{") else None

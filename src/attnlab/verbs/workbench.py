@@ -13,7 +13,7 @@ from .. import presets, screen
 from ..config import Execution, RunConfig
 from ..engines import Kind, Local, Ray, Slurm
 from ..errors import UserError, choose
-from ..launcher import rank
+from ..runs.launcher import rank
 from .options import (
     Fields,
     Flag,
@@ -95,7 +95,7 @@ def train(
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     """`attnlab train --dry-run`."""
     from ..forecast import forecast
-    from ..train import resolve
+    from ..training.train import resolve
 
     if rate is not None and not 0 < rate < float("inf"):
         raise UserError(f"--flops is {rate}: give FLOPs per second, such as 100e12")

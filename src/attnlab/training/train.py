@@ -8,35 +8,36 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import data, strategies
-from .accounting import Account, Laggards, Peak, combine, find_peak
-from .checkpoint import RunFolder
-from .config import Execution, RunConfig
-from .crew import Alone, Crew, Lost, join, leave, lost, unreachable
-from .device import device_name, find_device, find_precision
-from .errors import UserError
-from .heartbeat import Heartbeat
-from .launcher import restarted
-from .measure import peak_bytes, reset_peak
-from .model import attention_configs, flops_per_token
-from .recording import record_losses
-from .results import RunResult
-from .step import HOW, Step, Trainer, dealt, learning_rate, train_step, validate
+from .. import data
+from ..config import Execution, RunConfig
+from ..device import find_device, find_precision
+from ..errors import UserError
+from ..measure.counters import reset_peak
+from ..measure.gpus import Peak, find_peak
+from ..measure.throughput import Account, Laggards, combine
+from ..recording import record_losses
+from ..results import RunResult
+from ..runs.folder import RunFolder
+from ..runs.heartbeat import Heartbeat
+from ..runs.launcher import restarted
+from ..runs.processes import Alone, Crew, join, leave, lost, stop_requests, unreachable
+from . import strategies
+from .log import Log
+from .optimizers import learning_rate
+from .step import HOW, Step, Trainer, dealt, train_step, validate
+from .summary import summary
 from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
@@ -79,7 +80,7 @@ def train(
     check_trackers(how.track)
     crew = join(find_device(config.train.device), kind.grouped)
     try:
-        with _own_random_state(), _stop_requests() as stop, _deterministic(config.train.deterministic):
+        with _own_random_state(), stop_requests() as stop, _deterministic(config.train.deterministic):
             try:
                 return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
             except RuntimeError as error:
@@ -178,35 +179,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     if config.model.vocab_size < corpus.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
     return config, corpus
-
-
-@dataclass
-class Log:
-    """How far a run is. Its records are the folder's metrics; what is here goes into the checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0  # learnt from: padding does not count
-    interval: list[float] = field(default_factory=list)  # losses since the last record
-    usual: list[float] = field(default_factory=list)  # the last 50 losses, where a spike is looked for
-    shift: int = 0  # steps whose data was left out
-    skipped: int = 0  # steps that were not taken
-    rewinds: int = 0
-    scale: tuple[float, int] = (2.0**16, 0)  # of float16 gradients, and its good steps
-    # of this sitting only:
-    norm: float = 0.0
-    alone: float = 0.0  # seconds since the last record in which this process waited for no other
-    warm: bool = False  # whether a whole interval has passed
-    saved: int | None = None
-
-    KEPT: ClassVar = ("seconds", "tokens", "interval", "usual", "shift", "skipped", "rewinds", "scale")
-
-    @classmethod
-    def of(cls, step: int, state: Mapping[str, Any]) -> Log:
-        return cls(step, saved=step, **{name: state[name] for name in cls.KEPT if name in state})
-
-    def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.KEPT}
 
 
 @dataclass
@@ -370,58 +342,6 @@ def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: str, error: str = "") -> RunResult:
-    """Everything a comparison needs to know about a run."""
-
-    def middle(name: str) -> float | None:
-        values = [r[name] for r in timed if r.get(name) is not None]
-        return statistics.median(values) if values else None
-
-    config, model, records = trainer.config, trainer.model, folder.metrics()
-    curve = [[r["step"], r["val_loss"]] for r in records if "val_loss" in r]
-    train_curve = [[r["step"], r["loss"]] for r in records if "loss" in r]
-    every = [r for r in records if "tokens_per_s" in r]
-    timed = [r for r in every if "warm_up" not in r] or every
-    specs = [layer.cache_spec for layer in attention_configs(config.model)]
-    context = config.model.context
-    return RunResult(
-        name=config.name,
-        mechanism=config.mechanism,
-        seed=config.seed,
-        key=config.key,
-        status=status,
-        error=error,
-        parameters=model.parameter_count(),
-        floats_per_token=sum(spec.per_token for spec in specs),
-        cache_bytes=sum(spec.floats(context) for spec in specs) * next(model.parameters()).element_size(),
-        flops_per_token=flops_per_token(config.model, context),
-        steps=log.step,
-        tokens=log.tokens,
-        context=context,
-        train_loss=train_curve[-1][1] if train_curve else None,
-        val_loss=curve[-1][1] if curve else None,
-        best_val_loss=min((loss for _, loss in curve), default=None),
-        tokens_per_s=middle("tokens_per_s"),
-        mfu=middle("mfu"),
-        peak=str(peak),
-        data_wait=middle("data_wait"),
-        strategy=trainer.strategy.name,
-        processes=trainer.crew.size,
-        skipped=log.skipped,
-        rewinds=log.rewinds,
-        seconds=log.seconds,
-        peak_bytes=peak_bytes(trainer.device),
-        precision=trainer.precision,
-        impl=config.model.impl,
-        threads=torch.get_num_threads(),
-        device=device_name(trainer.device),
-        command=_command(),
-        options={name: dict(fields) for name, fields in config.model.options.items()},
-        curve=curve,
-        train_curve=train_curve,
-    )
-
-
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Kernels that give the same bits every time, where they are wanted."""
@@ -443,34 +363,3 @@ def _own_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; a second of the same kind interrupts at once (a launcher may add its SIGTERM
-    to a terminal's Ctrl-C). Elsewhere than in the main thread: never."""
-    asked, seen = threading.Event(), set[int]()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if number in seen:
-            raise KeyboardInterrupt
-        seen.add(number)
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    except Lost:
-        before[signal.SIGTERM] = signal.SIG_IGN  # a launcher ends this process too: what is to be said comes first
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _command() -> str:
-    program = Path(sys.argv[0]).name
-    return shlex.join(["attnlab", *sys.argv[1:]]) if program in ("attnlab", "__main__.py") else ""

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Piece, Stored, optimizer_tensors, weights, whole
-from ..config import TrainConfig
-from ..crew import Crew
-from ..model import Decoder
+from ...config import TrainConfig
+from ...model import Decoder
+from ...runs.processes import Crew
+from ...runs.tensors import Piece, Stored, optimizer_tensors, weights, whole
 
 Optimizers = dict[str, torch.optim.Optimizer]
 Losses = Callable[..., Tensor]  # (x, y, documents) -> the mean over targets that count

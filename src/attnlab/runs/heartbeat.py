@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .files import read_json, write_json
+from ..errors import UserError
+from ..files import read_json, write_json
 
 FOLDER = "heartbeat"
 

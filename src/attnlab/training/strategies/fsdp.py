@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..checkpoint import Piece, Stored, optimizer_tensors, whole
-from ..config import TrainConfig
-from ..errors import UserError
+from ...config import TrainConfig
+from ...errors import UserError
+from ...runs.tensors import Piece, Stored, optimizer_tensors, whole
 from . import single
 from .single import Optimizers
 

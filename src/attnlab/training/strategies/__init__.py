@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..errors import UserError, choose
-from ..launcher import launched
+from ...errors import UserError, choose
+from ...runs.launcher import launched
 from .single import Strategy as Strategy
 
 NAMES = ("auto", "single", "ddp", "fsdp", "deepspeed")

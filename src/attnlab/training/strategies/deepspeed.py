@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Piece, Stored, whole
-from ..config import TrainConfig
-from ..errors import UserError, need
-from ..files import read_json
+from ...config import TrainConfig
+from ...errors import UserError, need
+from ...files import read_json
+from ...runs.tensors import Piece, Stored, whole
 from . import single
 from .single import Optimizers
 

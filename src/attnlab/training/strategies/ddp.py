@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import TrainConfig
-from ..model import attention_configs
+from ...config import TrainConfig
+from ...model import attention_configs
 from . import single
 from .single import Optimizers
 

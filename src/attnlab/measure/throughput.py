@@ -8,29 +8,19 @@ HFU counts also what is computed a second time to save memory.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, RunConfig
-from .errors import UserError
-from .measure import matrix_rate, matrix_size, peak_bytes
-from .model import flops_per_token
+from ..config import ModelConfig, RunConfig
+from ..model import flops_per_token
+from .counters import peak_bytes
+from .gpus import Peak
 
 TRAINING = 3  # forward passes that a forward and a backward pass cost
-DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32
-    "H100 HBM3": (989.5e12, 67e12),
-    "H100 PCIe": (756.5e12, 51e12),
-    "H200": (989.5e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTIAL = {"MIG", "NVL"}  # a slice of a GPU, and the slower cards of a pair
 
 
 def training_flops(model: ModelConfig, length: int | None = None) -> float:
@@ -51,50 +41,6 @@ def document_lengths(documents: Tensor) -> list[int]:
     flat = torch.where(documents < 0, -1, documents + rows).flatten()
     numbers, counts = flat.unique_consecutive(return_counts=True)
     return counts[numbers >= 0].tolist()
-
-
-class Peak(NamedTuple):
-    rate: float  # FLOPs per second of one device
-    source: str  # in words
-
-    def __str__(self) -> str:
-        return f"{self.rate / 1e12:.3g} TFLOP/s ({self.source})"
-
-
-def find_peak(device: torch.device, precision: str, given: float | None = None) -> Peak:
-    """What MFU is relative to: as given, else by the GPU's datasheet, else measured, in half a second.
-
-    `precision`: fp32, bf16 or fp16. Raises `UserError` for a rate that is none.
-    """
-    if given is not None:
-        if not (given > 0 and math.isfinite(given)):
-            raise UserError(f"--peak is {given}: give the FLOPs per second of one device, such as 989e12")
-        return Peak(given, "given by --peak")
-    known = datasheet(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-    return known or measured_peak(device, precision, torch.get_num_threads())
-
-
-def datasheet(gpu: str, precision: str) -> Peak | None:
-    """By the name that the driver gives; None for a GPU not listed."""
-    words = set(re.findall(r"\w+", gpu))
-    for name, (half, single) in DATASHEETS.items():
-        if set(name.split()) <= words and not words & PARTIAL:
-            return Peak(single if precision == "fp32" else half, f"datasheet of the {gpu}, dense {_kind(precision)}")
-    return None
-
-
-@lru_cache
-def measured_peak(device: torch.device, precision: str, threads: int) -> Peak:
-    """Once in a process, which trains with `threads`."""
-    size, where = matrix_size(device), device.type
-    if device.type == "cpu":
-        where += f", {threads} thread{'s' * (threads != 1)}"
-    product = f"product of two {size}x{size} {_kind(precision)} matrices"
-    return Peak(matrix_rate(device, DTYPES[precision]), f"measured: {product} on {where}")
-
-
-def _kind(precision: str) -> str:
-    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 class Interval(NamedTuple):

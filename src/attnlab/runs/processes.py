@@ -4,8 +4,11 @@ deepspeed, srun), each with a rank from 0 on. Joining them is Accelerate's work,
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .errors import UserError, need
+from ..errors import UserError, need
 from .launcher import lasting_store, launched, rank
 
 T = TypeVar("T")
@@ -159,3 +162,29 @@ def _sent(send: Callable[[], Any]) -> None:
         send()
     except RuntimeError as error:
         raise (lost(error) if unreachable(error) else error) from None
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM; a second of the same kind interrupts at once (a launcher may add its SIGTERM
+    to a terminal's Ctrl-C). Elsewhere than in the main thread: never."""
+    asked, seen = threading.Event(), set[int]()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if number in seen:
+            raise KeyboardInterrupt
+        seen.add(number)
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    except Lost:
+        before[signal.SIGTERM] = signal.SIG_IGN  # a launcher ends this process too: what is to be said comes first
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

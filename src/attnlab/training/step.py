@@ -13,64 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import data, strategies
-from .accounting import document_lengths
-from .checkpoint import load_weights
-from .config import Execution, RunConfig, TrainConfig
-from .convert.heal import distilled, freeze, start_from
-from .crew import ALONE, Crew
-from .device import check_compiler, find_device, find_precision
-from .errors import UserError
-from .model import Decoder
-from .recording import part_of_step, scale_losses
+from .. import data
+from ..config import Execution, RunConfig, TrainConfig
+from ..device import check_compiler, find_device, find_precision
+from ..errors import UserError
+from ..measure.throughput import document_lengths
+from ..model import Decoder
+from ..recording import part_of_step, scale_losses
+from ..runs.processes import ALONE, Crew
+from ..runs.tensors import load_weights
+from . import strategies
+from .objective import distilled, freeze, start_from
+from .optimizers import Scale, learning_rate, make_optimizers
 from .strategies import Strategy
 
 HOW = Execution()
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then cosine to `min_lr`, or flat and a linear fall at the end."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    if config.schedule == "cosine":
-        share = (step - config.warmup) / max(1, config.steps - config.warmup)
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-    else:
-        height = min(1.0, (config.steps - step) / (config.decay * config.steps))
-    return config.min_lr + height * (config.lr - config.min_lr)
-
-
-def make_optimizers(config: TrainConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name. Weight decay pulls on matrices, embeddings among them, not on norms and biases (nanoGPT's rule).
-
-    With Muon, it takes the matrices between embedding and head, and AdamW everything else.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    outer |= {id(p) for name, p in model.named_parameters() if name.split(".")[0] == "head"}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    if config.optimizer == "muon":
-        hidden = [p for p in parameters if p.ndim == 2 and id(p) not in outer]
-        parameters = [p for p in parameters if p.ndim != 2 or id(p) in outer]
-        optimizers["muon"] = torch.optim.Muon(
-            hidden,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",  # one rate then suits both optimizers
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers["adamw"] = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        fused=all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters),
-    )
-    return optimizers
 
 
 @dataclass
@@ -168,27 +127,6 @@ def dealt(train: TrainConfig, processes: int) -> list[int]:
         )
     parts = -(-rows // train.batch_size)
     return [rows * (i + 1) // parts - rows * i // parts for i in range(parts)]
-
-
-@dataclass
-class Scale:
-    """What float16 gradients are multiplied by so that small ones are not lost: halved when they overflow, doubled
-    after 2000 steps in which they did not (Micikevicius et al. 2018, arXiv 1710.03740)."""
-
-    used: bool
-    factor: float = 2.0**16
-    good: int = 0
-
-    @property
-    def now(self) -> float:
-        return self.factor if self.used else 1.0
-
-    def learn(self, applied: bool) -> None:
-        self.good = self.good + 1 if applied else 0
-        if not applied:
-            self.factor /= 2
-        elif self.good % 2000 == 0:
-            self.factor *= 2
 
 
 class Step(NamedTuple):

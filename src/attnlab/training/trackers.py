@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, to_dict
-from .errors import choose, need
-from .files import read_json, write_json
+from ..config import RunConfig, to_dict
+from ..errors import choose, need
+from ..files import read_json, write_json
 
 PROJECT = "attnlab"
 Say = Callable[[str], None]

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import hub
-from ..checkpoint import load_weights, weights
 from ..errors import UserError
 from ..model import Decoder
+from ..runs.tensors import load_weights, weights
 
 
 def start_from(model: Decoder, source: str) -> None:
