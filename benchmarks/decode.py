@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from speed import DOCUMENT, markdown, provenance, say, write_section
 
-from attnlab import decode, hub
-from attnlab.infer import weight_bytes
+from attnlab import hub
+from attnlab.inference import generate as decoding
+from attnlab.inference.text import weight_bytes
 from attnlab.measure.counters import interleaved, read_speed
 from attnlab.model import Decoder
 
@@ -91,7 +92,7 @@ def generator(way: str, model: torch.nn.Module, options: argparse.Namespace) -> 
     prompt = torch.randint(1000, 40_000, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     if isinstance(model, Decoder):
         compiled = way.endswith("compiled")
-        return lambda n: decode.generate(model, [prompt], n, temperature=0, compile=compiled)[0]
+        return lambda n: decoding.generate(model, [prompt], n, temperature=0, compile=compiled)[0]
     ids = torch.tensor([prompt])
 
     def generate(n: int) -> list[int]:

@@ -20,12 +20,12 @@ from speed import markdown, provenance, say
 
 from attnlab import attention, data, presets
 from attnlab.config import Execution, ModelConfig, RunConfig, TrainConfig
-from attnlab.footprint import META, AsOnGpu, Recomputed, footprint, on_meta
-from attnlab.match import variant
+from attnlab.costs.memory import META, AsOnGpu, Recomputed, footprint, on_meta
+from attnlab.costs.plan import Machine, Sizes, walk
 from attnlab.measure.counters import Follow, flop_counter, peak_growth, tensor_bytes
 from attnlab.measure.gpus import GPUS
 from attnlab.model import Decoder, flops_per_token
-from attnlab.plan import Machine, Sizes, walk
+from attnlab.presets import variant
 from attnlab.training.train import Trainer, train_step
 
 CPU = torch.device("cpu")

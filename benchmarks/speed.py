@@ -32,12 +32,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from attnlab import bench, presets
+from attnlab import presets
 from attnlab.config import ModelConfig, RunConfig
+from attnlab.costs import bench
+from attnlab.costs.crossover import context_crossovers, query_crossover
 from attnlab.data import Corpus
-from attnlab.match import variant
 from attnlab.measure.counters import interleaved
 from attnlab.model import Decoder
+from attnlab.presets import variant
 from attnlab.results import BenchRecord, environment
 from attnlab.training.train import Trainer, learning_rate, resolve, train_step
 
@@ -326,8 +328,8 @@ def decode(options: argparse.Namespace) -> str:
         ]
         for r in records
     ]
-    queries = bench.query_crossover(preset, "mla", 1024, repeats=options.repeats, progress=tell)
-    crossovers = [*bench.context_crossovers(records), queries]
+    queries = query_crossover(preset, "mla", 1024, repeats=options.repeats, progress=tell)
+    crossovers = [*context_crossovers(records), queries]
     mla = variant(preset, "mla")
     return "\n\n".join(
         [

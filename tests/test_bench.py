@@ -8,12 +8,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from attnlab import attention, bench
+from attnlab import attention
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
+from attnlab.costs import bench
+from attnlab.costs.crossover import context_crossovers, query_crossover
 from attnlab.errors import UserError
-from attnlab.match import parameters, variant
 from attnlab.measure.counters import counted_flops, interleaved, peak_growth, tensor_bytes
-from attnlab.model import attention_configs
+from attnlab.model import attention_configs, parameters
+from attnlab.presets import variant
 from attnlab.progress import Meter
 from attnlab.results import BenchRecord
 
@@ -178,23 +180,23 @@ def test_the_crossover_lies_where_the_lines_meet():
     records = [decode("expanded", c, c / 100) for c in (100, 400, 1600)] + [
         decode("absorbed", c, 2 * (c / 100) ** 0.5) for c in (100, 400, 1600)
     ]
-    (found,) = bench.context_crossovers(records)
+    (found,) = context_crossovers(records)
     assert found.at == pytest.approx(400)
     assert str(found) == "mla: expanded is faster up to 400 tokens held, absorbed from there on"
-    (never,) = bench.context_crossovers(records[:1] + records[3:4])
+    (never,) = context_crossovers(records[:1] + records[3:4])
     assert never.at is None and str(never) == "mla: expanded is faster at 100 and at 100 tokens held"
     noisy = [decode("expanded", c, 1.0) for c in (1, 2, 3)]
     noisy += [decode("absorbed", c, ms) for c, ms in ((1, 2.0), (2, 0.9), (3, 2.0))]
-    (found,) = bench.context_crossovers(noisy)
+    (found,) = context_crossovers(noisy)
     assert found.at is None and str(found) == "mla: expanded is faster at 1 and at 3 tokens held"
-    assert bench.context_crossovers(records[:3]) == []
+    assert context_crossovers(records[:3]) == []
 
 
 def test_the_crossover_over_queries_is_measured():
-    found = bench.query_crossover(PRESET, "mla", queries=(1, 4, 8), repeats=1)
+    found = query_crossover(PRESET, "mla", queries=(1, 4, 8), repeats=1)
     assert [point[0] for point in found.points] == [1, 4, 8] and found.modes == ("expanded", "absorbed")
     with pytest.raises(UserError, match="mha is computed in one way only"):
-        bench.query_crossover(PRESET, "mha")
+        query_crossover(PRESET, "mha")
 
 
 def test_the_meter_is_silent_at_first():

@@ -332,14 +332,15 @@ def test_bench_records(run: Run) -> None:
 
 
 def test_tasks_are_columns_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnlab import compare, examine
+    from attnlab import compare
+    from attnlab.evaluation import exam
 
     for name in ("mqar", "needle"):
         whole = presets.get(name)
         model = replace(whole.model, n_layers=1, d_model=16, context=32)
         train = replace(whole.train, steps=2, batch_size=2, eval_every=2, eval_batches=1)
         monkeypatch.setitem(presets._PRESETS, name, functools.partial(replace, whole, model=model, train=train))
-    monkeypatch.setattr(examine, "SEQUENCES", 16)
+    monkeypatch.setattr(exam, "SEQUENCES", 16)
     monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
     words = ["compare", "quick", *SMALL, "--mechanisms", "mha,mqa", "--seeds", "1", "--jobs", "1"]
     code, out, err = run(*words, "--tasks", "mqar,needle", "--out", "c")

@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from attnlab import compare as module
-from attnlab import examine
 from attnlab.compare import attention_of, plan, sample_of, table, verdicts
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
+from attnlab.evaluation import exam
 from attnlab.files import read_json
-from attnlab.match import parameters, variant
+from attnlab.model import parameters
+from attnlab.presets import variant
 from attnlab.progress import Progress
 from attnlab.results import LawResult, RunResult, TaskResult
 from attnlab.training.train import Diverged, train
@@ -307,7 +308,7 @@ def test_heads_of_every_finished_run_when_asked(preset, tmp_path):
 @pytest.fixture
 def recall(monkeypatch):
     """A task, of the smallest kind, and a short exam."""
-    monkeypatch.setattr(examine, "SEQUENCES", 16)
+    monkeypatch.setattr(exam, "SEQUENCES", 16)
     return RunConfig(
         name="mqar",
         model=ModelConfig(vocab_size=8, context=32, n_layers=2, d_model=16, n_heads=2),

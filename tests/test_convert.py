@@ -15,8 +15,8 @@ from attnlab.convert import convert, linear, pooling, rotary, targets
 from attnlab.convert.dense import Dense
 from attnlab.convert.statistics import gather
 from attnlab.data import CharTokenizer
-from attnlab.decode import generate
 from attnlab.errors import UserError
+from attnlab.inference.generate import generate
 from attnlab.laws import check_attention
 from attnlab.model import Decoder, attention_configs
 from attnlab.ops import rope

@@ -19,7 +19,15 @@ from attnlab.data import CharTokenizer
 from attnlab.data.prepare import Plan, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
-from attnlab.evaluate import binned, evaluate, evaluate_source, ratio_error, seen_share, text_bytes, windows
+from attnlab.evaluation.perplexity import (
+    binned,
+    evaluate,
+    evaluate_source,
+    ratio_error,
+    seen_share,
+    text_bytes,
+    windows,
+)
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
 from attnlab.runs.folder import RunFolder
@@ -197,7 +205,7 @@ def test_bytes_are_those_of_the_predicted_text() -> None:
 
 
 def test_bytes_are_counted_in_pieces_that_cut_no_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnlab.evaluate.PIECE", 5)
+    monkeypatch.setattr("attnlab.evaluation.perplexity.PIECE", 5)
     tokenizer, text = ByteTokenizer(), "ab日本語🙂🙂é\ufffd\ufffd\ufffd end"
     ids = tokenizer.encode(text)
     assert text_bytes(tokenizer, Tokens.of(np.array(ids)), 0, len(ids)) == len(text.encode())
@@ -318,7 +326,7 @@ def test_a_corpus_that_has_changed_is_no_longer_known_to_be_held_out(tmp_path: P
 
 
 def test_passages_are_found_across_the_seams_of_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnlab.evaluate.CHUNK", 100)
+    monkeypatch.setattr("attnlab.evaluation.perplexity.CHUNK", 100)
     draw = np.random.default_rng(0)
     training, other = draw.integers(0, 50, 1000), draw.integers(0, 50, 1000)
     assert seen_share(Tokens.of(training), Tokens.of(training)) == 1

@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.generation import BaseStreamer
 
 import attnlab.hf
-from attnlab import Decoder, ModelConfig, attention, cli, decode, hub
+from attnlab import Decoder, ModelConfig, attention, cli, hub
 from attnlab.data.tokenizer import ByteTokenizer, CharTokenizer
 from attnlab.errors import UserError
-from attnlab.evaluate import evaluate
+from attnlab.evaluation.perplexity import evaluate
 from attnlab.hf.memory import Memory
+from attnlab.inference import generate as decoding
 
 NAMES = attention.names()
 OPTIONS = {"msla": {"top_k": 6}, "sliding": {"window": 7}, "mka": {"chunk": 4}}
@@ -63,7 +64,7 @@ def prompts(*lengths: int) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]
     """Random token lists; the same padded on the left; the mask."""
     generator = torch.Generator().manual_seed(1)
     lists = [torch.randint(50, (n,), generator=generator).tolist() for n in lengths]
-    tokens, positions = decode.left_padded(lists)
+    tokens, positions = decoding.left_padded(lists)
     return lists, tokens, (positions >= 0).long()
 
 
@@ -91,7 +92,7 @@ def test_what_was_exported_is_loaded_and_what_is_saved_is_read_again(pair, tmp_p
 def test_generate_gives_what_our_own_decoding_gives(pair):
     ours, theirs = pair
     lists, tokens, mask = prompts(23, 9, 1)
-    want = torch.tensor(decode.generate(ours, lists, 9, temperature=0))
+    want = torch.tensor(decoding.generate(ours, lists, 9, temperature=0))
     for use_cache in (True, False):
         out = theirs.generate(tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
         assert torch.equal(out[:, tokens.shape[1] :], want)
@@ -224,7 +225,7 @@ def test_a_pipeline_reads_and_writes_text(tokenizer, tmp_path):
     assert hub.load(folder).tokenizer.fingerprint == tokenizer.fingerprint
     pipe = pipeline("text-generation", model=str(folder))
     found = pipe(["the fox", TEXT[:9]], max_new_tokens=6, do_sample=False, return_full_text=False)
-    want = decode.generate(ours, [tokenizer.encode("the fox"), tokenizer.encode(TEXT[:9])], 6, temperature=0)
+    want = decoding.generate(ours, [tokenizer.encode("the fox"), tokenizer.encode(TEXT[:9])], 6, temperature=0)
     assert [each[0]["generated_text"] for each in found] == [tokenizer.decode(row) for row in want]
 
 
@@ -268,7 +269,7 @@ def test_the_command_exports_a_run(tmp_path, capsys, monkeypatch):
     pipe = pipeline("text-generation", model="there")
     (found,) = pipe("ROMEO:", max_new_tokens=5, do_sample=False)
     run = hub.load("run")
-    (ours,) = decode.generate(run.model, [run.tokenizer.encode("ROMEO:")], 5, temperature=0)
+    (ours,) = decoding.generate(run.model, [run.tokenizer.encode("ROMEO:")], 5, temperature=0)
     assert found["generated_text"] == "ROMEO:" + run.tokenizer.decode(ours)
     assert cli.main(["export", "run", "--out", "there"]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -42,9 +42,9 @@ ORDER = [
     {"match", "measure", "runs"},
     {"hub"},
     {"training", "convert", "engines", "progress"},
-    {"decode", "chat", "infer"},
+    {"inference"},
     {"hf"},
-    {"evaluate", "examine", "bench", "forecast", "footprint", "sharding", "plan", "heads"},
+    {"evaluation", "costs", "heads"},
     {"compare"},
     {"report"},
     {"screen"},
@@ -138,7 +138,10 @@ def test_a_misspelt_mechanism_needs_no_torch() -> None:
 
 def test_mechanisms_and_laws_need_no_extras() -> None:
     names = "[attention.build(name) for name in attention.names()]"
-    loaded = loaded_by(f"from attnlab import attention, laws, decode, bench; import attnlab.runs.folder; {names}")
+    loaded = loaded_by(
+        "from attnlab import attention, laws\n"
+        f"import attnlab.runs.folder, attnlab.inference.generate, attnlab.costs.bench\n{names}"
+    )
     assert "torch" in loaded
     assert not loaded & EXTRAS
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnlab import attention, chat, cli, data, hub
+from attnlab import attention, cli, data, hub
 from attnlab.config import ModelConfig
 from attnlab.data import bpe
 from attnlab.data.tokenizer import ByteTokenizer
-from attnlab.decode import generate
 from attnlab.errors import UserError
-from attnlab.infer import Stream, continue_texts, weight_bytes
+from attnlab.inference import chat
+from attnlab.inference.generate import generate
+from attnlab.inference.text import Stream, continue_texts, weight_bytes
 from attnlab.layers import Linear, _one_row, linear
 from attnlab.measure.counters import counted_flops, read_speed
 from attnlab.model import Decoder
@@ -227,7 +228,7 @@ def test_the_command(words, tmp_path, monkeypatch, capsys):
 COMPILE = """
 import json, torch
 from attnlab.config import ModelConfig
-from attnlab.decode import generate
+from attnlab.inference.generate import generate
 from attnlab.model import Decoder
 torch.manual_seed(0)
 model = Decoder(ModelConfig(vocab_size=97, context=64, n_layers=3, d_model=32, positions="learned", bias=True,

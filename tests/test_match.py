@@ -7,8 +7,9 @@ import pytest
 from attnlab import attention
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.errors import UserError
-from attnlab.match import cache_floats, match, parameters, variant
-from attnlab.model import attention_configs
+from attnlab.match import match
+from attnlab.model import attention_configs, cache_floats, parameters
+from attnlab.presets import variant
 
 PRESET = RunConfig(model=ModelConfig(vocab_size=31, context=48, n_layers=2, d_model=64, n_heads=4))
 MHA = variant(PRESET, "mha")

@@ -14,13 +14,13 @@ import torch
 
 from attnlab import Decoder, UserError, attention, cli, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
-from attnlab.footprint import META
+from attnlab.costs.memory import META
+from attnlab.costs.plan import Machine, Plan, Sizes, plan
+from attnlab.costs.sharding import STAGES, find_sharding
 from attnlab.hub.families import deepseek_v3
-from attnlab.match import variant
 from attnlab.measure.gpus import GPUS, find_gpu
 from attnlab.model import attention_configs, flops_per_token
-from attnlab.plan import Machine, Plan, Sizes, plan
-from attnlab.sharding import STAGES, find_sharding
+from attnlab.presets import variant
 from attnlab.spec import CacheSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -14,13 +14,13 @@ import torch
 from attnlab import Decoder, UserError, cli, hub, load_model, presets
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.convert import convert
+from attnlab.costs.dry_run import FLOAT, forecast
 from attnlab.data import ByteTokenizer
 from attnlab.data.prepare import Plan, prepare
-from attnlab.evaluate import evaluate_source
-from attnlab.forecast import FLOAT, forecast
+from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.formatting import span
-from attnlab.match import parameters
 from attnlab.measure.counters import counted_flops, matrix_rate
+from attnlab.model import parameters
 from attnlab.training.train import learning_rate, train
 
 RECIPES = [name for name in presets.names() if presets.get(name).data.source.startswith("prepared:")]

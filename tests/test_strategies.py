@@ -21,8 +21,8 @@ import torch
 from attnlab import hub
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
-from attnlab.evaluate import evaluate_source
-from attnlab.infer import sample_run
+from attnlab.evaluation.perplexity import evaluate_source
+from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.training.train import Trainer, dealt, resolve, train, train_step

@@ -15,8 +15,8 @@ from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.data import tasks
 from attnlab.data.endless import STAGES
 from attnlab.errors import UserError
-from attnlab.evaluate import evaluate_source
-from attnlab.examine import examine, score
+from attnlab.evaluation.exam import examine, score
+from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.model import Decoder
 from attnlab.training.train import Trainer, resolve, train, train_step
 

@@ -19,7 +19,7 @@ from attnlab import attention, data
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.device import find_device, find_precision
 from attnlab.errors import UserError
-from attnlab.infer import sample_run
+from attnlab.inference.text import sample_run
 from attnlab.recording import record_attention
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder

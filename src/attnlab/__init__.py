@@ -31,7 +31,7 @@ _HOME = {
     "Decoder": "model",
     "check_attention": "laws",
     "load_model": "runs.folder",
-    "generate": "decode",
+    "generate": "inference.generate",
     "patch": "hf.patch",
 }
 _MODULES = ("attention", "laws", "ops", "presets", "spec")

@@ -24,12 +24,14 @@ from .config import RunConfig
 from .data.tasks import Task, task_of
 from .engines import Call, Engine, Kind, Local, Needs, Outcome
 from .errors import UserError, need
-from .examine import examine
+from .evaluation.exam import examine
 from .files import alone, read_json, write_bytes, write_json
 from .heads import value_sizes, watch, whole
-from .infer import sample_run
+from .inference.text import sample_run
 from .laws import check_mechanism
-from .match import Matched, Options, What, match, parameters, variant
+from .match import Matched, What, match
+from .model import parameters
+from .presets import Options, variant
 from .progress import Progress
 from .results import FORMAT, LawResult, RunResult, TaskResult, environment
 from .runs.folder import RunFolder, load_model

@@ -7,22 +7,18 @@ names in `cache_width`. Parameters are counted on the meta device, cache floats 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
-from .attention import module
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .errors import UserError, choose
-from .model import Decoder, attention_configs
+from .model import attention_configs, cache_floats, parameters
+from .presets import with_options
 from .results import Record
 from .spec import AttentionConfig, CacheSpec
 
 What = Literal["params", "cache", "none"]
 TOLERANCE = 0.01  # what counts as equal
-Options = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +44,6 @@ class Matched(Record):
         change = "unchanged" if self.before == self.after else f"{self.field} {self.before} -> {self.after}"
         why = f"no {self.field} comes nearer" if self.field else "it has no width to change"
         return change if self.equal else f"{change}, and still {self.off:+.1%}: {why}"
-
-
-def variant(preset: RunConfig, label: str, options: Options | None = None) -> RunConfig:
-    """`preset` with the mechanism `label`, "mla" or a hybrid "sliding+sliding+mla", one name per layer, repeated.
-
-    `options` holds Config fields by mechanism; those that no layer uses are left out.
-    """
-    names = tuple(label.split("+"))
-    for name in names:
-        module(name)
-    given = {**preset.model.options, **(options or {})}
-    chosen = {name: fields for name, fields in given.items() if name in names}
-    return replace(preset, name=label, model=replace(preset.model, mechanisms=names, options=chosen))
-
-
-def with_options(config: RunConfig, options: Options) -> RunConfig:
-    """`config` with these Config fields set as well, by mechanism."""
-    merged = {name: {**config.model.options.get(name, {}), **fields} for name, fields in options.items()}
-    return replace(config, model=replace(config.model, options={**config.model.options, **merged}))
-
-
-def parameters(model: ModelConfig) -> int:
-    with torch.device("meta"):
-        return Decoder(model).parameter_count()
-
-
-def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
-    """What one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
-    return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))
 
 
 def match(config: RunConfig, baseline: RunConfig, what: What) -> tuple[RunConfig, Matched | None]:

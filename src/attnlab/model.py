@@ -197,3 +197,13 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Parameters, each counted once, positions and embeddings included."""
         return sum(p.numel() for p in self.parameters())
+
+
+def parameters(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        return Decoder(model).parameter_count()
+
+
+def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
+    """What one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
+    return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 
@@ -288,3 +289,25 @@ def about(name: str) -> str:
     """What it is, and for a recipe of another project what is mended in it."""
     preset = _PRESETS[choose("preset", name, names())]
     return inspect.getdoc(preset.func if isinstance(preset, partial) else preset) or ""
+
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def variant(preset: RunConfig, label: str, options: Options | None = None) -> RunConfig:
+    """`preset` with the mechanism `label`, "mla" or a hybrid "sliding+sliding+mla", one name per layer, repeated.
+
+    `options` holds Config fields by mechanism; those that no layer uses are left out.
+    """
+    names = tuple(label.split("+"))
+    for name in names:
+        module(name)
+    given = {**preset.model.options, **(options or {})}
+    chosen = {name: fields for name, fields in given.items() if name in names}
+    return replace(preset, name=label, model=replace(preset.model, mechanisms=names, options=chosen))
+
+
+def with_options(config: RunConfig, options: Options) -> RunConfig:
+    """`config` with these Config fields set as well, by mechanism."""
+    merged = {name: {**config.model.options.get(name, {}), **fields} for name, fields in options.items()}
+    return replace(config, model=replace(config.model, options={**config.model.options, **merged}))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from .forecast import Forecast
-    from .plan import Plan
+    from .costs.dry_run import Forecast
+    from .costs.plan import Plan
     from .results import BenchRecord, EvalResult
 
 
@@ -122,7 +122,7 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
-    from .plan import USABLE
+    from .costs.plan import USABLE
 
     def facts(title: str, rows: Mapping[str, tuple[str, str]]) -> Table:
         table = Table(

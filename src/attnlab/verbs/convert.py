@@ -201,7 +201,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
     import torch
 
     from ..config import DataConfig
-    from ..evaluate import in_tokens
+    from ..evaluation.perplexity import in_tokens
 
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer, so it can read no text: put its tokenizer.json beside it")

@@ -43,7 +43,7 @@ def evaluate(
         out: A JSON file to write the result to as well.
         json_: Print one JSON object.
     """
-    from ..evaluate import evaluate_source
+    from ..evaluation.perplexity import evaluate_source
     from ..files import write_json
 
     with screen.working() as tell:

@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from .options import Flag, Json
 
 if TYPE_CHECKING:
-    from ..infer import Samples
+    from ..inference.text import Samples
 
 Compile = Annotated[Flag, arg(name="compile")]  # of a parameter compile_
 
@@ -45,7 +45,7 @@ def sample(
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
         json_: Print one JSON object at the end instead of the text.
     """
-    from ..infer import sample_run
+    from ..inference.text import sample_run
 
     how = (tokens, temperature, top_k, top_p, seed)
     prompts = prompt or ["\n"]
@@ -97,7 +97,7 @@ def infer(
 
     from .. import hub
     from ..device import find_device
-    from ..infer import continue_texts
+    from ..inference.text import continue_texts
 
     place = find_device(device)
     narrow = dtype == "bf16" or (dtype == "auto" and place.type != "cpu")

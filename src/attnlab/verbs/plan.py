@@ -49,10 +49,10 @@ def plan(
         json_: Print one JSON object.
     """
     from .. import attention
-    from ..match import variant
+    from ..costs.plan import MFU, Machine
+    from ..costs.plan import plan as plans
     from ..measure.gpus import find_gpu
-    from ..plan import MFU, Machine
-    from ..plan import plan as plans
+    from ..presets import variant
 
     numbers = json_object("--gpu", gpu) if gpu.lstrip().startswith("{") else None
     machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)

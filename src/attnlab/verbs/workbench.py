@@ -94,7 +94,7 @@ def train(
 
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     """`attnlab train --dry-run`."""
-    from ..forecast import forecast
+    from ..costs.dry_run import forecast
     from ..training.train import resolve
 
     if rate is not None and not 0 < rate < float("inf"):
@@ -230,8 +230,10 @@ def bench(
         repeats: Each time is the median of this many, taken in turns.
         json_: Print the records as a JSON list.
     """
-    from .. import bench as bench_module
-    from ..match import parameters, variant
+    from ..costs import bench as bench_module
+    from ..costs.crossover import context_crossovers
+    from ..model import parameters
+    from ..presets import variant
 
     given = options_of_mechanisms("--options", options)
     for name in listed(mechanisms):
@@ -251,7 +253,7 @@ def bench(
     if json_:
         print(json.dumps([r.to_dict() for r in records], indent=1))
     else:
-        crossovers = bench_module.context_crossovers(records)
+        crossovers = context_crossovers(records)
         screen.console().print(screen.bench(records), *map(str, crossovers), sep="\n")
     return 0
 
@@ -325,8 +327,8 @@ def demo(
         out: Where runs, results and report.html go; what is finished there is kept.
         jobs: Runs side by side (as many as there are cores if left out).
     """
-    from .. import bench as bench_module
     from .. import compare as comparison
+    from ..costs import bench as bench_module
     from ..files import write_json
     from ..report import write_report
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
-from .data.tasks import Task, task_of
-from .device import find_device
-from .errors import UserError
-from .match import cache_floats
-from .results import TaskResult
-from .runs.folder import RunFolder, load_model
+from ..config import ModelConfig
+from ..data.tasks import Task, task_of
+from ..device import find_device
+from ..errors import UserError
+from ..model import cache_floats
+from ..results import TaskResult
+from ..runs.folder import RunFolder, load_model
 
 SEQUENCES = 512  # held out, of each length
 DEPTHS = 8  # parts of the haystack

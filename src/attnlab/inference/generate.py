@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import Cache
-from .device import check_compiler, wait_for
-from .errors import UserError
-from .model import Decoder
+from ..cache import Cache
+from ..device import check_compiler, wait_for
+from ..errors import UserError
+from ..model import Decoder
 
 VARIANTS = 64  # kinds of blocks that one process may compile
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from .config import RunConfig
-from .measure.counters import Follow, flop_counter
-from .model import Decoder, attention_configs
-from .training.objective import freeze
+from ..config import RunConfig
+from ..measure.counters import Follow, flop_counter
+from ..model import Decoder, attention_configs
+from ..training.objective import freeze
 
 META = torch.device("meta")
 

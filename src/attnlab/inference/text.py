@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import chat, hub
-from .data import Tokenizer
-from .decode import check, continuation
-from .device import find_device
-from .errors import UserError
-from .feed_forward import Experts
-from .measure.counters import tensor_bytes
-from .model import Decoder
-from .runs.folder import RunFolder
+from .. import hub
+from ..data import Tokenizer
+from ..device import find_device
+from ..errors import UserError
+from ..feed_forward import Experts
+from ..measure.counters import tensor_bytes
+from ..model import Decoder
+from ..runs.folder import RunFolder
+from . import chat
+from .generate import check, continuation
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import RunConfig
-from .errors import UserError
-from .feed_forward import Experts
-from .footprint import META, Footprint, Part, footprint, on_meta
-from .match import cache_floats
-from .measure.counters import peak_growth
-from .measure.gpus import Gpu
-from .model import Decoder, attention_configs, flops_per_token
-from .results import Record
+from ..config import RunConfig
+from ..errors import UserError
+from ..feed_forward import Experts
+from ..measure.counters import peak_growth
+from ..measure.gpus import Gpu
+from ..model import Decoder, attention_configs, cache_floats, flops_per_token
+from ..results import Record
+from ..training.optimizers import make_optimizers
+from .memory import META, Footprint, Part, footprint, on_meta
 from .sharding import find_sharding
-from .training.optimizers import make_optimizers
 
 BF16 = 2  # bytes
 USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA, communication and what fragmentation wastes

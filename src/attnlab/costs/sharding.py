@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError, choose
-from .training.strategies.deepspeed import settings_of
+from ..errors import UserError, choose
+from ..training.strategies.deepspeed import settings_of
 
 STAGES: dict[int, frozenset[str]] = {  # of ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054): what is sharded
     0: frozenset(),

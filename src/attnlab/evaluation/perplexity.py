@@ -27,18 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import data, hub
-from .config import DataConfig
-from .data.shards import SPLITS, Prepared
-from .data.tasks import task_of
-from .data.texts import read_texts
-from .data.tokenizer import Tokenizer
-from .data.tokens import Tokens
-from .device import find_device
-from .errors import UserError, choose
-from .model import Decoder
-from .results import EvalResult
-from .runs.folder import RunFolder
+from .. import data, hub
+from ..config import DataConfig
+from ..data.shards import SPLITS, Prepared
+from ..data.tasks import task_of
+from ..data.texts import read_texts
+from ..data.tokenizer import Tokenizer
+from ..data.tokens import Tokens
+from ..device import find_device
+from ..errors import UserError, choose
+from ..model import Decoder
+from ..results import EvalResult
+from ..runs.folder import RunFolder
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once

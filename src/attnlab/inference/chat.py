@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from .data import Tokenizer
-from .errors import UserError
+from ..data import Tokenizer
+from ..errors import UserError
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:

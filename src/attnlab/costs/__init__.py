@@ -1,0 +1,1 @@
+"""What attention costs: measured here (bench), and foreseen for machines that are not here (plan, dry run)."""

@@ -1,0 +1,160 @@
+"""Speed and memory: a training step, reading a prompt, one more token. Nothing is timed before its output was checked.
+
+Mechanisms take turns, so that a slow moment of the machine hits all of them, and a time is the median of its repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import attention, data
+from ..config import RunConfig
+from ..errors import UserError, choose
+from ..measure.counters import counted_flops, interleaved, peak_growth
+from ..presets import Options, variant, with_options
+from ..results import BenchRecord, Tell
+from ..training.train import resolve
+from .subjects import Case, Kind, Subject
+
+BASELINE = "mha"  # what `relative` is relative to
+
+
+def bench(
+    kind: Kind,
+    preset: RunConfig,
+    mechanisms: Sequence[str],
+    contexts: Sequence[int] | None = None,
+    *,
+    options: Options | None = None,
+    batch: int | None = None,
+    repeats: int = 7,
+    steps: int = 16,
+    progress: Tell | None = None,
+) -> list[BenchRecord]:
+    """Measure each mechanism in the shape of `preset`, at each context (default: the preset's).
+
+    train: one optimizer step on `batch` sequences (default: the preset's) of `context` tokens, as `train` makes it.
+    prefill: reading prompts of `context` tokens into an empty cache. decode: one token after another, of which each
+    repeat takes `steps`, the last of them with `context` tokens held; `batch` is 1 by default. A mechanism with several
+    modes is measured in each, except in training, which takes the one it takes by itself.
+
+    A record whose outputs were wrong, or that could not run, has an `error` and no time. Peak memory is that of
+    tensors: what is resident, and the most that one call adds. `UserError` for an unknown name or too small a number.
+    """
+    choose("kind", kind, ("train", "prefill", "decode"))
+    contexts = (preset.model.context,) if contexts is None else contexts
+    numbers = [("repeats", repeats), ("steps", steps), ("batch", 1 if batch is None else batch)]
+    for what, number in [*numbers, *(("the context", context) for context in contexts)]:
+        if number < 1:
+            raise UserError(f"{what} is {number}: give 1 or more")
+    if not mechanisms:
+        raise UserError("there is no mechanism to measure: name at least one; 'attnlab list' shows them")
+    corpus = resolve(preset)[1] if kind == "train" else None
+    tell = progress or (lambda what, done, of: None)
+    records = []
+    for context in contexts:
+        if corpus is not None:
+            corpus.check(context)
+        if kind == "decode" and context < 2:
+            raise UserError(f"the context is {context}: decoding needs at least 2 tokens, one held and one new")
+        cases = [
+            Case(kind, label, mode, with_context(config, context), batch, min(steps, context - 1), 1)
+            for label in mechanisms
+            for mode, config in modes_of(variant(preset, label, options), split=kind != "train")
+        ]
+        records += measure_cases(cases, corpus, repeats, tell)
+    return records
+
+
+def measure_cases(cases: Sequence[Case], corpus: data.Corpus | None, repeats: int, tell: Tell) -> list[BenchRecord]:
+    """Check, then time those that passed, in turns, then count FLOPs and memory."""
+    subjects: dict[Case, Subject | None] = {}
+    errors: dict[Case, str] = {}
+    for number, case in enumerate(cases):
+        tell(f"checking {case}", number, len(cases))
+        subjects[case], errors[case] = _checked(case, corpus)
+    good = [case for case in cases if not errors[case]]
+    total = len(good) * (repeats + 1)
+    done = iter(range(1, total + 1))
+
+    def timed(case: Case) -> Callable[[], float]:
+        subject = subjects[case]
+        assert subject is not None
+
+        def call() -> float:
+            seconds = subject.timed()
+            tell(f"timing {case}", next(done), total)
+            return seconds
+
+        return call
+
+    seconds = interleaved({case: timed(case) for case in good}, repeats)
+    records = [_record(case, subjects.get(case), seconds.get(case, []), errors[case]) for case in cases]
+    base = {r.context: r.ms for r in records if r.mechanism == BASELINE}
+    return [
+        replace(record, relative=record.ms / mha) if record.ms and (mha := base.get(record.context)) else record
+        for record in records
+    ]
+
+
+def _checked(case: Case, corpus: data.Corpus | None) -> tuple[Subject | None, str]:
+    """What cannot be made or run (a kernel without gradients, memory that is not there) spoils no other case."""
+    try:
+        subject = case.subject(corpus)
+        return subject, subject.check()
+    except (UserError, RuntimeError) as error:
+        return None, str(error).splitlines()[0]
+
+
+def _record(case: Case, subject: Subject | None, seconds: Sequence[float], error: str) -> BenchRecord:
+    config = case.config
+    known: dict[str, Any] = {
+        "kind": case.kind,
+        "mechanism": case.label,
+        "impl": config.model.impl,
+        "mode": case.mode,
+        "threads": torch.get_num_threads(),
+        "context": config.model.context,
+        "error": error,
+    }
+    if subject is None or error:
+        return BenchRecord(**known)
+    ms = [1e3 * second / subject.calls for second in seconds]
+    middle = statistics.median(ms)
+    flops = counted_flops(subject.prepare())
+    growth = peak_growth(subject.prepare(), subject.device)
+    return BenchRecord(
+        **known,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        device=str(subject.device),
+        batch=subject.batch,
+        tokens_per_s=1e3 * subject.tokens / subject.calls / middle,
+        ms=middle,
+        ms_spread=[min(ms), max(ms)],
+        peak_bytes=subject.resident() + growth,
+        cache_bytes=subject.cache_bytes(),
+        flops=flops,
+        parameters=subject.model.parameter_count(),
+        repeats=len(ms),
+    )
+
+
+def modes_of(config: RunConfig, *, split: bool) -> list[tuple[str, RunConfig]]:
+    """The ways to compute that its mechanisms declare, or just its own."""
+    declared = {name: attention.module(name).Config.modes for name in config.model.mechanisms}
+    modes = dict.fromkeys(mode for each in declared.values() for mode in each)
+    if not (split and modes):
+        return [("", config)]
+    return [
+        (mode, with_options(config, {name: each[mode] for name, each in declared.items() if mode in each}))
+        for mode in modes
+    ]
+
+
+def with_context(config: RunConfig, context: int) -> RunConfig:
+    return replace(config, model=replace(config.model, context=context))
