@@ -27,7 +27,7 @@ import torch
 from speed import markdown, provenance, say
 
 from attnlab import presets
-from attnlab.compare import compare
+from attnlab.comparison.compare import compare
 from attnlab.config import DataConfig, RunConfig
 from attnlab.data.texts import shakespeare
 from attnlab.files import write_bytes, write_json

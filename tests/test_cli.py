@@ -332,7 +332,7 @@ def test_bench_records(run: Run) -> None:
 
 
 def test_tasks_are_columns_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnlab import compare
+    from attnlab.comparison import extras
     from attnlab.evaluation import exam
 
     for name in ("mqar", "needle"):
@@ -341,7 +341,7 @@ def test_tasks_are_columns_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatc
         train = replace(whole.train, steps=2, batch_size=2, eval_every=2, eval_batches=1)
         monkeypatch.setitem(presets._PRESETS, name, functools.partial(replace, whole, model=model, train=train))
     monkeypatch.setattr(exam, "SEQUENCES", 16)
-    monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
+    monkeypatch.setattr(extras, "check_mechanism", functools.partial(extras.check_mechanism, laws=["mixing"]))
     words = ["compare", "quick", *SMALL, "--mechanisms", "mha,mqa", "--seeds", "1", "--jobs", "1"]
     code, out, err = run(*words, "--tasks", "mqar,needle", "--out", "c")
     assert code == 0, err
@@ -366,7 +366,7 @@ def test_a_dry_run_of_a_sweep_trains_nothing(run: Run) -> None:
 
 def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
-    from attnlab import compare
+    from attnlab.comparison import extras
 
     quick = presets.get("quick")
     small = replace(
@@ -377,7 +377,7 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
     monkeypatch.setattr(presets, "get", lambda name: small)
     monkeypatch.setattr(workbench, "EIGHT", ("mha", "latent_lookup"))
     monkeypatch.setattr(workbench, "DEMO_BENCH", {"decode": (8,)})
-    monkeypatch.setattr(compare, "check_mechanism", functools.partial(compare.check_mechanism, laws=["mixing"]))
+    monkeypatch.setattr(extras, "check_mechanism", functools.partial(extras.check_mechanism, laws=["mixing"]))
 
     code, out, err = run("demo", "--out", "shown", "--jobs", "1")
     assert code == 0, err

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from attnlab import compare as module
-from attnlab.compare import attention_of, plan, sample_of, table, verdicts
+from attnlab.comparison import compare as module
+from attnlab.comparison import extras, grid
+from attnlab.comparison.extras import attention_of, sample_of
+from attnlab.comparison.grid import Cell, plan, sized
+from attnlab.comparison.verdicts import summarize_task, verdicts
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
 from attnlab.evaluation import exam
@@ -22,6 +25,7 @@ from attnlab.model import parameters
 from attnlab.presets import variant
 from attnlab.progress import Progress
 from attnlab.results import LawResult, RunResult, TaskResult
+from attnlab.terminal.comparison import table
 from attnlab.training.train import Diverged, train
 
 compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)
@@ -48,8 +52,8 @@ def preset(tmp_path):
 @pytest.fixture
 def no_laws(monkeypatch):
     """The laws have tests of their own, and take long, and so does a long sample."""
-    monkeypatch.setattr(module, "SAMPLE", 9)
-    monkeypatch.setattr(module, "check_mechanism", lambda name: [LawResult(law="l", mechanism=name, status="holds")])
+    monkeypatch.setattr(extras, "SAMPLE", 9)
+    monkeypatch.setattr(extras, "check_mechanism", lambda name: [LawResult(law="l", mechanism=name, status="holds")])
 
 
 def brief(preset, steps=4):
@@ -106,9 +110,7 @@ def test_finished_runs_are_not_repeated(preset, tmp_path, monkeypatch, no_laws):
     preset = brief(preset)
     first = compare(preset, ["mha", "gqa"], [7], tmp_path)
     trained = []
-    monkeypatch.setattr(
-        module, "train", lambda config, *args, **kw: trained.append(config) or train(config, *args, **kw)
-    )
+    monkeypatch.setattr(grid, "train", lambda config, *args, **kw: trained.append(config) or train(config, *args, **kw))
     stamps = {file: (tmp_path / file).stat().st_mtime_ns for file in EXTRAS}
     again = compare(preset, ["mha", "gqa"], [7], tmp_path)
     assert not trained and again["cells"] == first["cells"]
@@ -157,7 +159,7 @@ def spoilt(monkeypatch, times, error):
             raise error
         return train(config, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train", broken)
+    monkeypatch.setattr(grid, "train", broken)
     return begun
 
 
@@ -190,7 +192,7 @@ def test_a_failed_run_is_told_and_tried_again(preset, tmp_path, monkeypatch, no_
     assert mha["status"] == "done" and found["baseline"] == "mha"
     assert found["summary"][0] | {"n": 0, "val_loss": None, "difference": None} == found["summary"][0]
     assert "gqa s5 failed twice: RuntimeError: the sky fell" in shown(found)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(grid, "train", train)
     assert [c["status"] for c in compare(preset, ["gqa", "mha"], 1, tmp_path)["cells"]] == ["done"] * 2
 
 
@@ -373,7 +375,7 @@ def test_tasks_go_on_where_they_were_interrupted(preset, recall, tmp_path, monke
     assert task["summary"][0]["n"] == 0
     trained = []
     monkeypatch.setattr(
-        module, "train", lambda config, *args, **kw: trained.append(config.name) or train(config, *args, **kw)
+        grid, "train", lambda config, *args, **kw: trained.append(config.name) or train(config, *args, **kw)
     )
     found = run(tmp_path / "parts")
     assert trained == ["mha", "mqa"] and asked(found) == asked(whole)
@@ -381,7 +383,7 @@ def test_tasks_go_on_where_they_were_interrupted(preset, recall, tmp_path, monke
 
 
 def test_an_exam_that_fails_is_told_and_taken_again(preset, recall, tmp_path, monkeypatch):
-    honest = module.examine
+    honest = grid.examine
 
     def broken(folder):
         if "mqa-" in str(folder):
@@ -390,7 +392,7 @@ def test_an_exam_that_fails_is_told_and_taken_again(preset, recall, tmp_path, mo
 
     run = functools.partial(compare, brief(preset), ["mha", "mqa"], 1, tmp_path, tasks=[brief(recall)], extras=())
     with monkeypatch.context() as patched:
-        patched.setattr(module, "examine", broken)
+        patched.setattr(grid, "examine", broken)
         found = run()
     mha, mqa = found["tasks"][0]["cells"]
     assert mha["status"] == "done" and mqa["status"] == "failed" and mqa["error"].startswith("RuntimeError: the dog")
@@ -416,8 +418,8 @@ def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
         about = {"task": "mqar", "mechanism": cell.label, "seed": cell.seed, "key": "k"}
         return TaskResult(**about, accuracy=share[cell.label][cell.seed])
 
-    monkeypatch.setattr(module.Cell, "answers", answers)
-    rows = {row["mechanism"]: row for row in module.summarize_task(work, known)["summary"]}
+    monkeypatch.setattr(Cell, "answers", answers)
+    rows = {row["mechanism"]: row for row in summarize_task(work, known)["summary"]}
     assert {name: row["verdict"] for name, row in rows.items()} == {
         "mha": "baseline", "mqa": "better", "gqa": "not distinguishable",
     }  # fmt: skip
@@ -447,7 +449,7 @@ def test_sizes_are_compared_each_by_itself(preset, tmp_path, monkeypatch):
     assert max(map(len, view.splitlines())) <= 80 and "…" not in view and "The largest size, 2x32." in view
     (row,) = (line.split() for line in view.splitlines() if line.startswith("mha") and line.count(".") == 3)
     assert row[1:] == [f"{s['summary'][0]['val_loss']:.4f}" for s in found["sizes"]]
-    monkeypatch.setattr(module, "train", None)
+    monkeypatch.setattr(grid, "train", None)
     fewer = compare(preset, ["mha", "mqa"], 2, tmp_path, "params", sizes=["2x32"], extras=())
     assert fewer["cells"] == found["cells"], "what is there counts"
 
@@ -458,7 +460,7 @@ def test_a_failure_at_one_size_is_told_with_it(preset, tmp_path, monkeypatch):
             raise UserError("too small")
         return train(config, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train", broken)
+    monkeypatch.setattr(grid, "train", broken)
     found = compare(brief(preset), ["mha", "mqa"], 1, tmp_path, sizes=["1x8", "1x16"], extras=())
     assert "mqa s5 1x8 failed: too small" in shown(found)
     assert [row["verdict"] for row in found["sizes"][0]["summary"]] == ["baseline", "too few seeds"]
@@ -466,12 +468,12 @@ def test_a_failure_at_one_size_is_told_with_it(preset, tmp_path, monkeypatch):
 
 def test_a_size_keeps_the_size_of_heads(preset):
     wide = replace(preset, model=replace(preset.model, d_model=48, n_heads=3, ff_dim=100))
-    model = module.sized(wide, "5x96").model
+    model = sized(wide, "5x96").model
     assert (model.n_layers, model.d_model, model.n_heads, model.head_dim, model.ff_dim) == (5, 96, 6, None, 200)
     given = replace(preset, model=replace(preset.model, d_model=48, n_heads=3, head_dim=8))
-    model = module.sized(given, "5x96").model
+    model = sized(given, "5x96").model
     assert (model.n_heads, model.head_dim) == (12, 8)
-    assert module.sized(wide, "1x96x4").model.n_heads == 4
+    assert sized(wide, "1x96x4").model.n_heads == 4
     for size, what in (
         ("96", "LAYERSxWIDTH"),
         ("0x96", "LAYERSxWIDTH"),
@@ -479,9 +481,9 @@ def test_a_size_keeps_the_size_of_heads(preset):
         ("2x3x4x5", "LAYERSx"),
     ):
         with pytest.raises(UserError, match=f"the size '{size}' is not {what}"):
-            module.sized(wide, size)
+            sized(wide, size)
     with pytest.raises(UserError, match=r"2x40 is 40 wide, which heads of 16 do not fill.*2x40x2"):
-        module.sized(wide, "2x40")
+        sized(wide, "2x40")
 
 
 def test_a_task_at_several_sizes_is_several_columns(recall, tmp_path):

@@ -19,9 +19,10 @@ import fake_slurm
 import pytest
 from engine_calls import fails, square, until_interrupted, write
 
-from attnlab import compare as module
+from attnlab.comparison import compare as module
+from attnlab.comparison.engines import Call, Local, Needs, Ray, Slurm, remote, slurm
+from attnlab.comparison.grid import plan, sweep
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from attnlab.engines import Call, Local, Needs, Ray, Slurm, remote, slurm
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json
 from attnlab.results import RunResult
@@ -89,7 +90,7 @@ def test_an_interrupt_lets_tasks_of_ray_save(tmp_path, importable):
 @pytest.mark.slow
 def test_a_cancelled_job_saves_and_is_not_submitted_again(preset, tmp_path, importable, slurm_path):
     preset = replace(preset, train=replace(preset.train, steps=100_000, save_every=100_000))
-    cell, heard = module.plan(preset, ["mha"], 1, tmp_path).cells[0], []
+    cell, heard = plan(preset, ["mha"], 1, tmp_path).cells[0], []
 
     def cancel(*message):
         heard.append(message)
@@ -197,7 +198,7 @@ def test_an_engine_changes_nothing_about_the_results(engine, preset, tmp_path, i
 
 DRIVER = """
 import json, sys
-from attnlab import compare, engines
+from attnlab.comparison import compare, engines
 from attnlab.config import RunConfig, from_dict
 
 if __name__ == "__main__":
@@ -254,7 +255,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_in_another(preset, tmp_path, i
             sent.append(file)
             os.kill(int(pids[0]), signal.SIGUSR2)  # as Slurm does some time before the end
 
-    call = module.plan(preset, ["mha"], 1, tmp_path / "out").cells[0].call
+    call = plan(preset, ["mha"], 1, tmp_path / "out").cells[0].call
     (tmp_path / "out" / "runs").mkdir(parents=True)
     heard = []
     with SLURM_HERE.open(Needs(runs=1, folder=tmp_path / "out", threads=1, device="cpu")) as engine:
@@ -290,7 +291,7 @@ def test_a_dry_run_shows_the_batch_file_and_submits_nothing(preset, tmp_path, mo
     monkeypatch.setenv("PYTHONPATH", "/a place/src")
     monkeypatch.setenv("PATH", "/nowhere")
     out = tmp_path / "out"
-    work = module.sweep(preset, ["mha", "mqa"], 1, out)
+    work = sweep(preset, ["mha", "mqa"], 1, out)
     options = Slurm(
         partition="gpu", time="1-2:30", account="lab", sbatch=("mem=32G", "constraint=a100&big", "exclusive")
     )

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from attnlab import attention
+from attnlab.comparison.match import match
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.errors import UserError
-from attnlab.match import match
 from attnlab.model import attention_configs, cache_floats, parameters
 from attnlab.presets import variant
 

@@ -8,8 +8,8 @@ import time
 
 from rich.console import Console
 
-from attnlab.engines import Call
-from attnlab.engines.local import Workers
+from attnlab.comparison.engines import Call
+from attnlab.comparison.engines.local import Workers
 from attnlab.errors import UserError
 from attnlab.progress import Progress
 

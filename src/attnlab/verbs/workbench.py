@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from .. import presets, screen
+from ..comparison.engines import Kind, Local, Ray, Slurm
 from ..config import Execution, RunConfig
-from ..engines import Kind, Local, Ray, Slurm
 from ..errors import UserError, choose
 from ..runs.launcher import rank
 from .options import (
@@ -161,8 +161,11 @@ def compare(
         heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
         json_: Print compare.json instead of the table.
     """
-    from .. import compare as comparison
+    from ..comparison import compare as comparison
+    from ..comparison.extras import EXTRAS
+    from ..comparison.grid import sweep
     from ..data.tasks import TASKS
+    from ..terminal.comparison import table
 
     config = with_choices(config, None, data, pack)
     presets.check_corpus(config)
@@ -181,7 +184,7 @@ def compare(
     }
     share: dict[str, Any] = {"jobs": jobs, "threads": threads, "gpus": gpus}
     if dry_run:
-        work = comparison.sweep(config, listed(mechanisms), seeds, out, match, **what)
+        work = sweep(config, listed(mechanisms), seeds, out, match, **what)
         print(comparison.foresee(work, out, kind, share | {"device": config.train.device}))
         return 0
     found = comparison.compare(
@@ -194,13 +197,13 @@ def compare(
         **share,
         engine=kind,
         command=this_command(),
-        extras=(*comparison.EXTRAS, "heads") if heads else comparison.EXTRAS,
+        extras=(*EXTRAS, "heads") if heads else EXTRAS,
         quiet=json_,
     )
     if json_:
         print(json.dumps(found, indent=1))
     else:
-        screen.console().print(comparison.table(found))
+        screen.console().print(table(found))
         print(f"next: attnlab report {out}", file=sys.stderr)
     cells = [cell for part in (found, *found["sizes"], *found["tasks"]) for cell in part["cells"]]
     return int(any(cell["status"] != "done" for cell in cells))
@@ -327,10 +330,11 @@ def demo(
         out: Where runs, results and report.html go; what is finished there is kept.
         jobs: Runs side by side (as many as there are cores if left out).
     """
-    from .. import compare as comparison
+    from ..comparison import compare as comparison
     from ..costs import bench as bench_module
     from ..files import write_json
     from ..report import write_report
+    from ..terminal.comparison import table
 
     config = presets.get("quick")
     found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())
@@ -343,7 +347,7 @@ def demo(
                 records += bench_module.bench(kind, config, EIGHT, contexts, repeats=5, progress=tell)
         write_json(measured, [r.to_dict() for r in records])
     page = write_report(out)
-    screen.console().print(comparison.table(found), "", f"report: {page}", sep="\n", soft_wrap=True)
+    screen.console().print(table(found), "", f"report: {page}", sep="\n", soft_wrap=True)
     return int(any(cell["status"] != "done" for cell in found["cells"]))
 
 

@@ -17,8 +17,8 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
 
-from ..errors import UserError
-from .calls import Call, Engine, Failure, Listener, Needs, Waiting, attempt, cores, interrupts, torch_threads
+from ...errors import UserError
+from .base import Call, Engine, Failure, Listener, Needs, Waiting, attempt, cores, interrupts, torch_threads
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Local:
         threads."""
         import torch
 
-        from ..device import find_device
+        from ...device import find_device
 
         if needs.gpus is not None:
             raise UserError("the engine local gives runs the GPUs in turns: leave --gpus to the engines ray and slurm")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .calls import Call, Engine, Listener, Outcome, Waiting, interrupts
+from ...errors import UserError
+from .base import Call, Engine, Listener, Outcome, Waiting, interrupts
 
 
 class Refused(UserError):

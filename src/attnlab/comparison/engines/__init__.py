@@ -1,6 +1,6 @@
 """Where the runs of a comparison are made: here, on Ray, or by Slurm. Importing it is light."""
 
-from .calls import Call, Engine, Kind, Needs, Outcome
+from .base import Call, Engine, Kind, Needs, Outcome
 from .local import Local
 from .ray import Ray
 from .slurm import Slurm

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from ..errors import UserError, need
-from ..files import read_json, write_json
-from .calls import Call, Failure, Listener, Needs, Outcome, Waiting, attempt, cores, torch_threads
+from ...errors import UserError, need
+from ...files import read_json, write_json
+from .base import Call, Failure, Listener, Needs, Outcome, Waiting, attempt, cores, torch_threads
 from .local import Workers
 from .remote import Refused, Remote
 

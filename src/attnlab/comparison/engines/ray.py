@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import UserError, need
-from .calls import Call, Failure, Needs, Outcome, attempt, cores, torch_threads
+from ...errors import UserError, need
+from .base import Call, Failure, Needs, Outcome, attempt, cores, torch_threads
 from .remote import Remote
 
 

@@ -10,12 +10,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .config import RunConfig
-from .errors import UserError, choose
-from .model import attention_configs, cache_floats, parameters
-from .presets import with_options
-from .results import Record
-from .spec import AttentionConfig, CacheSpec
+from ..config import RunConfig
+from ..errors import UserError, choose
+from ..model import attention_configs, cache_floats, parameters
+from ..presets import with_options
+from ..results import Record
+from ..spec import AttentionConfig, CacheSpec
 
 What = Literal["params", "cache", "none"]
 TOLERANCE = 0.01  # what counts as equal

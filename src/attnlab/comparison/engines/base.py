@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from ..errors import UserError
+from ...errors import UserError
 
 Outcome = Literal["note", "start", "event", "again", "done", "failed", "interrupted"]
 Listener = Callable[[int, Outcome, Any], None]  # number of the call, what happened, the value, event or sentence

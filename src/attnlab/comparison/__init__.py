@@ -1,0 +1,1 @@
+"""Mechanisms compared: which runs there are, where they are made, what can be told apart."""

@@ -1,0 +1,115 @@
+"""What is found out about trained models: laws, samples, attention maps and heads, each in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data
+from ..files import read_json, write_bytes
+from ..heads import value_sizes, watch, whole
+from ..inference.text import sample_run
+from ..laws import check_mechanism
+from ..progress import Progress
+from ..results import LawResult
+from ..runs.folder import RunFolder, load_model
+from .engines import Call, Engine, Outcome
+from .grid import Plan
+
+EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file; also: "heads"
+WINDOW = 32  # tokens whose attention is kept
+SAMPLE = 240  # tokens of text
+
+
+def write_extras(work: Plan, out: Path, engine: Engine, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
+    """The laws of every mechanism, a sample and attention maps of each one's first finished run, and, where they are
+    asked for, the heads of every finished run. A file that is newer than all those runs stays as it is."""
+    done = [cell for cell in work.cells if (result := cell.result()) is not None and result.status == "done"]
+    first = {cell.label: cell for cell in reversed(done)}
+    names = dict.fromkeys(name for label in work.mechanisms for name in label.split("+"))
+    runs = {label: (label, cell.seed, cell.folder) for label, cell in first.items()}
+    wanted: dict[str, dict[str, Call]] = {
+        "laws": {name: Call(laws_of, (name,)) for name in names},
+        "samples": {label: Call(sample_of, arguments) for label, arguments in runs.items()},
+        "attention": {label: Call(attention_of, arguments) for label, arguments in runs.items()},
+        "heads": {str(cell): Call(heads_of_run, (cell.label, cell.seed, cell.folder)) for cell in done},
+    }
+    newest = max((_changed(cell.folder / "result.json") for cell in done), default=0.0)
+    order = [*work.mechanisms, *(name for name in names if name not in work.mechanisms)]
+    stale = [file for file in files if not _fresh(out / f"{file}.json", newest, order)]
+    calls = [(file, whose, call) for file in stale for whose, call in wanted[file].items()]
+    entries: dict[str, list[dict[str, Any]]] = {file: [] for file in stale}
+
+    def tell(number: int, outcome: Outcome, value: Any) -> None:
+        file, whose, _ = calls[number]
+        if outcome == "done":
+            entries[file] += value
+        elif outcome == "failed":
+            progress.say(f"{file} of {whose}: {value}")
+
+    if calls:
+        progress.say(f"looking into what was trained: {', '.join(stale)}")
+    engine.run([call for _, _, call in calls], tell)
+    for file, own in entries.items():
+        own.sort(key=lambda entry: (order.index(entry["mechanism"]), entry.get("seed", 0)))
+        write_bytes(out / f"{file}.json", (json.dumps(own, allow_nan=False) + "\n").encode())
+
+
+def _fresh(path: Path, newest: float, mechanisms: Sequence[str]) -> bool:
+    return _changed(path) > newest and {entry["mechanism"] for entry in read_json(path)} <= set(mechanisms)
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def heads_of_run(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """What each head attends to, copies and is needed for; over training too, where checkpoints were kept."""
+    steps = RunFolder.open(folder).steps()
+    found = whole(load_model(folder)[0], run=folder if len(steps) > 2 else None)
+    return [{"mechanism": label, "seed": seed} | found]
+
+
+def laws_of(name: str, report: Any = None) -> list[dict[str, Any]]:
+    """Every law, put to the mechanism."""
+    return [LawResult.to_dict(result) for result in check_mechanism(name)]
+
+
+def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """How the run goes on from the first held-out tokens, no further than it was trained."""
+    config = RunFolder.open(folder).config
+    count = min(24, max(1, config.model.context // 4))
+    prompt = RunFolder.open(folder).tokenizer().decode(data.load(config.data).val.read(0, count).tolist())
+    length = min(SAMPLE, config.model.context - count) if config.model.positions == "learned" else SAMPLE
+    if length < 1:
+        return []
+    found = sample_run(folder, [prompt], length, temperature=0.8, seed=seed, device="cpu")
+    return [{"mechanism": label, "seed": seed, "prompt": prompt, "text": found.texts[0]}]
+
+
+@torch.inference_mode()
+def attention_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
+    """What each head of each layer looks at, in a held-out window, and how large each token's value is to it. A layer
+    that attends to no token has no heads."""
+    model, config = load_model(folder)
+    length = min(WINDOW, config.model.context)
+    tokens = data.load(config.data).windows(1, length).x
+    with watch(model) as seen:
+        model(tokens)
+    patterns = [layer.pattern()[0].tolist() if layer.maps else [] for layer in seen]
+    layers = [[[[_three_digits(w) for w in row] for row in head] for head in heads] for heads in patterns]
+    sizes = [None if size is None else size[0].tolist() for size in value_sizes(model, seen)]
+    values = [None if size is None else [[float(f"{v:.3g}") for v in head] for head in size] for size in sizes]
+    tokenizer = RunFolder.open(folder).tokenizer()
+    words = [tokenizer.decode([token]) for token in tokens[0].tolist()]
+    if not any(layers):
+        return []
+    return [{"mechanism": label, "seed": seed, "tokens": words, "layers": layers, "values": values}]
+
+
+def _three_digits(weight: float) -> float:
+    return float(f"{weight:.3g}") if weight >= 1e-5 else 0.0

@@ -1,0 +1,1 @@
+"""What the terminal shows: tables that fit into 80 columns, and progress."""
