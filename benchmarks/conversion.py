@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from speed import markdown, progress_of, provenance, say, write_section
 
-from attnlab import data, hub
+from attnlab import data, pretrained
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert, targets
 from attnlab.files import read_json, write_bytes, write_json
@@ -134,19 +134,19 @@ def losses(event: dict[str, Any]) -> str:
     return ", ".join(f"{name} {event[name]:.3f}" for name in ("loss", "val_loss") if name in event) or "training"
 
 
-def as_gpt2(out: Path) -> hub.Loaded:
+def as_gpt2(out: Path) -> pretrained.Loaded:
     """The trained model as a Hugging Face GPT-2, read back: the same logits, to the last bit."""
-    own = hub.load(out / "original")
+    own = pretrained.load(out / "original")
     if not (out / "gpt2").exists():
-        hub.save(own, out / "gpt2", family="gpt2")
-    found = hub.load(out / "gpt2")
+        pretrained.save(own, out / "gpt2", family="gpt2")
+    found = pretrained.load(out / "gpt2")
     tokens = torch.arange(found.model.config.context)[None] % 65
     with torch.no_grad():
         assert found.family == "gpt2" and torch.equal(found.model(tokens)[0], own.model(tokens)[0])
     return found
 
 
-def converted(original: hub.Loaded, cell: Cell, folder: Path) -> dict[str, Any]:
+def converted(original: pretrained.Loaded, cell: Cell, folder: Path) -> dict[str, Any]:
     """The certificate, on 64 windows of held-out text; the model goes into `folder`."""
     if (folder / "certificate.json").exists():
         return read_json(folder / "certificate.json")
@@ -160,14 +160,14 @@ def converted(original: hub.Loaded, cell: Cell, folder: Path) -> dict[str, Any]:
         held_out=list(corpus.windows(64, context).x.split(8)),
         tell=progress_of(cell.name),
     )
-    hub.save(replace(original, model=new), folder)
+    pretrained.save(replace(original, model=new), folder)
     write_json(folder / "certificate.json", {**certificate.to_dict(), "folder": cell.name})
     return read_json(folder / "certificate.json")
 
 
 def healed(row: dict[str, Any], out: Path, name: str, run: RunConfig, healing: TrainConfig) -> list[list[float]]:
     """[step, validation loss], from before the first step."""
-    model = hub.load(out / name).model.config
+    model = pretrained.load(out / name).model.config
     config = replace(run, name=f"{name}-healed", model=model, train=healing, init=str(out / name))
     return trained(config, out / f"{name}-healed").curve
 

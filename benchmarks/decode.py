@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from speed import DOCUMENT, markdown, provenance, say, write_section
 
-from attnlab import hub
+from attnlab import pretrained
 from attnlab.inference import generate as decoding
 from attnlab.inference.text import weight_bytes
 from attnlab.measure.counters import interleaved, read_speed
@@ -80,7 +80,7 @@ def contenders(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def open_model(way: str, name: str, folder: Path) -> torch.nn.Module:
     if way != "transformers":
-        return hub.load(folder, dtype=PRECISIONS[name]).model
+        return pretrained.load(folder, dtype=PRECISIONS[name]).model
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from attnlab.audit import audit_target
-from attnlab.audit.foreign import Settings, causal_mask
+from attnlab.audit.build import Settings
+from attnlab.audit.call import causal_mask
 from attnlab.errors import UserError
 from attnlab.laws import LAWS
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnlab import attention, hub
+from attnlab import attention, pretrained
 from attnlab.cli import main
 from attnlab.config import ModelConfig, to_dict
-from attnlab.convert import convert, linear, pooling, rotary, targets
+from attnlab.convert import convert, low_rank, pooling, rotary, targets
+from attnlab.convert.calibration import gather
 from attnlab.convert.dense import Dense
-from attnlab.convert.statistics import gather
 from attnlab.data import CharTokenizer
 from attnlab.errors import UserError
 from attnlab.inference.generate import generate
@@ -132,16 +132,16 @@ def test_weighted_low_rank_beats_everything_else():
     def error(product):
         return float((a @ (matrix - product) @ x.T).square().sum())
 
-    up, down = linear.low_rank(matrix, moment, outputs, rank=4)
+    up, down = low_rank.low_rank(matrix, moment, outputs, rank=4)
     best = error(up @ down)
-    plain = linear.low_rank(matrix, rank=4)
+    plain = low_rank.low_rank(matrix, rank=4)
     assert best < error(plain[0] @ plain[1])
     for _ in range(30):
         basis = torch.linalg.qr(torch.randn(20, 4).double()).Q
         assert best < error(basis @ basis.T @ matrix)
         wiggled = (up + 0.01 * torch.randn_like(up)) @ (down + 0.01 * torch.randn_like(down))
         assert best < error(wiggled)
-    spectrum = linear.spectrum(matrix, moment, outputs)
+    spectrum = low_rank.spectrum(matrix, moment, outputs)
     assert best / len(x) == pytest.approx(float(spectrum[4:].sum()), rel=1e-3)
 
 
@@ -213,7 +213,7 @@ def test_ranks_are_shared_where_they_do_most_good(models):
     even, spread = (convert(models["gpt2"], "mla", rank=8, per_layer=each, **text) for each in (False, True))
     ranks = [c.kv_rank for c in attention_configs(spread[0].config)]
     assert sum(ranks) == 16 and spread[1].cache_bytes_after == even[1].cache_bytes_after
-    assert linear.share([torch.tensor([8.0, 1.0, 0.1]), torch.tensor([3.0, 3.0, 3.0])], 4) == [1, 3]
+    assert low_rank.share([torch.tensor([8.0, 1.0, 0.1]), torch.tensor([3.0, 3.0, 3.0])], 4) == [1, 3]
 
 
 def test_the_indexer_learns_where_the_dense_layer_looks():
@@ -302,7 +302,7 @@ def stored(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     tokenizer = CharTokenizer.of(TEXT)
     model = grown(replace(SOURCES["gpt2"], vocab_size=tokenizer.vocab_size)).float()
-    hub.save(hub.Loaded(model, tokenizer, "source", "attnlab"), tmp_path / "source")
+    pretrained.save(pretrained.Loaded(model, tokenizer, "source", "attnlab"), tmp_path / "source")
     return tmp_path
 
 
@@ -312,7 +312,7 @@ def test_the_command(stored, capsys):
     shown = capsys.readouterr().out
     assert "25.0%" in shown and "aware" in shown
     certificate = json.loads((stored / "new" / "certificate.json").read_text())
-    loaded = hub.load("new")
+    loaded = pretrained.load("new")
     assert loaded.model.config.mechanisms == ("mla",) and loaded.tokenizer.chars == "".join(sorted(set(TEXT)))
     assert certificate["model"] == "source" and certificate["calibration_tokens"] == 2 * 8 * 21
     assert certificate["options"] == to_dict(loaded.model.config)["options"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlab import attention, cli, laws, listing
+from attnlab import attention, catalogue, cli, laws
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,8 +95,8 @@ def generated(page: str, mark: str) -> str:
 
 
 def test_the_table_of_mechanisms_is_fresh() -> None:
-    records = [r for r in listing.listing() if r.get("package") == "attnlab"]
-    assert generated("mechanisms.md", "attnlab list --markdown") == listing.markdown(records), (
+    records = [r for r in catalogue.listing() if r.get("package") == "attnlab"]
+    assert generated("mechanisms.md", "attnlab list --markdown") == catalogue.markdown(records), (
         "docs/mechanisms.md is out of date: put the output of 'attnlab list --markdown' between its marks"
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnlab import UserError, cli, data, hub, load_model
+from attnlab import UserError, cli, data, load_model, pretrained
 from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
 from attnlab.data.prepare import Plan, prepare
@@ -338,7 +338,7 @@ def test_passages_are_found_across_the_seams_of_what_is_searched(monkeypatch: py
 
 
 def test_an_exported_model_gives_the_same_numbers(place: Path) -> None:
-    exported = hub.save(hub.load(place / "run"), place / "exported")
+    exported = pretrained.save(pretrained.load(place / "run"), place / "exported")
     found = evaluate_source(exported, f"text:{place}/verse.txt", device="cpu")
     assert (found.seen, found.split) == (None, "all")
     model, _ = load_model(place / "run")
@@ -401,7 +401,7 @@ def test_strided_perplexity_is_that_of_transformers(gpt2: tuple[Any, Path], stri
         total, count, before = total + loss * labelled, count + labelled, end
         if end == ids.shape[1]:
             break
-    found = evaluate(hub.load(folder).model, [ids[0].tolist()], context=length - 1, stride=stride)
+    found = evaluate(pretrained.load(folder).model, [ids[0].tolist()], context=length - 1, stride=stride)
     assert (found.tokens, found.loss) == (count, pytest.approx(total / count, abs=1e-6))
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
 

@@ -13,7 +13,7 @@ import torch
 
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, presets
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
-from attnlab.heads.latent import angles
+from attnlab.heads.memory import angles
 from attnlab.heads.scores import lengths
 from attnlab.recording import Maps, record_attention
 from attnlab.stats import beyond, holm, welch

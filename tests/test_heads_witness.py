@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import hub
+from attnlab import pretrained
 from attnlab.heads import head_scores, repeated
 
 SEGMENT, SEQUENCES, LAYERS, HEADS = 11, 6, 2, 4
@@ -29,7 +29,7 @@ def test_scores_agree_with_transformer_lens(tmp_path: Path) -> None:
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
-    ours = hub.load(tmp_path / "gpt2").model
+    ours = pretrained.load(tmp_path / "gpt2").model
     scores = head_scores(ours, sequences=SEQUENCES, segments=[SEGMENT]).scores
     theirs.set_attn_implementation("eager")
     length = 2 * SEGMENT

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnlab import hub
+from attnlab import pretrained
 from attnlab.cli import main
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert
@@ -36,15 +36,15 @@ def place(tmp_path_factory):
     data = DataConfig(source=f"text:{folder / 'text.txt'}")
     run = TrainConfig(steps=60, batch_size=4, lr=1e-2, warmup=2, eval_every=30, precision="fp32", device="cpu")
     train(RunConfig(model=MODEL, data=data, train=run), folder / "source")
-    original = hub.load(folder / "source")
+    original = pretrained.load(folder / "source")
     for target, fields in (("mla", {"rank": 4}), ("gqa", {"rank": 1}), ("mka", {})):
         new, _ = convert(original.model, target, **fields)
-        hub.save(replace(original, model=new), folder / target)
+        pretrained.save(replace(original, model=new), folder / target)
     return folder
 
 
 def healing(place, target="mla", **fields) -> RunConfig:
-    shape = hub.load(place / target).model.config
+    shape = pretrained.load(place / target).model.config
     ours = {name: fields.pop(name) for name in ("teacher", "init") if name in fields}
     run = TrainConfig(
         **{"steps": 8, "batch_size": 4, "warmup": 1, "eval_every": 4, "eval_batches": 2, "save_every": 3, **fields},
@@ -58,7 +58,7 @@ def healing(place, target="mla", **fields) -> RunConfig:
 def test_it_starts_from_the_weights_that_it_was_given(place):
     config, corpus = resolve(healing(place))
     trainer = Trainer.of(config, corpus)
-    wanted = hub.load(place / "mla").model.state_dict()
+    wanted = pretrained.load(place / "mla").model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in trainer.model.state_dict().items())
 
 
@@ -116,7 +116,7 @@ def test_what_is_frozen_stays_and_costs_nothing(place, target, part, moves):
 def test_the_teacher_has_its_share(place):
     """The objective, written out; the validation loss stays the loss."""
     trainer = Trainer.of(*resolve(healing(place, distill=0.25, teacher=str(place / "source"))))
-    teacher = hub.load(place / "source").model
+    teacher = pretrained.load(place / "source").model
     part = trainer.batch(0)[0]
     part.y[0, :5] = -1
     counts = part.y >= 0
@@ -135,9 +135,9 @@ def test_learning_from_the_teacher_alone_brings_them_together(place, tmp_path):
     fields = {"steps": 30, "eval_every": 30, "lr": 3e-3, "distill": 1.0, "teacher": str(place / "source")}
     config = healing(place, **fields)
     x = Trainer.of(*resolve(config)).batch(99)[0].x
-    teacher, before = hub.load(place / "source").model, hub.load(place / "mla").model
+    teacher, before = pretrained.load(place / "source").model, pretrained.load(place / "mla").model
     train(config, tmp_path / "run")
-    after = hub.load(tmp_path / "run").model
+    after = pretrained.load(tmp_path / "run").model
     with torch.no_grad():
         wanted = teacher(x)[0].log_softmax(-1)
         apart = [
@@ -157,7 +157,7 @@ def test_bad_input_is_said_and_nothing_is_written(place, tmp_path):
     with pytest.raises(UserError, match=r"from 0 to 1"):
         healing(place, distill=1.5, teacher=source)
     other = Decoder(replace(MODEL, vocab_size=99)).eval()
-    hub.save(hub.Loaded(other, CharTokenizer.of(TEXT), "other", "attnlab"), tmp_path / "other")
+    pretrained.save(pretrained.Loaded(other, CharTokenizer.of(TEXT), "other", "attnlab"), tmp_path / "other")
     with pytest.raises(UserError, match="knows 99 tokens"):
         train(healing(place, distill=0.5, teacher=str(tmp_path / "other")), tmp_path / "run")
     assert not (tmp_path / "run").exists()

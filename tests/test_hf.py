@@ -1,5 +1,5 @@
 """Our Decoder as a model of transformers: what Auto classes, `generate`, pipelines and lm_eval make of a folder that
-`hub.save` wrote must be what our own code makes of the model."""
+`pretrained.save` wrote must be what our own code makes of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.generation import BaseStreamer
 
 import attnlab.hf
-from attnlab import Decoder, ModelConfig, attention, cli, hub
+from attnlab import Decoder, ModelConfig, attention, cli, pretrained
 from attnlab.data.tokenizer import ByteTokenizer, CharTokenizer
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate
@@ -50,7 +50,7 @@ def decoder(config: ModelConfig, seed: int = 0) -> Decoder:
 
 
 def exported(model: Decoder, folder: Path, tokenizer=None) -> Path:
-    return hub.save(hub.Loaded(model, tokenizer, "a test", "run", {}), folder)
+    return pretrained.save(pretrained.Loaded(model, tokenizer, "a test", "run", {}), folder)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -83,7 +83,7 @@ def test_what_was_exported_is_loaded_and_what_is_saved_is_read_again(pair, tmp_p
     theirs.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_config == ours.config
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, want)
-    again = hub.load(tmp_path)
+    again = pretrained.load(tmp_path)
     assert again.model.config == ours.config and torch.equal(again.model(tokens)[0], want)
     assert (theirs.model.head.weight is theirs.model.embed.weight) == ours.config.tied
 
@@ -222,7 +222,7 @@ def test_a_pipeline_reads_and_writes_text(tokenizer, tmp_path):
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs(TEXT).input_ids == tokenizer.encode(TEXT) and theirs.decode(tokenizer.encode(TEXT)) == TEXT
     assert theirs.eos_token_id == tokenizer.end
-    assert hub.load(folder).tokenizer.fingerprint == tokenizer.fingerprint
+    assert pretrained.load(folder).tokenizer.fingerprint == tokenizer.fingerprint
     pipe = pipeline("text-generation", model=str(folder))
     found = pipe(["the fox", TEXT[:9]], max_new_tokens=6, do_sample=False, return_full_text=False)
     want = decoding.generate(ours, [tokenizer.encode("the fox"), tokenizer.encode(TEXT[:9])], 6, temperature=0)
@@ -268,7 +268,7 @@ def test_the_command_exports_a_run(tmp_path, capsys, monkeypatch):
     assert "msla" in card and "sliding" in card and "| bits_per_byte | 1.2500 |" in card and "bytes" in card
     pipe = pipeline("text-generation", model="there")
     (found,) = pipe("ROMEO:", max_new_tokens=5, do_sample=False)
-    run = hub.load("run")
+    run = pretrained.load("run")
     (ours,) = decoding.generate(run.model, [run.tokenizer.encode("ROMEO:")], 5, temperature=0)
     assert found["generated_text"] == "ROMEO:" + run.tokenizer.decode(ours)
     assert cli.main(["export", "run", "--out", "there"]) == 2

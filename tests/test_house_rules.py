@@ -36,11 +36,11 @@ ORDER = [
     {"cache", "ops", "documents", "feed_forward"},
     {"attention"},
     {"laws", "presets"},
-    {"audit", "listing"},
+    {"audit", "catalogue"},
     {"data"},
     {"model"},
     {"measure", "runs"},
-    {"hub"},
+    {"pretrained"},
     {"training", "convert", "progress"},
     {"inference"},
     {"hf"},
@@ -86,7 +86,6 @@ def test_imports_point_one_way(file: Path) -> None:
 def test_the_order_names_what_is_there() -> None:
     planned = {
         "tasks",
-        "hub",
         "convert",
         "evaluate",
         "heads",

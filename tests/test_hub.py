@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnlab import data, hub
+from attnlab import data, pretrained
 from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.errors import UserError
 from attnlab.model import Decoder, flops_per_token
@@ -183,7 +183,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_agree_with_transformers(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     witness, bound = Witness(case, dtype, tmp_path), TOLERANCE[dtype]
-    loaded = hub.load(witness.folder, dtype=dtype)
+    loaded = pretrained.load(witness.folder, dtype=dtype)
     model, n = loaded.model, 23
     tokens = torch.randint(43, (2, n))
     plain = torch.arange(n).expand(2, n)
@@ -209,10 +209,10 @@ def test_logits_agree_with_transformers(case: str, dtype: torch.dtype, tmp_path:
 @pytest.mark.parametrize("case", CASES)
 def test_what_we_write_transformers_reads(case: str, tmp_path: Path) -> None:
     witness = Witness(case, torch.float32, tmp_path)
-    loaded = hub.load(witness.folder)
+    loaded = pretrained.load(witness.folder)
     config = RunConfig(model=loaded.model.config)
     assert from_dict(RunConfig, to_dict(config)) == config
-    folder = hub.save(loaded, tmp_path / "ours", family=loaded.family)
+    folder = pretrained.save(loaded, tmp_path / "ours", family=loaded.family)
     again = T.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(again) is type(witness.model)
     mine, theirs = again.state_dict(), witness.model.state_dict()
@@ -229,7 +229,7 @@ def test_what_we_write_transformers_reads(case: str, tmp_path: Path) -> None:
 def test_both_ways_to_compute_latent_attention_agree(case: str, tmp_path: Path) -> None:
     """Expanded for a whole text, absorbed for every step, and the other way round."""
     witness = Witness(case, torch.float64, tmp_path)
-    loaded = hub.load(witness.folder, dtype=torch.float64)
+    loaded = pretrained.load(witness.folder, dtype=torch.float64)
     tokens, positions = torch.randint(43, (2, 21)), torch.arange(21).expand(2, 21)
     want = witness.logits(tokens, positions)
     for mode in ("expanded", "absorbed"):
@@ -248,11 +248,11 @@ def test_both_ways_to_compute_latent_attention_agree(case: str, tmp_path: Path) 
 SMALL = ModelConfig(vocab_size=41, context=48, n_layers=2, d_model=32, n_heads=4)
 
 
-def made(config: ModelConfig, tokenizer: data.Tokenizer | None = None) -> hub.Loaded:
+def made(config: ModelConfig, tokenizer: data.Tokenizer | None = None) -> pretrained.Loaded:
     torch.manual_seed(0)
     model = Decoder(config).eval()
     randomise(model)
-    return hub.Loaded(model, tokenizer, "made here", "run")
+    return pretrained.Loaded(model, tokenizer, "made here", "run")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -261,8 +261,8 @@ def test_an_exported_folder_is_the_model(tied: bool, tmp_path: Path) -> None:
     scaled = RopeScaling(kind="yarn", factor=4, original=16, fast=32, magnitude=1.2)
     experts = ExpertsConfig(kind="swiglu", shared=1, dense_layers=1, score="sigmoid")
     given = made(replace(mixed, rope_scaling=scaled, ff="moe", experts=experts), data.CharTokenizer("abc"))
-    folder = hub.save(given, tmp_path / "new" / "out", results={"validation loss": 1.25})
-    again = hub.load(folder)
+    folder = pretrained.save(given, tmp_path / "new" / "out", results={"validation loss": 1.25})
+    again = pretrained.load(folder)
     assert (again.family, again.model.config) == ("attnlab", given.model.config)
     assert again.tokenizer is not None and again.tokenizer.to_json() == {"kind": "char", "chars": "abc"}
     assert not again.model.training
@@ -276,7 +276,7 @@ def test_an_exported_folder_is_the_model(tied: bool, tmp_path: Path) -> None:
     assert f"{per_token} floats, {4 * per_token} bytes" in card
     assert f"{given.model.parameter_count():,} parameters" in card
     assert "msla" in card and "1.2500" in card and str(tmp_path) not in card
-    assert hub.load(folder, dtype=torch.bfloat16).model.head.weight.dtype == torch.bfloat16
+    assert pretrained.load(folder, dtype=torch.bfloat16).model.head.weight.dtype == torch.bfloat16
 
 
 def test_a_run_folder_opens_at_any_checkpoint(tmp_path: Path) -> None:
@@ -288,11 +288,11 @@ def test_a_run_folder_opens_at_any_checkpoint(tmp_path: Path) -> None:
         train=TrainConfig(steps=4, batch_size=2, eval_every=2, eval_batches=1, save_every=2, precision="fp32"),
     )
     train(config, tmp_path / "run")
-    newest, first = hub.load(tmp_path / "run"), hub.load(tmp_path / "run", checkpoint=2)
+    newest, first = pretrained.load(tmp_path / "run"), pretrained.load(tmp_path / "run", checkpoint=2)
     assert (newest.family, newest.about["step"], first.about["step"]) == ("run", 4, 2)
     assert newest.tokenizer is not None and newest.tokenizer.decode(newest.tokenizer.encode("a mat")) == "a mat"
     assert not torch.equal(newest.model.embed.weight, first.model.embed.weight)
-    again = hub.load(hub.save(newest, tmp_path / "out"))
+    again = pretrained.load(pretrained.save(newest, tmp_path / "out"))
     assert torch.equal(again.model.embed.weight, newest.model.embed.weight)
     assert "validation loss" in (tmp_path / "out" / "README.md").read_text()
 
@@ -322,7 +322,7 @@ def test_nanogpt_checkpoints(bias: bool, vocab: int, tmp_path: Path) -> None:
     held = nano(bias, vocab)
     torch.save(held, tmp_path / "ckpt.pt")
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # never opened
-    loaded = hub.load(tmp_path / "ckpt.pt")
+    loaded = pretrained.load(tmp_path / "ckpt.pt")
     assert (loaded.family, loaded.about["step"], loaded.tokenizer) == ("nanogpt", 7, None)
     shape = {**GPT2, "n_layer": 2, "n_positions": 16, "vocab_size": vocab}
     witness = T.GPT2LMHeadModel(T.GPT2Config(**shape, activation_function="gelu")).eval()
@@ -333,9 +333,9 @@ def test_nanogpt_checkpoints(bias: bool, vocab: int, tmp_path: Path) -> None:
     tokens = torch.randint(vocab, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(tokens)[0], witness(tokens).logits, rtol=1e-5, atol=1e-5)
-    refuses(lambda: hub.save(loaded, tmp_path / "x", family="nanogpt"), "nanogpt", "only be read")
+    refuses(lambda: pretrained.save(loaded, tmp_path / "x", family="nanogpt"), "nanogpt", "only be read")
     if bias:
-        again = hub.load(hub.save(loaded, tmp_path / "gpt2", family="gpt2"))
+        again = pretrained.load(pretrained.save(loaded, tmp_path / "gpt2", family="gpt2"))
         assert torch.equal(again.model(tokens)[0], loaded.model(tokens)[0])
 
 
@@ -381,7 +381,7 @@ def change(folder: Path, **fields: Any) -> None:
 )
 def test_a_config_that_does_not_fit_is_refused(fields: dict[str, Any], words: list[str], folder: Path) -> None:
     change(folder, **fields)
-    refuses(lambda: hub.load(folder), *words)
+    refuses(lambda: pretrained.load(folder), *words)
 
 
 class Foreign:
@@ -395,28 +395,28 @@ def test_folders_and_files_that_are_no_models_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refuses(lambda: hub.load(folder, checkpoint=3), "checkpoint 3", "not a run folder")
+    refuses(lambda: pretrained.load(folder, checkpoint=3), "checkpoint 3", "not a run folder")
     (tmp_path / "empty").mkdir()
-    refuses(lambda: hub.load(tmp_path / "empty"), "run.json", "config.json")
+    refuses(lambda: pretrained.load(tmp_path / "empty"), "run.json", "config.json")
     weights = folder / "model.safetensors"
     state, whole = load_file(weights), weights.read_bytes()
     weights.write_bytes(whole[:-10])
-    refuses(lambda: hub.load(folder), "model.safetensors", "damaged")
+    refuses(lambda: pretrained.load(folder), "model.safetensors", "damaged")
     weights.unlink()
-    refuses(lambda: hub.load(folder), "no model.safetensors")
+    refuses(lambda: pretrained.load(folder), "no model.safetensors")
 
     torch.save(state, folder / "pytorch_model.bin")
     tokens = torch.randint(43, (1, 9))
-    plain = hub.load(folder).model(tokens)[0]
+    plain = pretrained.load(folder).model(tokens)[0]
     torch.save({**state, "extra": Foreign()}, folder / "pytorch_model.bin")
-    refuses(lambda: hub.load(folder), "pytorch_model.bin", "--trust")
+    refuses(lambda: pretrained.load(folder), "pytorch_model.bin", "--trust")
     assert not Path("opened").exists()
-    refuses(lambda: hub.load(folder, trust=True), "something else than named tensors")
+    refuses(lambda: pretrained.load(folder, trust=True), "something else than named tensors")
     assert Path("opened").exists()
     (folder / "pytorch_model.bin").write_bytes(b"no archive at all")
-    refuses(lambda: hub.load(folder), "pytorch_model.bin")
+    refuses(lambda: pretrained.load(folder), "pytorch_model.bin")
     torch.save({"weights": 3}, tmp_path / "ckpt.pt")
-    refuses(lambda: hub.load(tmp_path / "ckpt.pt"), "ckpt.pt", "nanoGPT")
+    refuses(lambda: pretrained.load(tmp_path / "ckpt.pt"), "ckpt.pt", "nanoGPT")
 
     (folder / "pytorch_model.bin").unlink()
     names = sorted(state)
@@ -424,17 +424,17 @@ def test_folders_and_files_that_are_no_models_are_refused(
         save_file({name: state[name] for name in some}, folder / f"{part}.safetensors")
     where = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(names)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    assert torch.equal(hub.load(folder).model(tokens)[0], plain)
+    assert torch.equal(pretrained.load(folder).model(tokens)[0], plain)
     (folder / "b.safetensors").unlink()
-    refuses(lambda: hub.load(folder), "b.safetensors", "missing")
+    refuses(lambda: pretrained.load(folder), "b.safetensors", "missing")
 
 
 def test_names_that_are_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refuses(lambda: hub.load("nobody/nothing-at-all"), "nobody/nothing-at-all", "no folder here")
-    refuses(lambda: hub.load("./no/such/folder"), "./no/such/folder", "does not exist")
+    refuses(lambda: pretrained.load("nobody/nothing-at-all"), "nobody/nothing-at-all", "no folder here")
+    refuses(lambda: pretrained.load("./no/such/folder"), "./no/such/folder", "does not exist")
 
 
 def test_a_bare_model_and_old_names_load(tmp_path: Path) -> None:
@@ -444,12 +444,12 @@ def test_a_bare_model_and_old_names_load(tmp_path: Path) -> None:
     state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(weights).items()}
     save_file({**state, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, weights)
     tokens, positions = torch.randint(43, (2, 11)), torch.arange(11).expand(2, 11)
-    torch.testing.assert_close(hub.load(witness.folder).model(tokens)[0], witness.logits(tokens, positions))
+    torch.testing.assert_close(pretrained.load(witness.folder).model(tokens)[0], witness.logits(tokens, positions))
     other = Witness("llama3 frequencies", torch.float32, tmp_path / "llama")
     scaling = {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
     old = {"rope_parameters": "gone", "rope_scaling": {**scaling, "type": "llama3"}, "rope_theta": 500.0}
     change(other.folder, **old)
-    torch.testing.assert_close(hub.load(other.folder).model(tokens)[0], other.logits(tokens, positions))
+    torch.testing.assert_close(pretrained.load(other.folder).model(tokens)[0], other.logits(tokens, positions))
 
 
 @pytest.mark.parametrize(
@@ -473,19 +473,21 @@ def test_a_bare_model_and_old_names_load(tmp_path: Path) -> None:
 def test_a_family_refuses_what_it_cannot_express(
     config: ModelConfig, family: str, words: list[str], tmp_path: Path
 ) -> None:
-    refuses(lambda: hub.save(made(config), tmp_path / "out", family=family), *words)
+    refuses(lambda: pretrained.save(made(config), tmp_path / "out", family=family), *words)
     assert not [*tmp_path.iterdir()], "nothing half-written"
 
 
 def test_what_a_family_has_no_place_for_is_not_dropped(tmp_path: Path) -> None:
-    loaded = hub.load(Witness("deepseek v3 plain queries, biased", torch.float32, tmp_path).folder)
+    loaded = pretrained.load(Witness("deepseek v3 plain queries, biased", torch.float32, tmp_path).folder)
     with torch.no_grad():
         loaded.model.blocks()[1].attention.q.bias += 0.1
-    refuses(lambda: hub.save(loaded, tmp_path / "out", family="deepseek_v3"), "layers.1.attention.q.bias", "not zero")
+    refuses(
+        lambda: pretrained.save(loaded, tmp_path / "out", family="deepseek_v3"), "layers.1.attention.q.bias", "not zero"
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "mine.txt").write_text("keep")
-    refuses(lambda: hub.save(loaded, tmp_path / "held"), "exists already")
+    refuses(lambda: pretrained.save(loaded, tmp_path / "held"), "exists already")
     assert [file.name for file in (tmp_path / "held").iterdir()] == ["mine.txt"]
 
 
@@ -493,15 +495,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub.files, "save_file", full)
-    refuses(lambda: hub.save(made(SMALL), tmp_path / "out"), "out", "free space")
+    monkeypatch.setattr(pretrained.folders, "save_file", full)
+    refuses(lambda: pretrained.save(made(SMALL), tmp_path / "out"), "out", "free space")
     assert not [*tmp_path.iterdir()]
 
 
 def test_our_own_model_becomes_a_llama(tmp_path: Path) -> None:
     config = replace(SMALL, norm="rms", ff="swiglu", mechanisms=("gqa",), rope_theta=700.0, tied=False)
     given = made(config)
-    folder = hub.save(given, tmp_path / "out", family="llama")
+    folder = pretrained.save(given, tmp_path / "out", family="llama")
     witness = T.AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.randint(41, (2, 19))
     with torch.no_grad():
@@ -514,11 +516,11 @@ def test_a_tokenizer_and_its_template_travel(tmp_path: Path) -> None:
     witness = Witness("qwen2", torch.float32, tmp_path)
     words.save_pretrained(witness.folder)
     change(witness.folder, eos_token_id=words.eos_token_id, bos_token_id=5)
-    loaded = hub.load(witness.folder)
+    loaded = pretrained.load(witness.folder)
     assert loaded.tokenizer.encode("a cat sat") == words.encode("a cat sat")
     assert loaded.about["chat_template"] == words.chat_template
     for family in ("qwen2", "attnlab"):
-        folder = hub.save(loaded, tmp_path / family, family=family)
+        folder = pretrained.save(loaded, tmp_path / family, family=family)
         again = T.PreTrainedTokenizerFast.from_pretrained(folder)
         assert again.encode("a cat sat") == words.encode("a cat sat")
         assert again.chat_template == words.chat_template
@@ -543,7 +545,7 @@ def byte_pairs() -> Any:
 @pytest.mark.parametrize("case", ["llama of one key head", "deepseek v2 lite, grouped", "deepseek v3"])
 def test_flops_are_those_of_the_parts(case: str, tmp_path: Path) -> None:
     """Counted by PyTorch on one text, against the formula; embeddings and norms cost no products."""
-    model = hub.load(Witness(case, torch.float32, tmp_path).folder).model
+    model = pretrained.load(Witness(case, torch.float32, tmp_path).folder).model
     model = Decoder(replace(model.config, impl="reference")).eval()
     n = 32
     with FlopCounterMode(display=False) as counter:
@@ -558,7 +560,7 @@ def test_narrow_weights_do_not_narrow_the_choice_of_experts(tmp_path: Path) -> N
     with torch.no_grad():
         gate.e_score_correction_bias.copy_(50 + torch.randn(8) / 10)
     witness.model.save_pretrained(witness.folder)
-    experts = hub.load(witness.folder, dtype=torch.bfloat16).model.blocks()[2].ff
+    experts = pretrained.load(witness.folder, dtype=torch.bfloat16).model.blocks()[2].ff
     assert experts.router.weight.dtype == torch.bfloat16
     assert torch.equal(experts.bias, gate.e_score_correction_bias)
     x = torch.randn(1, 40, 24, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnlab import attention, cli, data, hub
+from attnlab import attention, cli, data, pretrained
 from attnlab.config import ModelConfig
 from attnlab.data import bpe
 from attnlab.data.tokenizer import ByteTokenizer
@@ -54,7 +54,7 @@ def make(vocab_size: int, mechanism: str = "mha", **fields: Any) -> Decoder:
 def loaded(
     tokenizer: data.Tokenizer | None, vocab_size: int, about: dict[str, Any] | None = None, **fields: Any
 ) -> Any:
-    return hub.Loaded(make(vocab_size, **fields), tokenizer, "here", "attnlab", about or {})
+    return pretrained.Loaded(make(vocab_size, **fields), tokenizer, "here", "attnlab", about or {})
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,8 @@ def test_the_command(words, tmp_path, monkeypatch, capsys):
     about = {"chat_template": CHATML, "config": {"eos_token_id": words.vocab_size - 1}}
     monkeypatch.chdir(tmp_path)
     given = loaded(words, words.vocab_size, about)
-    hub.save(hub.Loaded(given.model.float(), words, "here", "attnlab", about), "mine")
-    hub.save(hub.Loaded(given.model, None, "here", "attnlab", {}), "mute")
+    pretrained.save(pretrained.Loaded(given.model.float(), words, "here", "attnlab", about), "mine")
+    pretrained.save(pretrained.Loaded(given.model, None, "here", "attnlab", {}), "mute")
 
     def run(*options: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["attnlab", "infer", *options])
@@ -308,10 +308,10 @@ def test_what_a_step_reads():
 
 def test_the_folder_says_how_to_chat(words, tmp_path):
     about = {"chat_template": CHATML, "config": {"bos_token_id": words.end}}
-    hub.save(hub.Loaded(make(words.vocab_size), words, "here", "attnlab", about), tmp_path / "mine")
-    again = hub.load(tmp_path / "mine", dtype=torch.float64)
+    pretrained.save(pretrained.Loaded(make(words.vocab_size), words, "here", "attnlab", about), tmp_path / "mine")
+    again = pretrained.load(tmp_path / "mine", dtype=torch.float64)
     mine, theirs = (
         continue_texts(each, ["hello"], 6, 0.0, chatting=True).texts
-        for each in (again, hub.Loaded(make(words.vocab_size), words, "here", "attnlab", about))
+        for each in (again, pretrained.Loaded(make(words.vocab_size), words, "here", "attnlab", about))
     )
     assert mine == theirs and Path(tmp_path / "mine" / "chat_template.jinja").is_file()

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from attnlab import attention, cli, hub
+from attnlab import attention, cli, pretrained
 from attnlab.errors import UserError
 from attnlab.hf.hosts import Adapter
 from attnlab.hf.patch import PRESETS, patch
@@ -77,7 +77,7 @@ def test_a_kept_output_projection_follows_and_stays(tmp_path):
     tokens, _ = prompts(9)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
     with pytest.raises(UserError, match="a Decoder has no place"):
-        hub.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 SAME = [
@@ -115,7 +115,7 @@ def test_a_patched_model_survives_a_round_trip_and_generates_as_without_a_cache(
     }
     logits = model(tokens, attention_mask=mask).logits
     assert torch.equal(again(tokens, attention_mask=mask).logits, logits)
-    ours, _ = hub.load(tmp_path).model(tokens, (mask.cumsum(1) * mask) - 1)  # attnlab's own commands read it too
+    ours, _ = pretrained.load(tmp_path).model(tokens, (mask.cumsum(1) * mask) - 1)  # attnlab's own commands read it too
     torch.testing.assert_close(ours[mask > 0], logits[mask > 0], rtol=1e-5, atol=1e-5)
 
     settings = {"max_new_tokens": 7, "pad_token_id": 0, "do_sample": False}
@@ -158,14 +158,14 @@ def test_some_layers_may_stay_as_they_were(kind, tmp_path):
     patch(model, "sliding", layers=[1], options={"window": 4}, train="new")
     assert [entry["mechanism"] for entry in model.config.attnlab] == ["msla", "sliding"]
     model.save_pretrained(tmp_path / "all")
-    assert hub.load(tmp_path / "all").model.config.layers == ["msla", "sliding", "msla"]
+    assert pretrained.load(tmp_path / "all").model.config.layers == ["msla", "sliding", "msla"]
     tokens, mask = prompts(19, 6, 11)
     settings = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
     greedy = model.generate(tokens, attention_mask=mask, **settings)
     assert torch.equal(model.generate(tokens, attention_mask=mask, use_cache=False, **settings), greedy)
     partly = patched(kind, "mqa", layers=[1])
     partly.save_pretrained(tmp_path / "some")
-    ours = hub.load(tmp_path / "some").model
+    ours = pretrained.load(tmp_path / "some").model
     torch.testing.assert_close(ours(tokens[:1])[0], partly(tokens[:1]).logits, rtol=1e-5, atol=1e-5)
     greedy = partly.generate(tokens, attention_mask=mask, **settings)
     assert torch.equal(partly.generate(tokens, attention_mask=mask, use_cache=False, **settings), greedy)

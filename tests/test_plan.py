@@ -17,10 +17,10 @@ from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.costs.memory import META
 from attnlab.costs.plan import Machine, Plan, Sizes, plan
 from attnlab.costs.sharding import STAGES, find_sharding
-from attnlab.hub.families import deepseek_v3
 from attnlab.measure.gpus import GPUS, find_gpu
 from attnlab.model import attention_configs, flops_per_token
 from attnlab.presets import variant
+from attnlab.pretrained.families import deepseek_v3
 from attnlab.spec import CacheSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, UserError, cli, hub, load_model, presets
+from attnlab import Decoder, UserError, cli, load_model, presets, pretrained
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.convert import convert
 from attnlab.costs.dry_run import FLOAT, forecast
@@ -85,7 +85,7 @@ def test_the_story_recipe_begins_with_pretrained_weights(corpus: Path, tmp_path:
     text = [torch.randint(256, (4, 32)) for _ in range(2)]
     sparse = {"top_k": fields["top_k"], "local": fields["local"]}
     made, _ = convert(trained, "msla", rank=fields["kv_rank"], calibration=text, options=sparse)
-    folder = hub.save(hub.Loaded(made, ByteTokenizer(), "stand-in", "attnlab"), tmp_path / "made")
+    folder = pretrained.save(pretrained.Loaded(made, ByteTokenizer(), "stand-in", "attnlab"), tmp_path / "made")
     still = replace(config.train, lr=1e-12, min_lr=1e-12, weight_decay=0.0, train="attention")
     train(replace(config, train=still, init=str(folder)), tmp_path / "run")
     begun, _ = load_model(tmp_path / "run")

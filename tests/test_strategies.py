@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab import hub
+from attnlab import pretrained
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
@@ -242,8 +242,8 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
         assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
         assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
-        exported = hub.save(hub.load(folder.path), home / f"exported-{way}")
-        assert hub.load(exported).model.parameter_count() == folder.result().parameters
+        exported = pretrained.save(pretrained.load(folder.path), home / f"exported-{way}")
+        assert pretrained.load(exported).model.parameter_count() == folder.result().parameters
         rank = place / "model.rank-00001.safetensors"
         rank.write_bytes(rank.read_bytes()[:-1] + b"!")
         with pytest.raises(UserError, match=r"model\.rank-00001\.safetensors is damaged \(its checksum is wrong\)"):

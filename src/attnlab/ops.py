@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import kernels, recording
-from .kernels import Pairs, one_row, reference
+from .kernels import reference
+from .kernels.pairs import Pairs, one_row
 from .layers import Linear as Linear  # a mechanism takes all it needs from here
 from .layers import linear as linear
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling

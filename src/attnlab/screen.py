@@ -42,8 +42,8 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
+    from .catalogue import SHAPE, TOKENS
     from .formatting import number
-    from .listing import SHAPE, TOKENS
 
     left, right = "left", "right"
     numbers = {"floats/token": right, f"cache at {TOKENS}": right, "parameters": right}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
 from ..errors import UserError
-from ..kernels import one_row
+from ..kernels.pairs import one_row
 from ..layers import Linear
 from ..ops import attention_weights, index_scores, kl, newest, rope
 from ..recording import begins_step, with_loss

@@ -19,7 +19,9 @@ from ..laws import LAWS, check_class, check_mechanism, check_subject, verdict
 from ..laws.subject import LENGTHS, WIDTHS, find_number, one_line, seeded, speaks, subject
 from ..results import LawResult
 from ..spec import AttentionConfig
-from . import foreign
+from . import find
+from .build import build
+from .call import Caller, caller, mask_parameter
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def audit_target(
     """Audit a mechanism by name, or a class at `file.py:Class` or `package.module:Class`.
 
     kwargs: the class's keyword arguments. config: attributes of the one config object it takes. call: an expression
-    (names: see `foreign.Caller`). mask: additive, keep or drop. mask_shape: 2d [T T], 4d [B 1 T T], or auto. d_model:
+    (names: see `call.Caller`). mask: additive, keep or drop. mask_shape: 2d [T T], 4d [B 1 T T], or auto. d_model:
     width of x, where neither tells. Raises `UserError`, one sentence, where it could not run.
     """
     for law in laws or ():
@@ -84,13 +86,13 @@ def audit_target(
             choose("mechanism", target, attention.names())
         except UserError as error:
             raise UserError(f"{error}; or give file.py:Class or package.module:Class") from None
-    with _quiet(), foreign.found(target) as found:
+    with _quiet(), find.found(target) as found:
         return _audit_class(target, found, kwargs, config, call, mask, mask_shape, d_model, laws)
 
 
 def _audit_class(
     target: str,
-    found: foreign.Found,
+    found: find.Found,
     kwargs: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
     call: str | None,
@@ -112,7 +114,7 @@ def _audit_class(
         return Audit(target, check_class(found.module.__name__.rpartition(".")[2], own, found.cls, laws=laws, **fields))
 
     def make() -> nn.Module:
-        return foreign.build(found, kwargs, config)
+        return build(found, kwargs, config)
 
     with seeded(0):
         module = make()
@@ -121,7 +123,7 @@ def _audit_class(
     width = d_model or _width(module, kwargs, config)
     if width is None:
         raise UserError(f"the width of {name}'s input cannot be told from its arguments: give it with --d-model")
-    way = foreign.caller(module.eval(), call, mask, mask_shape, torch.randn(2, 13, width))
+    way = caller(module.eval(), call, mask, mask_shape, torch.randn(2, 13, width))
     try:
         s = subject(module, name=name, d_model=width, call=way, build=make)
     except UserError:
@@ -151,9 +153,9 @@ def _width(module: nn.Module, kwargs: Mapping[str, Any] | None, config: Mapping[
     return find_number(module, WIDTHS) or linear
 
 
-def _with_hint(result: LawResult, module: nn.Module, way: foreign.Caller) -> LawResult:
+def _with_hint(result: LawResult, module: nn.Module, way: Caller) -> LawResult:
     """Where the future leaks and a mask was never handed over, say how to hand it over."""
-    name = foreign.mask_parameter(module)
+    name = mask_parameter(module)
     if result.law != "causality" or result.status != "broken" or name is None or "mask" in way.expression:
         return result
     hint = f"{way.expression[:-1]}, {name}=mask)"

@@ -19,11 +19,11 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
 from ..spec import AttentionConfig
-from . import linear, targets
-from .budget import Wish
+from . import low_rank, targets
+from .calibration import Statistics, Tell, gather
 from .certificate import Certificate, compare
 from .dense import Dense
-from .statistics import Statistics, Tell, gather
+from .width import Wish
 
 __all__ = ["Certificate", "convert"]
 
@@ -128,7 +128,7 @@ def _spread(
         raise UserError("only a conversion to a mechanism with a latent can spread its ranks over the layers")
     energies = [target.energies(d, build(own), method, s) for d, own, s in zip(layers, fields, seen, strict=True)]
     name = build(fields[0]).cache_width or ""
-    ranks = linear.share(energies, sum(own[name] for own in fields))
+    ranks = low_rank.share(energies, sum(own[name] for own in fields))
     return [{**own, name: rank} for own, rank in zip(fields, ranks, strict=True)]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..model import Decoder
 from ..results import Record
-from .statistics import Tell, record_inputs
+from .calibration import Tell, record_inputs
 
 EXACT = 1e-9  # logits that differ by less than this, in float64, are the same function
 

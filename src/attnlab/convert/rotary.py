@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .calibration import Statistics
 from .dense import Dense
-from .statistics import Statistics
 
 
 @dataclass(frozen=True)

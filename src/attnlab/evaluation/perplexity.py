@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import data, hub
+from .. import data, pretrained
 from ..config import DataConfig
 from ..data.shards import SPLITS, Prepared
 from ..data.tasks import task_of
@@ -268,17 +268,17 @@ def evaluate_source(
     trust: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
-    """`evaluate` for whatever `hub.load` opens, on what `data_source` names (None: what a run was trained on).
+    """`evaluate` for whatever `pretrained.load` opens, on what `data_source` names (None: what a run was trained on).
 
     `split` is "val", "test" or "train"; a text file that the run was not trained on has no parts and is taken whole.
     Raises `UserError` where most of the text is found in what the run was trained on, unless that was asked for.
     """
     choose("split", split, SPLITS)
     where = find_device(device)
-    loaded = hub.load(source, checkpoint=checkpoint, device=where, trust=trust)
+    loaded = pretrained.load(source, checkpoint=checkpoint, device=where, trust=trust)
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so no text can be given to it: put its tokenizer.json beside it")
-    folder = RunFolder.open(source) if loaded.family == hub.RUN else None
+    folder = RunFolder.open(source) if loaded.family == pretrained.RUN else None
     if data_source is None and folder is None:
         raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
     own = folder is not None and data_source in (None, folder.config.data.source)

@@ -1,11 +1,11 @@
 """Inside the heads: what each of them attends to, copies, and is good for, with null distributions and ablations."""
 
 from .ablate import ablate
+from .capture import Layer, heads_replaced, value_sizes, watch
 from .emergence import emergence
-from .latent import Inside, inside
+from .memory import Inside, inside
 from .scores import head_scores, pattern_scores, repeated
-from .watch import Layer, heads_replaced, value_sizes, watch
-from .whole import whole
+from .summary import whole
 
 __all__ = [
     "Inside",

@@ -18,8 +18,8 @@ from ..errors import UserError
 from ..model import Decoder
 from ..results import Ablation
 from ..stats import t_quantile
+from .capture import heads_replaced, watch
 from .scores import lengths, repeated
-from .watch import heads_replaced, watch
 
 
 @torch.no_grad()

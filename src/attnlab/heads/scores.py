@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..model import Decoder
 from ..results import HeadScores
 from ..stats import beyond, holm, welch
-from .watch import output_matrix, watch
+from .capture import output_matrix, watch
 
 PATTERNS = ("previous token", "duplicate token", "induction", "first token")
 CONTENT = ("duplicate token", "induction")  # need a repeat, so a sequence without one is a null

@@ -14,8 +14,8 @@ from transformers.utils import can_return_tuple
 
 from ..config import ModelConfig, from_dict, to_dict
 from ..errors import UserError
-from ..hub.families import attnlab as form
 from ..model import Decoder
+from ..pretrained.families import attnlab as form
 from .memory import furnish, locate
 
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
-from ..hub import files
-from ..hub.card import FRONT, cell
 from ..laws.subject import span
+from ..pretrained import folders
+from ..pretrained.model_card import FRONT, cell
 from .hosts import MODELS
 from .patch import Counts, patch
 
@@ -45,14 +45,14 @@ def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, 
     patched, and where `out` holds something already.
     """
     out, folder = Path(out).expanduser(), Path(source).expanduser()
-    files.check_free(out)
-    folder = folder if folder.is_dir() else files.download(source)
+    folders.check_free(out)
+    folder = folder if folder.is_dir() else folders.download(source)
     progress(f"reading {source}", 0, 3)
     model = load(folder)
     progress("patching, and asking the laws", 1, 3)
     counts = patch(model, **settings)
     progress(f"writing {out}", 2, 3)
-    with files.whole(out) as half:
+    with folders.whole(out) as half:
         model.save_pretrained(half)
         for pattern in BESIDE:
             for file in folder.glob(pattern):
@@ -63,7 +63,7 @@ def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, 
 
 def read(folder: Path) -> PretrainedConfig:
     """The config of a model that can be patched."""
-    kind = files.about(folder)["config"].get("model_type")
+    kind = folders.about(folder)["config"].get("model_type")
     choose(f"model_type in {folder}:", str(kind), TYPES)
     return AutoConfig.from_pretrained(folder)
 

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig
 from .. import attention
 from ..config import to_dict
 from ..errors import UserError, choose
-from ..hub.rotary import rotary
 from ..laws.interface import separate
 from ..laws.subject import Broken, by, movement, scale, seeded, unchanged
+from ..pretrained.rope_config import rotary
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import hub
+from .. import pretrained
 from ..data import Tokenizer
 from ..device import find_device
 from ..errors import UserError
@@ -43,7 +43,7 @@ class Samples:
 
 
 def continue_texts(
-    loaded: hub.Loaded,
+    loaded: pretrained.Loaded,
     prompts: Sequence[str],
     n: int = 200,
     temperature: float = 0.8,
@@ -125,7 +125,7 @@ def sample_run(
     whole run.
     """
     RunFolder.open(path)  # refuses what is no run folder before anyone looks for it on a hub
-    loaded = hub.load(path, checkpoint=checkpoint, device=find_device(device))
+    loaded = pretrained.load(path, checkpoint=checkpoint, device=find_device(device))
     return continue_texts(loaded, prompts, n, temperature, top_k, top_p, seed, on_text=on_text)
 
 
@@ -151,7 +151,7 @@ class Stream:
         return piece
 
 
-def in_chat(loaded: hub.Loaded, prompt: str, system: str | None) -> list[int]:
+def in_chat(loaded: pretrained.Loaded, prompt: str, system: str | None) -> list[int]:
     """Token ids of a conversation in which the user has said `prompt`."""
     template, tokenizer = loaded.about.get("chat_template"), loaded.tokenizer
     assert tokenizer is not None
@@ -164,11 +164,11 @@ def in_chat(loaded: hub.Loaded, prompt: str, system: str | None) -> list[int]:
         messages.insert(0, {"role": "system", "content": system})
     names: dict[int | None, str] = {i: name for name, i in chat.special_tokens(tokenizer).items()}
     config = loaded.about.get("config", {})
-    special = {key.removesuffix("_id"): names.get(several(config.get(key))[0], "") for key in hub.TOKENS}
+    special = {key.removesuffix("_id"): names.get(several(config.get(key))[0], "") for key in pretrained.TOKENS}
     return chat.encode(tokenizer, chat.render(template, messages, special))
 
 
-def ends(loaded: hub.Loaded, tokenizer: Tokenizer) -> Collection[int]:
+def ends(loaded: pretrained.Loaded, tokenizer: Tokenizer) -> Collection[int]:
     """The tokens that end a text: as the model's config says, which may name several, and as its tokenizer says."""
     said = loaded.about.get("config", {}).get("eos_token_id")
     return {i for i in (*several(said), tokenizer.end) if i is not None}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from . import Pairs, per_head
+from .pairs import Pairs, per_head
 
 
 def weights(q: Tensor, k: Tensor, pairs: Pairs, scale: float) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import Pairs, blocks, per_head
+from . import cpu_blocks
+from .pairs import Pairs, per_head
 
 LONGEST = 2048  # tokens up to which training on a CPU keeps the attention weights
 
@@ -20,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout:
     if pairs.full and not dropout:
         return _one_query(q, k, v, scale)
     if q.device.type == "cpu" and _trains(q, k, v, dropout) and not torch.compiler.is_compiling():
-        return blocks.attend(q, k, v, pairs, scale, dropout)
+        return cpu_blocks.attend(q, k, v, pairs, scale, dropout)
     k, v = per_head(k, q.shape[2]), per_head(v, q.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if pairs.causal:

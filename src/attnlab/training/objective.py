@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import hub
+from .. import pretrained
 from ..errors import UserError
 from ..model import Decoder
 from ..runs.tensors import load_weights, weights
@@ -16,7 +16,7 @@ from ..runs.tensors import load_weights, weights
 
 def start_from(model: Decoder, source: str) -> None:
     """Take over the weights of the model that `source` names. `UserError` unless it is of this very shape."""
-    load_weights(model, weights(hub.load(source).model))
+    load_weights(model, weights(pretrained.load(source).model))
 
 
 def freeze(model: Decoder, train: str) -> None:
@@ -39,7 +39,7 @@ def freeze(model: Decoder, train: str) -> None:
 def distilled(model: Decoder, source: str, share: float, device: torch.device) -> Callable[..., Tensor]:
     """(x, y, documents) -> (1 - share) cross entropy + share KL(teacher || model), both in nats per target that counts;
     the teacher is the model that `source` names (Hinton et al. 2015, arXiv 1503.02531)."""
-    teacher = hub.load(source).model.to(device).requires_grad_(False)
+    teacher = pretrained.load(source).model.to(device).requires_grad_(False)
     theirs, ours = teacher.config.vocab_size, model.config.vocab_size
     if theirs != ours:
         raise UserError(f"the teacher {source} knows {theirs} tokens and the model {ours}: give the original")

@@ -14,7 +14,7 @@ from ..errors import UserError
 from .options import Flag, Json, json_object, listed, shown, this_command, train_and_tell
 
 if TYPE_CHECKING:
-    from ..hub import Loaded
+    from ..pretrained import Loaded
 
 
 def convert(
@@ -51,10 +51,10 @@ def convert(
         seed: Of what the source has no counterpart for.
         json_: Print the certificate as JSON.
     """
-    from .. import hub
+    from .. import pretrained
     from ..files import write_json
 
-    loaded = hub.load(source)
+    loaded = pretrained.load(source)
     folder = out or Path("converted") / f"{Path(source).name}-{to}"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
@@ -74,7 +74,7 @@ def convert(
         from dataclasses import replace
 
         results = {"held-out loss before conversion": certificate.loss_before, "after": certificate.loss_after}
-        hub.save(replace(loaded, model=model), folder, results=results)
+        pretrained.save(replace(loaded, model=model), folder, results=results)
         write_json(folder / "certificate.json", found[0] | {"model": source, "command": this_command()})
     else:
         from ..report.conversion import write_grid
@@ -133,7 +133,7 @@ def heal(
     """
     from dataclasses import replace
 
-    from .. import hub
+    from .. import pretrained
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
     from ..files import read_json, write_json
     from ..report.conversion import write_recovery
@@ -144,7 +144,7 @@ def heal(
     original = teacher or certificate.get("model", "")
     if distill and not original:
         raise UserError(f"{source} does not say which model it was made from: name it with --teacher")
-    loaded = hub.load(source)
+    loaded = pretrained.load(source)
     every = eval_every or max(steps // 10, 1)
     own = loaded.tokenizer is not None and not data.startswith("prepared:")
     name = f"{folder.name}-healed"

@@ -73,7 +73,7 @@ def heads(
     if out is not None:
         write_json(out, found)
     if png is not None:
-        from ..heads.figures import write_pngs
+        from ..heads.png import write_pngs
 
         write_pngs(found, png)
     if json_:
@@ -93,6 +93,6 @@ def _fresh(preset: str, seed: int) -> Any:
 
 
 def _loaded(source: str, checkpoint: int | None) -> Any:
-    from .. import hub
+    from .. import pretrained
 
-    return hub.load(source, checkpoint=checkpoint).model
+    return pretrained.load(source, checkpoint=checkpoint).model

@@ -95,14 +95,14 @@ def infer(
     """
     import torch
 
-    from .. import hub
+    from .. import pretrained
     from ..device import find_device
     from ..inference.text import continue_texts
 
     place = find_device(device)
     narrow = dtype == "bf16" or (dtype == "auto" and place.type != "cpu")
     kind = torch.bfloat16 if narrow else torch.float32
-    loaded = hub.load(source, checkpoint=checkpoint, dtype=kind, device=place, trust=trust)
+    loaded = pretrained.load(source, checkpoint=checkpoint, dtype=kind, device=place, trust=trust)
     prompts = prompt or ([] if chat else ["\n"])
     if compile_:
         print("compiling the layers once the prompt is read: up to a minute", file=sys.stderr)

@@ -85,13 +85,13 @@ def export(
         results: What attnlab eval --out wrote, for the model card.
         trust: Open a pickle, which can run code that it brings.
     """
-    from .. import hub, screen
+    from .. import pretrained, screen
     from ..files import read_json
 
     with screen.working() as tell:
         tell(f"reading {source}", 0, 2)
-        loaded = hub.load(source, checkpoint=checkpoint, trust=trust)
+        loaded = pretrained.load(source, checkpoint=checkpoint, trust=trust)
         tell(f"writing {out}", 1, 2)
-        hub.save(loaded, out, family=family, results=None if results is None else read_json(results))
+        pretrained.save(loaded, out, family=family, results=None if results is None else read_json(results))
     print(out)
     return 0

@@ -362,13 +362,13 @@ def list_(
         json_: Print a JSON list.
         markdown: Print the table of docs/mechanisms.md.
     """
-    from .. import listing
+    from .. import catalogue
 
-    records = listing.listing()
+    records = catalogue.listing()
     if json_:
         print(json.dumps(records, indent=1))
     elif markdown:
-        print(listing.markdown([r for r in records if r.get("package") == "attnlab"]), end="")
+        print(catalogue.markdown([r for r in records if r.get("package") == "attnlab"]), end="")
     else:
         screen.console().print(screen.listing(records))
     return 0

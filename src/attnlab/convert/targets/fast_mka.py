@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import pooling
+from ..calibration import Statistics
 from ..dense import Dense, state
-from ..statistics import Statistics
 from .gqa import METHODS, widths
 
 __all__ = ["METHODS", "weights", "widths"]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import pooling
-from ..budget import Wish
+from ..calibration import Statistics
 from ..dense import Dense, state
-from ..statistics import Statistics
+from ..width import Wish
 
 METHODS = dict.fromkeys(pooling.METHODS, False)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ...errors import UserError
 from .. import rotary
-from ..budget import Wish
+from ..calibration import Statistics
 from ..dense import Dense, state
-from ..linear import low_rank, spectrum
-from ..statistics import Statistics
+from ..low_rank import low_rank, spectrum
+from ..width import Wish
 
 METHODS = {"svd": False, "aware": True}
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...model import Decoder
-from ..budget import Wish
+from ..calibration import Tell, record_inputs
 from ..dense import Dense
-from ..statistics import Tell, record_inputs
+from ..width import Wish
 from . import mla
 from .mla import METHODS, energies, weights
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..budget import Wish
 from ..dense import Dense
+from ..width import Wish
 from .gqa import METHODS, kept, weights
 
 __all__ = ["METHODS", "weights", "widths"]

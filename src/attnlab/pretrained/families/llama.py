@@ -7,8 +7,8 @@ from typing import Any
 
 from ...config import ModelConfig
 from ...model import Decoder, attention_configs
-from ..rotary import rotary, rotary_parameters
-from ..table import Row, fused, only, same
+from ..rope_config import rotary, rotary_parameters
+from ..tensor_names import Row, fused, only, same
 
 MODEL_TYPES = ("llama",)
 MECHANISMS = ("mha", "gqa", "mqa")

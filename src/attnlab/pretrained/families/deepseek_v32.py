@@ -10,7 +10,7 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...model import Decoder, attention_configs
-from ..table import Row, same
+from ..tensor_names import Row, same
 from . import deepseek_v3 as v3
 from .deepseek_v3 import EXTRA, PREFIX
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention import mla, msla
 from ..model import Decoder
 from ..recording import record_attention
-from .watch import Layer, watch
+from .capture import Layer, watch
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config import ModelConfig
 from ...model import Decoder
-from ..table import Row, only
+from ..tensor_names import Row, only
 from . import deepseek_v2 as v2
 from .deepseek_v2 import PREFIX
 

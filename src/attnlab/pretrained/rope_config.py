@@ -10,7 +10,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import choose
 from ..spec import UNSCALED, RopeScaling
-from .table import only
+from .tensor_names import only
 
 KINDS = ("default", "linear", "llama3", "yarn")
 

@@ -2,7 +2,7 @@
 nanoGPT's ckpt.pt. Reading and writing need JSON and safetensors alone; no foreign code runs, and nothing is unpickled.
 
 A family is a file in `families/`: which `model_type` it reads, the config in both directions, and one table of tensor
-names (see `table.py`).
+names (see `tensor_names.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
-from . import card, families, files, table
+from . import families, folders, model_card, tensor_names
 
 INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # how it is computed or trained, not what
 RUN = "run"  # the family of a run folder
@@ -70,10 +70,10 @@ def load(
     if checkpoint is not None:
         raise UserError(f"{source} is not a run folder, so it has no checkpoint {checkpoint}; leave the checkpoint out")
     if path.is_file():
-        about, found, vocabulary = *files.nanogpt(path, trust), None
+        about, found, vocabulary = *folders.nanogpt(path, trust), None
     else:
-        path = path if path.is_dir() else files.download(str(source))
-        about, found, vocabulary = files.about(path), files.tensors(path, trust), files.tokenizer(path)
+        path = path if path.is_dir() else folders.download(str(source))
+        about, found, vocabulary = folders.about(path), folders.tensors(path, trust), folders.tokenizer(path)
     known = {kind: name for name in names() for kind in module(name).MODEL_TYPES}
     family = known[choose(f"model_type in {path}:", str(about["config"].get("model_type")), known)]
     model = build(module(family), about["config"], found, str(source), dtype)
@@ -91,7 +91,7 @@ def _load_run(path: Path, source: str, step: int | None, dtype: torch.dtype, dev
 
 
 def build(
-    family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, files.Stored], source: str, dtype: torch.dtype
+    family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, folders.Stored], source: str, dtype: torch.dtype
 ) -> Decoder:
     """The Decoder of a family's config and tensors, in evaluation mode."""
     if hf.get("quantization_config"):
@@ -102,10 +102,10 @@ def build(
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
     except TypeError as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
-    rows = table.rows(family, model)
-    stored = table.check(table.expected(rows, table.ours(model)), found, family, source)
+    rows = tensor_names.rows(family, model)
+    stored = tensor_names.check(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
     kinds = {name: dtype for name, _ in model.named_parameters()}
-    model.load_state_dict(table.read(rows, stored, kinds), strict=False, assign=True)
+    model.load_state_dict(tensor_names.read(rows, stored, kinds), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()
@@ -125,11 +125,11 @@ def save(
     express the model, saying which fields differ, and where `folder` holds something already."""
     theirs = module(family)
     hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _name(loaded.model)}
-    state = table.write(table.rows(theirs, loaded.model), table.ours(loaded.model))
+    state = tensor_names.write(tensor_names.rows(theirs, loaded.model), tensor_names.ours(loaded.model))
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
-    text = card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return files.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
+    text = model_card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
+    return folders.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from ...config import ModelConfig
 from ...errors import choose
 from ...model import Decoder
-from ..table import Row, only, same, transposed
+from ..tensor_names import Row, only, same, transposed
 
 MODEL_TYPES = ("gpt2",)
 MECHANISMS = ("mha", "gqa")

@@ -12,7 +12,7 @@ import torch
 from ...config import ModelConfig
 from ...errors import UserError
 from ...model import Decoder
-from ..table import Row, same
+from ..tensor_names import Row, same
 from . import gpt2, llama, mistral, qwen2, qwen3
 
 BASES = {f"attnlab-{name}": base for base in (gpt2, llama, mistral, qwen2, qwen3) for name in base.MODEL_TYPES}

@@ -12,8 +12,8 @@ import torch
 
 from ...config import ExpertsConfig, ModelConfig
 from ...model import Decoder, attention_configs
-from ..rotary import rotary, rotary_parameters, said, stretch
-from ..table import Row, absent, only, permuted, same, split_heads, stacked
+from ..rope_config import rotary, rotary_parameters, said, stretch
+from ..tensor_names import Row, absent, only, permuted, same, split_heads, stacked
 from . import llama
 from .llama import PREFIX, ends, feed_forward, norms
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder
-from .files import Stored
+from .folders import Stored
 
 
 class Row(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from ...config import ModelConfig, from_dict, to_dict
 from ...errors import UserError
 from ...model import Decoder
-from ..table import Row, ours, same
+from ..tensor_names import Row, ours, same
 
 MODEL_TYPES = ("attnlab",)
 MECHANISMS: tuple[str, ...] = ()  # any

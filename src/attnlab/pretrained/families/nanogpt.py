@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config import ModelConfig
 from ...model import Decoder
-from ..table import Row, same
+from ..tensor_names import Row, same
 from . import gpt2
 from .gpt2 import EXTRA, PREFIX
 

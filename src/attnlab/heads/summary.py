@@ -12,10 +12,10 @@ from torch import Tensor
 from ..model import Decoder
 from ..results import HeadScores
 from .ablate import ablate
+from .capture import watch
 from .emergence import emergence
-from .latent import inside
+from .memory import inside
 from .scores import PATTERNS, head_scores, repeated
-from .watch import watch
 
 SHOWN = 8  # sequences that the insides are averaged over
 

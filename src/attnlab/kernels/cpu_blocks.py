@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layers import survivors
-from . import Pairs, per_head
+from .pairs import Pairs, per_head
 
 BLOCK = 64
 

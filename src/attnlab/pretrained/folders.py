@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import data
 from ..errors import UserError, need
 from ..files import read_json, write_bytes, write_json
-from . import vocabulary
+from . import tokenizer_json
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # of a model on the hub
@@ -70,7 +70,7 @@ def about(folder: Path) -> dict[str, Any]:
 def tokenizer(folder: Path) -> data.Tokenizer | None:
     """The tokenizer in `folder`, if there is one."""
     path = folder / "tokenizer.json"
-    return vocabulary.read(read_json(path)) if path.is_file() else None
+    return tokenizer_json.read(read_json(path)) if path.is_file() else None
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, Stored]:
@@ -156,8 +156,10 @@ def write(
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
         if tokenizer is not None:
-            write_json(half / "tokenizer.json", vocabulary.written(tokenizer), indent=None)
-            write_json(half / "tokenizer_config.json", about.get("tokenizer_config") or vocabulary.config(tokenizer))
+            write_json(half / "tokenizer.json", tokenizer_json.written(tokenizer), indent=None)
+            write_json(
+                half / "tokenizer_config.json", about.get("tokenizer_config") or tokenizer_json.config(tokenizer)
+            )
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
     return folder
