@@ -24,7 +24,7 @@ from attnlab import data, pretrained
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert, targets
 from attnlab.files import read_json, write_bytes, write_json
-from attnlab.report.look import GLYPHS, INK, MUTED, PALETTE, RULE, looks
+from attnlab.report.style import GLYPHS, INK, MUTED, PALETTE, RULE, looks
 from attnlab.training.train import train
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "conversion.md"

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from attnlab import cli
+from attnlab.cli import main as cli
 from attnlab.runs import folder as run_folder
 from attnlab.runs.launcher import rank, restarted
 from attnlab.training import train

@@ -253,7 +253,7 @@ def test_files_that_cannot_be_read(tmp_path, text, message):
 
 
 def test_the_command_line_gives_the_exit_codes(capsys):
-    from attnlab.cli import main
+    from attnlab.cli.main import main
 
     assert main(["audit", f"{GPT}:CausalSelfAttention", "--config", '{"n_embd": 32, "n_head": 2}', "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "CausalSelfAttention obeys all 7 laws that apply"

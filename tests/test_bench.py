@@ -16,8 +16,8 @@ from attnlab.errors import UserError
 from attnlab.measure.counters import counted_flops, interleaved, peak_growth, tensor_bytes
 from attnlab.model import attention_configs, parameters
 from attnlab.presets import variant
-from attnlab.progress import Meter
 from attnlab.results import BenchRecord
+from attnlab.terminal.progress import Meter
 
 PRESET = RunConfig(
     model=ModelConfig(context=24, n_layers=2, d_model=32, n_heads=4, options={}),

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from attnlab import __version__, attention, cli, presets
+from attnlab import __version__, attention, presets
+from attnlab.cli import COMMANDS, demo, options
+from attnlab.cli import main as cli
 from attnlab.errors import UserError
 from attnlab.results import BenchRecord
 from attnlab.runs import folder as run_folder
-from attnlab.verbs import options, workbench
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -76,15 +77,15 @@ def test_help_shows_every_command_and_fits(run: Run) -> None:
     for words in ([], ["--help"], ["-h"]):
         code, out, _ = run(*words)
         assert code == 0
-        assert all(f"  {verb} " in out for verb in cli.VERBS)
+        assert all(f"  {verb} " in out for verb in COMMANDS)
     assert run("--version")[:2] == (0, f"attnlab {__version__}\n")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_command_explains_itself(verb: str, run: Run) -> None:
     code, out, _ = run(verb, "--help")
     assert code == 0
-    first = (cli.VERBS[verb].__doc__ or "").splitlines()[0]
+    first = (COMMANDS[verb].__doc__ or "").splitlines()[0]
     assert " ".join(first.split()) in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
 
@@ -375,8 +376,8 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
         train=replace(quick.train, steps=4, batch_size=2, eval_every=2, eval_batches=1, precision="fp32"),
     )
     monkeypatch.setattr(presets, "get", lambda name: small)
-    monkeypatch.setattr(workbench, "EIGHT", ("mha", "latent_lookup"))
-    monkeypatch.setattr(workbench, "DEMO_BENCH", {"decode": (8,)})
+    monkeypatch.setattr(demo, "EIGHT", ("mha", "latent_lookup"))
+    monkeypatch.setattr(demo, "DEMO_BENCH", {"decode": (8,)})
     monkeypatch.setattr(extras, "check_mechanism", functools.partial(extras.check_mechanism, laws=["mixing"]))
 
     code, out, err = run("demo", "--out", "shown", "--jobs", "1")

@@ -23,9 +23,9 @@ from attnlab.evaluation import exam
 from attnlab.files import read_json
 from attnlab.model import parameters
 from attnlab.presets import variant
-from attnlab.progress import Progress
 from attnlab.results import LawResult, RunResult, TaskResult
 from attnlab.terminal.comparison import table
+from attnlab.terminal.progress import Progress
 from attnlab.training.train import Diverged, train
 
 compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnlab import attention, pretrained
-from attnlab.cli import main
+from attnlab.cli.main import main
 from attnlab.config import ModelConfig, to_dict
 from attnlab.convert import convert, low_rank, pooling, rotary, targets
 from attnlab.convert.calibration import gather

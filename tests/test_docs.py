@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from attnlab import attention, catalogue, cli, laws
+from attnlab import attention, catalogue, laws
+from attnlab.cli import COMMANDS
+from attnlab.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,12 +120,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_verb_and_no_other_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     named = set(re.findall(r"^\| `attnlab (\w+)", readme, re.MULTILINE))
-    assert named == set(cli.VERBS)
+    assert named == set(COMMANDS)
 
 
 def test_options_in_the_documents_exist() -> None:
     """Every --option that stands beside an attnlab command is in that command's help."""
-    verbs = "|".join(cli.VERBS)
+    verbs = "|".join(COMMANDS)
     for page in PAGES:
         for verb, rest in re.findall(rf"attnlab ({verbs})\b([^`\n]*)", page.read_text("utf-8")):
             for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", rest):
@@ -135,7 +137,7 @@ HELP: dict[str, str] = {}
 
 def help_of(verb: str) -> str:
     if verb not in HELP:
-        code = f"from attnlab import cli; cli.main([{verb!r}, '--help'])"
+        code = f"from attnlab.cli import main as cli; cli.main([{verb!r}, '--help'])"
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         HELP[verb] = f"{shown} --help --debug"
     return HELP[verb]

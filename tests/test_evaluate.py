@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from attnlab import UserError, cli, data, load_model, pretrained
+from attnlab import UserError, data, load_model, pretrained
+from attnlab.cli import main as cli
 from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
 from attnlab.data.prepare import Plan, prepare

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, cli, load_model, presets
+from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, load_model, presets
+from attnlab.cli import main as cli
 from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
 from attnlab.heads.memory import angles
 from attnlab.heads.scores import lengths

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from attnlab import pretrained
-from attnlab.cli import main
+from attnlab.cli.main import main
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.convert import convert
 from attnlab.data import CharTokenizer

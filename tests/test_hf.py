@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.generation import BaseStreamer
 
 import attnlab.hf
-from attnlab import Decoder, ModelConfig, attention, cli, pretrained
+from attnlab import Decoder, ModelConfig, attention, pretrained
+from attnlab.cli import main as cli
 from attnlab.data.tokenizer import ByteTokenizer, CharTokenizer
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate

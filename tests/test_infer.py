@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnlab import attention, cli, data, pretrained
+from attnlab import attention, data, pretrained
+from attnlab.cli import main as cli
 from attnlab.config import ModelConfig
 from attnlab.data import bpe
 from attnlab.data.tokenizer import ByteTokenizer

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from attnlab import attention, cli, pretrained
+from attnlab import attention, pretrained
+from attnlab.cli import main as cli
 from attnlab.errors import UserError
 from attnlab.hf.hosts import Adapter
 from attnlab.hf.patch import PRESETS, patch

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, UserError, attention, cli, presets
+from attnlab import Decoder, UserError, attention, presets
+from attnlab.cli import main as cli
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.costs.memory import META
 from attnlab.costs.plan import Machine, Plan, Sizes, plan

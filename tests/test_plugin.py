@@ -30,7 +30,7 @@ absent = "somebodys_attention.absent"
 SHORT = ["--train.steps", "4", "--train.eval-every", "2", "--train.eval-batches", "1", "--train.precision", "fp32"]
 SESSION = """
 import contextlib, io, json, sys
-from attnlab import cli
+from attnlab.cli import main as cli
 
 said = []
 for words in json.load(sys.stdin):

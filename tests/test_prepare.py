@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnlab import cli, data
+from attnlab import data
+from attnlab.cli import main as cli
 from attnlab.data import prepare as preparing
 from attnlab.data import shards, sources
 from attnlab.data.prepare import Plan, encode, pieces_of, prepare, units_of

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import Decoder, UserError, cli, load_model, presets, pretrained
+from attnlab import Decoder, UserError, load_model, presets, pretrained
+from attnlab.cli import main as cli
 from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.convert import convert
 from attnlab.costs.dry_run import FLOAT, forecast

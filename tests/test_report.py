@@ -24,9 +24,12 @@ import report_fixture as fixture
 
 from attnlab.errors import UserError
 from attnlab.formatting import count, size
-from attnlab.report import figures, look, render, write_report
-from attnlab.report.folder import Findings, Standing, read
+from attnlab.report import render, style, write_report
+from attnlab.report.findings import Findings, Standing, read
 from attnlab.report.headline import headline
+from attnlab.report.sections.curves import curve_views
+from attnlab.report.sections.decoding import crossings, decoding_views
+from attnlab.report.sections.trade import Point, front, trade_views
 from attnlab.results import BenchRecord, RunResult
 
 FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json")
@@ -184,12 +187,12 @@ def test_sizes(value: float, written: str) -> None:
 
 
 def test_every_mechanism_has_a_look_of_its_own_that_does_not_depend_on_the_others() -> None:
-    names = [*look.KNOWN, *(f"theirs{i}" for i in range(12))]
-    looks = look.looks(names)
+    names = [*style.KNOWN, *(f"theirs{i}" for i in range(12))]
+    looks = style.looks(names)
     assert len({(x.slot, x.marker, x.dash) for x in looks.values()}) == len(names)
-    alone = look.looks(["mla", "theirs0"])
+    alone = style.looks(["mla", "theirs0"])
     assert alone["mla"] == looks["mla"] and alone["theirs0"].slot != alone["mla"].slot
-    assert {x.marker for x in looks.values()} <= set(look.GLYPHS)
+    assert {x.marker for x in looks.values()} <= set(style.GLYPHS)
     drawn = [x for name, x in looks.items() if name in fixture.MECHANISMS]
     assert len({x.slot for x in drawn}) == len({x.marker for x in drawn}) == len(drawn)
 
@@ -222,11 +225,11 @@ def test_front_is_what_no_other_point_beats(smaller: bool) -> None:
     rng = random.Random(5)
     sign = 1 if smaller else -1
     for _ in range(50):
-        placed = [figures.Point(str(i), rng.randint(1, 9), rng.randint(1, 9), 0, 0) for i in range(rng.randint(1, 12))]
-        kept = figures.front(placed, smaller=smaller)
+        placed = [Point(str(i), rng.randint(1, 9), rng.randint(1, 9), 0, 0) for i in range(rng.randint(1, 12))]
+        kept = front(placed, smaller=smaller)
         assert kept == sorted(kept, key=lambda p: p.x)
 
-        def beats(a: figures.Point, b: figures.Point) -> bool:
+        def beats(a: Point, b: Point) -> bool:
             return sign * a.x <= sign * b.x and a.loss <= b.loss and (a.x, a.loss) != (b.x, b.loss)
 
         expected = {(p.x, p.loss) for p in placed if not any(beats(q, p) for q in placed)}
@@ -249,21 +252,19 @@ def decode(mode: str, *ms: float) -> list[BenchRecord]:
 def test_crossover_is_named_between_the_contexts_that_were_measured(
     expanded: tuple[float, ...], absorbed: tuple[float, ...], between: list[Any], said: list[str]
 ) -> None:
-    notes = figures.crossings(
-        Findings(folder="t", bench=[*decode("expanded", *expanded), *decode("absorbed", *absorbed)])
-    )
+    notes = crossings(Findings(folder="t", bench=[*decode("expanded", *expanded), *decode("absorbed", *absorbed)]))
     assert [note.between for note in notes] == between
     assert all(part in note.sentence for part, note in zip(said, notes, strict=True))
 
 
 def test_no_crossover_is_claimed_from_one_form_alone() -> None:
-    assert figures.crossings(Findings(folder="t", bench=decode("absorbed", 1, 2, 3))) == []
+    assert crossings(Findings(folder="t", bench=decode("absorbed", 1, 2, 3))) == []
 
 
 def test_axes_have_units_and_differences_are_paired(folder: Path) -> None:
     found = read(folder)
-    looks = look.looks(found.mechanisms)
-    views = [*figures.curves(found, looks), *figures.trade(found, looks), *figures.decoding(found, looks)]
+    looks = style.looks(found.mechanisms)
+    views = [*curve_views(found, looks), *trade_views(found, looks), *decoding_views(found, looks)]
     assert [view.name for view in views] == [
         "Validation",
         "Difference to mha",
@@ -285,7 +286,7 @@ def test_axes_have_units_and_differences_are_paired(folder: Path) -> None:
 def test_a_mechanism_without_a_cache_is_named_where_a_log_axis_cannot_show_it(folder: Path) -> None:
     found = read(folder)
     cells = [replace(c, cache_bytes=0) if c.mechanism == "sliding" else c for c in found.cells]
-    view = figures.trade(replace(found, cells=cells), look.looks(found.mechanisms))[0]
+    view = trade_views(replace(found, cells=cells), style.looks(found.mechanisms))[0]
     assert "sliding keeps no cache, which this axis cannot show" in view.caption
     assert "sliding" not in {trace.get("name") for trace in view.figure["data"]}
 
@@ -529,7 +530,9 @@ def test_theme_follows_the_system_and_the_button_and_is_remembered(page: chromiu
     page.wait(f"{PAPER} !== '#ffffff'")
     dark = page.run(look_of)
     assert dark == ["rgb(23, 23, 26)", "#17171a"]
-    assert page.run("document.getElementById('plot-curves').data.at(-1).line.color") in {dim for _, dim in look.PALETTE}
+    assert page.run("document.getElementById('plot-curves').data.at(-1).line.color") in {
+        dim for _, dim in style.PALETTE
+    }
     page.run("document.activeElement.blur()")
     page.click("#theme")
     page.wait(f"{PAPER} === '#ffffff'")

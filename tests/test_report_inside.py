@@ -16,7 +16,7 @@ import report_fixture as fixture
 from attnlab import TrainConfig, UserError, presets
 from attnlab.comparison.extras import heads_of_run
 from attnlab.report import render, write_report
-from attnlab.report.inside import _within
+from attnlab.report.sections.heads import _within
 from attnlab.training.train import train
 
 

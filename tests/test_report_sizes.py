@@ -15,8 +15,9 @@ import browser as chromium
 import report_fixture as fixture
 
 from attnlab.errors import UserError
-from attnlab.report import look, render, sizes, write_report
-from attnlab.report.folder import read
+from attnlab.report import render, style, write_report
+from attnlab.report.findings import read
+from attnlab.report.sections import sizes
 
 NAMES = ("mha", "mla", "sliding")
 SHAPES = {"2x64": 0.25, "4x128": 1.0, "6x256": 6.0}  # and parameters, relative to the fixture's
@@ -58,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_figures_show_what_the_file_holds(folder: Path) -> None:
     found = read(folder)
-    validation, difference = sizes.against_parameters(found, look.looks(found.mechanisms))
+    validation, difference = sizes.against_parameters(found, style.looks(found.mechanisms))
     held = json.loads((folder / "compare.json").read_text())["sizes"]
     rows = [{row["mechanism"]: row for row in each["summary"]} for each in held]
     lines = {trace["name"]: trace for trace in validation.figure["data"]}

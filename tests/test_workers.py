@@ -11,7 +11,7 @@ from rich.console import Console
 from attnlab.comparison.engines import Call
 from attnlab.comparison.engines.local import Workers
 from attnlab.errors import UserError
-from attnlab.progress import Progress
+from attnlab.terminal.progress import Progress
 
 # What the workers are asked to do: functions of a module, because they must pickle.
 

@@ -1,5 +1,5 @@
 """`python -m attnlab` is `attnlab`."""
 
-from .cli import run
+from .cli.main import run
 
 run()

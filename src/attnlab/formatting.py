@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 
 def short(count: float) -> str:
@@ -88,3 +90,45 @@ def words(items: Iterable[str], last: str = "and") -> str:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+LAYER_TITLES = (
+    "layer",
+    "mechanism",
+    "effective rank",
+    "keys apart",
+    "values apart",
+    "top-k found",
+    "gate",
+    "expert load",
+)
+
+
+def remembered(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What layers remember, as titles and rows of a table, without the columns that none of them has; or nothing."""
+    rows = []
+    for layer in layers:
+        rank, recall, load = layer["effective_rank"], layer["selection_recall"], layer["expert_load"]
+        gate = [fmean(weights) for weights in zip(*layer["gate"], strict=True)]
+        rows.append(
+            [
+                str(layer["layer"] + 1),
+                layer["mechanism"],
+                "" if rank is None else f"{rank:.1f} of {layer['rank']}",
+                _apart(layer["key_angles"]),
+                _apart(layer["value_angles"]),
+                "" if recall is None else f"{recall:.2f}, by chance {layer['selection_chance']:.2f}",
+                " ".join(f"{weight:.2f}" for weight in gate),
+                f"{min(load):.2f} to {max(load):.2f}" if load else "",
+            ]
+        )
+    shown = [i for i in range(len(LAYER_TITLES)) if any(row[i] for row in rows)]
+    if len(shown) < 3:
+        return [], []
+    return [LAYER_TITLES[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _apart(angles: Sequence[Sequence[float]]) -> str:
+    """Between the subspaces of different heads, on average."""
+    between = [angle for i, row in enumerate(angles) for angle in row[:i]]
+    return f"{fmean(between):.0f}°" if between else ""

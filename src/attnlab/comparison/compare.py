@@ -19,8 +19,8 @@ from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
 from ..presets import Options
-from ..progress import Progress
 from ..results import RunResult, environment
+from ..terminal.progress import Progress
 from .engines import Kind, Local, Needs, Outcome
 from .extras import EXTRAS, write_extras
 from .grid import Cell, Sweep, default_command, sweep

@@ -14,9 +14,9 @@ from ..files import read_json, write_bytes
 from ..heads import value_sizes, watch, whole
 from ..inference.text import sample_run
 from ..laws import check_mechanism
-from ..progress import Progress
 from ..results import LawResult
 from ..runs.folder import RunFolder, load_model
+from ..terminal.progress import Progress
 from .engines import Call, Engine, Outcome
 from .grid import Plan
 

@@ -9,10 +9,11 @@ from typing import Any
 from ..errors import need
 from ..files import write_bytes
 from ..formatting import loss, signed, size
-from . import document, plotly_script, sections
-from .figures import View, _bytes_ticks, figure, plain
+from .figures import View, bytes_ticks, figure, plain
 from .html import table, tag
-from .look import MARKERS, MUTED, PALETTE
+from .page import document, plotly_script
+from .sections import common
+from .style import MARKERS, MUTED, PALETTE
 
 SLOTS = (1, 2, 3, 4, 5, 6)  # colours that stay apart for colour-blind readers; each also has a marker and a dash
 DASHES = ("solid", "dash", "dot", "dashdot", "solid", "dash")
@@ -29,7 +30,7 @@ def write_grid(path: Path, certificates: Sequence[Mapping[str, Any]], command: s
         "line across is the original. Further left, and lower, is better."
     )
     x = {"title": {"text": f"cache of one sequence of {context:,} tokens (log scale)"}, "type": "log"}
-    x |= _bytes_ticks([float(c["cache_bytes_after"]) for c in certificates])
+    x |= bytes_ticks([float(c["cache_bytes_after"]) for c in certificates])
     y = {"title": {"text": "held-out loss (nats per token)"}}
     series = {
         name: sorted((float(c["cache_bytes_after"]), c["loss_after"]) for c in found) for name, found in lines.items()
@@ -55,8 +56,8 @@ def write_grid(path: Path, certificates: Sequence[Mapping[str, Any]], command: s
         "layer's output on what the original's layer reads."
     )
     body = [
-        sections.section("quality", "Quality against cache", sections.plot(drawn["grid"], "grid", caption)),
-        sections.section("table", "Certificates", table(note, head, rows)),
+        common.section("quality", "Quality against cache", common.plot(drawn["grid"], "grid", caption)),
+        common.section("table", "Certificates", table(note, head, rows)),
         _reproduce(command),
     ]
     return _write(path, "Quality against cache", f"{certificates[0]['source']} converted", body, drawn)
@@ -80,8 +81,8 @@ def write_recovery(path: Path, found: Mapping[str, Any]) -> Path:
         f"; the original has {loss(original)}." if original is not None else "."
     )
     body = [
-        sections.section("recovery", "Recovery", sections.plot(drawn["recovery"], "recovery", caption)),
-        sections.section("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
+        common.section("recovery", "Recovery", common.plot(drawn["recovery"], "recovery", caption)),
+        common.section("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
         _reproduce(found["command"]),
     ]
     return _write(path, "Recovery by tokens", found["name"], body, drawn)
@@ -111,10 +112,10 @@ def _level(value: float) -> dict[str, Any]:
 
 
 def _reproduce(command: str) -> Any:
-    return sections.section("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
+    return common.section("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
 
 
-def _write(path: Path, title: str, about: str, body: list[Any], drawn: sections.Figures) -> Path:
+def _write(path: Path, title: str, about: str, body: list[Any], drawn: common.Figures) -> Path:
     header = tag("header", tag("p", "attnlab report · ", about, class_="eyebrow"), tag("h1", title))
     page = document(f"{title}, attnlab", header, body, drawn, plotly_script())
     return write_bytes(path, page.encode("utf-8", "replace"))

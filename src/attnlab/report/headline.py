@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from ..formatting import words
-from .folder import Findings, Standing, number
+from .findings import Findings, Standing, number
 
 
 def headline(found: Findings) -> tuple[str, list[str]]:

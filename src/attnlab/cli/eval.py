@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from .. import screen
+from ..terminal import tables
+from ..terminal.progress import working
 from .options import Flag, Json
 
 
@@ -46,7 +47,7 @@ def evaluate(
     from ..evaluation.perplexity import evaluate_source
     from ..files import write_json
 
-    with screen.working() as tell:
+    with working() as tell:
         found = evaluate_source(
             model,
             data,
@@ -68,5 +69,5 @@ def evaluate(
     if json_:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        screen.console().print(screen.evaluation(found))
+        tables.console().print(tables.evaluation(found))
     return 0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from ..errors import need
-from .figures import Series, View, _bands, _over_seeds, _steps, figure, plain
-from .folder import Findings
-from .html import Html, table
-from .look import DASHES, MARKERS, MUTED, Look
-from .sections import Figures, named, plot, section
+from ...errors import need
+from ...formatting import remembered
+from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
+from ..findings import Findings
+from ..html import Html, table
+from ..style import DASHES, MARKERS, MUTED, Look
+from .common import Figures, named, plot, section
 
 Heads = dict[str, Any]  # one entry of heads.json
 SCORES = {
@@ -51,14 +52,14 @@ def emergence(found: Findings, look: dict[str, Look]) -> list[View]:
         lines = {
             m: [_line(e["emergence"], value) for e in own if "emergence" in e] for m, own in by_mechanism(found).items()
         }
-        series: dict[str, Series] = {m: s for m, own in lines.items() if (s := _over_seeds(own))}
+        series: dict[str, Series] = {m: s for m, own in lines.items() if (s := over_seeds(own))}
         if series:
             caption = (
                 f"{label[0].upper()}{label[1:]} at every checkpoint: {meaning}. "
                 "Line: mean over seeds; band: lowest to highest."
             )
             drawn = figure(
-                _bands(series, look, ":.3f"), _steps(series), {"title": {"text": label}}, hovermode="x unified"
+                bands(series, look, ":.3f"), steps_axis(series), {"title": {"text": label}}, hovermode="x unified"
             )
             views.append(View(f"When: {name}", caption, drawn))
     return views
@@ -292,39 +293,6 @@ def _layer_line(
         marker={"symbol": MARKERS[number % len(MARKERS)], "size": 4, "color": style.color},
         hovertemplate=f"{plain(name)}: %{{x}}, %{{y:.3f}}<extra></extra>",
     )
-
-
-TITLES = ("layer", "mechanism", "effective rank", "keys apart", "values apart", "top-k found", "gate", "expert load")
-
-
-def remembered(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """What layers remember, as titles and rows of a table, without the columns that none of them has; or nothing."""
-    rows = []
-    for layer in layers:
-        rank, recall, load = layer["effective_rank"], layer["selection_recall"], layer["expert_load"]
-        gate = [fmean(weights) for weights in zip(*layer["gate"], strict=True)]
-        rows.append(
-            [
-                str(layer["layer"] + 1),
-                layer["mechanism"],
-                "" if rank is None else f"{rank:.1f} of {layer['rank']}",
-                _apart(layer["key_angles"]),
-                _apart(layer["value_angles"]),
-                "" if recall is None else f"{recall:.2f}, by chance {layer['selection_chance']:.2f}",
-                " ".join(f"{weight:.2f}" for weight in gate),
-                f"{min(load):.2f} to {max(load):.2f}" if load else "",
-            ]
-        )
-    shown = [i for i in range(len(TITLES)) if any(row[i] for row in rows)]
-    if len(shown) < 3:
-        return [], []
-    return [TITLES[i] for i in shown], [[row[i] for i in shown] for row in rows]
-
-
-def _apart(angles: Sequence[Sequence[float]]) -> str:
-    """Between the subspaces of different heads, on average."""
-    between = [angle for i, row in enumerate(angles) for angle in row[:i]]
-    return f"{fmean(between):.0f}°" if between else ""
 
 
 def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..errors import need
-from ..formatting import count, loss, signed
-from .figures import View, figure, plain
-from .folder import Findings, Standing
-from .html import Html, join, table, tag
-from .look import MUTED, Look
-from .sections import VERDICTS, Figures, ending, named, plot, section
+from ...errors import need
+from ...formatting import count, loss, signed
+from ..figures import View, figure, plain
+from ..findings import Findings, Standing
+from ..html import Html, join, table, tag
+from ..style import MUTED, Look
+from .common import VERDICTS, Figures, ending, named, plot, section
 
 
 def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:

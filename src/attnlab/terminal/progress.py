@@ -7,9 +7,13 @@ A run reports events, plain dictionaries. Any key may be missing:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from ..formatting import clock
+from .tables import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,3 +172,42 @@ class _Run:
 
 def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+@contextmanager
+def working() -> Iterator[Callable[[str, int, int], None]]:
+    """A line that says what is being done, how far it is and how long still; where there is no terminal, one every ten
+    seconds. Never anything on stdout."""
+    screen = console(stderr=True)
+    pace = Pace()
+    if screen.is_terminal:
+        with screen.status("starting") as status:
+            yield lambda what, done, of: status.update(pace.line(what, done, of))
+        return
+    told = time.monotonic()
+
+    def tell(what: str, done: int, of: int) -> None:
+        nonlocal told
+        line = pace.line(what, done, of)
+        if time.monotonic() - told >= PATIENCE:
+            told = time.monotonic()
+            screen.print(line)
+
+    yield tell
+
+
+class Pace:
+    """How fast the present kind of work goes."""
+
+    def __init__(self) -> None:
+        self.what, self.began, self.start = "", 0.0, 0
+
+    def line(self, what: str, done: int, of: int) -> str:
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.began, self.start = what, now, done
+        line = f"{what} ({done:,}/{of:,})"
+        if done <= self.start or now - self.began < 1:
+            return line
+        rate = (done - self.start) / (now - self.began)
+        return f"{line}, {rate:,.3g} a second, {clock((of - done) / rate)} left"

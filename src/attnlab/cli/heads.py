@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from .. import presets, screen
+from .. import presets
 from ..errors import UserError
+from ..terminal import tables
+from ..terminal.progress import working
 from .options import Flag, Json, listed
 from .options import whole as whole_number
 
@@ -60,7 +62,7 @@ def heads(
     from ..heads import whole
 
     model = (_fresh(source, seed) if untrained else _loaded(source, checkpoint)).to(find_device(device))
-    with screen.working() as tell:
+    with working() as tell:
         found = {"source": source, "untrained": untrained} | whole(
             model,
             run=source if emergence else None,
@@ -79,7 +81,7 @@ def heads(
     if json_:
         print(json.dumps(found, indent=1))
     else:
-        screen.console().print(screen.heads(found))
+        tables.console().print(tables.heads(found))
     return 0
 
 

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 import tyro
 
-from . import __version__, presets
-from .errors import UserError, choose
-from .runs.launcher import launched, rank
-from .verbs import VERBS
-from .verbs.options import options_of_mechanisms, with_choices
+from .. import __version__, presets
+from ..errors import UserError, choose
+from ..runs.launcher import launched, rank
+from . import COMMANDS
+from .options import options_of_mechanisms, with_choices
 
 NEEDED, FIRST, OPTION = "needed", "first", "option"
 PRESET = {"train": NEEDED, "plan": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
@@ -73,8 +73,8 @@ def run_verb(given: Sequence[str]) -> int:
         print(f"attnlab {__version__}")
         return 0
     if given[0].startswith("-"):
-        raise UserError(f"{given[0]} comes before any command: give one of {', '.join(VERBS)} first")
-    verb, rest = choose("command", given[0], VERBS), given[1:]
+        raise UserError(f"{given[0]} comes before any command: give one of {', '.join(COMMANDS)} first")
+    verb, rest = choose("command", given[0], COMMANDS), given[1:]
     if {"-h", "--help"} & set(rest):
         rest = ["--help"]  # what came before it would be left out of the help
     return parsed(verb, rest)()
@@ -84,10 +84,10 @@ def parsed(verb: str, rest: Sequence[str]) -> Callable[[], int]:
     """The verb with its parameters filled in. A value that a config refuses is said as plainly as any other error."""
     ready: functools.partial[int] = functools.partial(int)  # for --help
 
-    @functools.wraps(VERBS[verb])
+    @functools.wraps(COMMANDS[verb])
     def keep(*args: Any, **kwargs: Any) -> None:
         nonlocal ready
-        ready = functools.partial(VERBS[verb], *args, **kwargs)
+        ready = functools.partial(COMMANDS[verb], *args, **kwargs)
 
     preset = preset_of(verb, rest)
     defaults = {}
@@ -156,8 +156,8 @@ def json_fields() -> Any:
 
 def overview() -> str:
     """`attnlab --help`."""
-    width = max(map(len, VERBS))
-    lines = (f"  {name:<{width}}  {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in VERBS.items())
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:<{width}}  {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in COMMANDS.items())
     return "\n".join(
         [
             "usage: attnlab COMMAND ...",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError, choose
+from ..terminal.progress import working
 from .options import Flag, json_object, listed, whole
 
 
@@ -41,7 +42,6 @@ def patch(
         out: The folder to write.
         dry_run: Only count, on shapes without weights.
     """
-    from .. import screen
     from ..hf import folder
     from ..hf.patch import PRESETS
 
@@ -60,38 +60,7 @@ def patch(
         return 0
     if out is None:
         raise UserError("give the folder to write as --out DIR, or --dry-run to count only")
-    with screen.working() as tell:
+    with working() as tell:
         folder.patch_folder(source, out, progress=tell, **settings)
     print(f"written to {out}; load it after 'import attnlab.hf'", file=sys.stderr)
-    return 0
-
-
-def export(
-    source: Annotated[Positional[str], arg(metavar="SOURCE")],
-    *,
-    out: Annotated[Path, arg(metavar="DIR")],
-    family: Annotated[str, arg(metavar="FAMILY")] = "attnlab",
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
-    results: Annotated[Path | None, arg(metavar="EVAL.JSON")] = None,
-    trust: Flag = False,
-) -> int:
-    """Write a trained model as a folder that transformers loads, with a model card.
-
-    Args:
-        source: A run folder, an exported or a Hugging Face folder, a name on the hub, or nanoGPT's ckpt.pt.
-        out: The folder to write.
-        family: attnlab, which can say everything, or gpt2, llama, mistral, qwen2, qwen3 where the model is one.
-        checkpoint: A step that has a checkpoint; the newest if left out.
-        results: What attnlab eval --out wrote, for the model card.
-        trust: Open a pickle, which can run code that it brings.
-    """
-    from .. import pretrained, screen
-    from ..files import read_json
-
-    with screen.working() as tell:
-        tell(f"reading {source}", 0, 2)
-        loaded = pretrained.load(source, checkpoint=checkpoint, trust=trust)
-        tell(f"writing {out}", 1, 2)
-        pretrained.save(loaded, out, family=family, results=None if results is None else read_json(results))
-    print(out)
     return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from .. import screen
 from ..errors import UserError
-from .options import Flag, Json, json_object, listed, shown, this_command, train_and_tell
+from ..terminal import tables
+from ..terminal.progress import working
+from .options import Flag, Json, json_object, listed, this_command
 
 if TYPE_CHECKING:
     from ..pretrained import Loaded
@@ -59,7 +60,7 @@ def convert(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
-    with screen.working() as tell:
+    with working() as tell:
         texts = _texts(loaded, data, calibrate, context, seed)
         if grid is not None:
             found = _grid(loaded, to, [_rank("--grid", word) for word in listed(grid)], {**texts, **wish}, tell)
@@ -85,103 +86,8 @@ def convert(
     if json_:
         print(json.dumps(found if grid else found[0], indent=1))
     else:
-        screen.console().print(screen.certificates(found))
+        tables.console().print(tables.certificates(found))
     print(f"next: {folder / 'report.html' if grid else f'attnlab heal {folder} --data {data}'}", file=sys.stderr)
-    return 0
-
-
-def heal(
-    source: Annotated[Positional[str], arg(metavar="DIR")],
-    *,
-    data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
-    steps: int = 200,
-    train: Literal["all", "attention", "new"] = "all",
-    distill: Annotated[float, arg(metavar="SHARE")] = 0.0,
-    teacher: Annotated[str | None, arg(metavar="SOURCE")] = None,
-    batch_size: int = 12,
-    context: Annotated[int | None, arg(metavar="INT")] = None,
-    lr: float = 3e-4,
-    warmup: int = 10,
-    eval_every: Annotated[int | None, arg(metavar="INT")] = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    out: Annotated[Path | None, arg(metavar="RUN")] = None,
-    resume: Flag = False,
-    json_: Json = False,
-) -> int:
-    """Train a converted model for a while, and show how it recovers by tokens.
-
-    Args:
-        source: The folder that attnlab convert wrote, or any trained model.
-        data: What to train on: shakespeare, text:PATH, prepared:DIR.
-        steps: Optimizer steps.
-        train: Everything, the attention layers, or of those what multi-head attention does not have.
-        distill: The share of the objective, 0 to 1, that is agreement with the original instead of with the text.
-        teacher: The original (what the certificate of DIR names if left out).
-        batch_size: Sequences per step.
-        context: Tokens per sequence (the model's if left out).
-        lr: The learning rate, which falls to a tenth.
-        warmup: Steps in which it rises.
-        eval_every: Steps between two points of the curve (a tenth of all if left out).
-        precision: Of matrix products.
-        device: "cpu", "cuda", "mps", or "auto" for the best one there.
-        seed: Of batches and dropout.
-        out: The run folder (runs/DIR-healed if left out).
-        resume: Go on from the newest checkpoint in the run folder.
-        json_: Print the curve as JSON.
-    """
-    from dataclasses import replace
-
-    from .. import pretrained
-    from ..config import DataConfig, Execution, RunConfig, TrainConfig
-    from ..files import read_json, write_json
-    from ..report.conversion import write_recovery
-    from ..runs.folder import RunFolder
-
-    folder = Path(source).expanduser()
-    certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}
-    original = teacher or certificate.get("model", "")
-    if distill and not original:
-        raise UserError(f"{source} does not say which model it was made from: name it with --teacher")
-    loaded = pretrained.load(source)
-    every = eval_every or max(steps // 10, 1)
-    own = loaded.tokenizer is not None and not data.startswith("prepared:")
-    name = f"{folder.name}-healed"
-    config = RunConfig(
-        name=name,
-        model=loaded.model.config if context is None else replace(loaded.model.config, context=context),
-        data=DataConfig(source=data, tokenizer=str(folder) if own else "auto"),
-        train=TrainConfig(
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            min_lr=lr / 10,
-            warmup=warmup,
-            precision=precision,
-            train=train,
-            distill=distill,
-            eval_every=every,
-            save_every=every,
-            device=device,
-        ),
-        seed=seed,
-        init=str(source),
-        teacher=original if distill else "",
-    )
-    out = out or Path("runs") / name
-    result = train_and_tell(config, out, name, resume, Execution())
-    if result is None:
-        return 0
-    curve = [[r["tokens"], r["val_loss"]] for r in RunFolder.open(out).metrics() if "val_loss" in r]
-    found = {"name": name, "curve": curve, "original": certificate.get("loss_before"), "command": this_command()}
-    write_json(out / "recovery.json", found)
-    write_recovery(out / "recovery.html", found)
-    if json_:
-        print(json.dumps(found, indent=1))
-    else:
-        screen.console().print(screen.recovery(found))
-        print(f"val loss {shown(result.val_loss)} after {result.tokens:,} tokens, {out}")
     return 0
 
 

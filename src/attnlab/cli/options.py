@@ -47,7 +47,7 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
     """`train` with a bar on the screen. None where it was asked to stop: how to go on is then said, and all is well."""
-    from ..progress import Progress
+    from ..terminal.progress import Progress
     from ..training.train import Stopped, train
 
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"

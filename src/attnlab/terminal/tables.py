@@ -1,23 +1,19 @@
-"""What the terminal shows: tables that fit into 80 columns, and one line of progress."""
+"""What the terminal shows: tables that fit into 80 columns."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .formatting import clock, gigabytes, short, span
-
-PATIENCE = 10.0  # seconds between two lines, where there is no terminal to redraw
+from ..formatting import gigabytes, short, span
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from .costs.dry_run import Forecast
-    from .costs.plan import Plan
-    from .results import BenchRecord, EvalResult
+    from ..costs.dry_run import Forecast
+    from ..costs.plan import Plan
+    from ..results import BenchRecord, EvalResult
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -42,8 +38,8 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
-    from .catalogue import SHAPE, TOKENS
-    from .formatting import number
+    from ..catalogue import SHAPE, TOKENS
+    from ..formatting import number
 
     left, right = "left", "right"
     numbers = {"floats/token": right, f"cache at {TOKENS}": right, "parameters": right}
@@ -122,7 +118,7 @@ def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
-    from .costs.plan import USABLE
+    from ..costs.plan import USABLE
 
     def facts(title: str, rows: Mapping[str, tuple[str, str]]) -> Table:
         table = Table(
@@ -286,45 +282,6 @@ def size(count: int | None) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-@contextmanager
-def working() -> Iterator[Callable[[str, int, int], None]]:
-    """A line that says what is being done, how far it is and how long still; where there is no terminal, one every ten
-    seconds. Never anything on stdout."""
-    screen = console(stderr=True)
-    pace = Pace()
-    if screen.is_terminal:
-        with screen.status("starting") as status:
-            yield lambda what, done, of: status.update(pace.line(what, done, of))
-        return
-    told = time.monotonic()
-
-    def tell(what: str, done: int, of: int) -> None:
-        nonlocal told
-        line = pace.line(what, done, of)
-        if time.monotonic() - told >= PATIENCE:
-            told = time.monotonic()
-            screen.print(line)
-
-    yield tell
-
-
-class Pace:
-    """How fast the present kind of work goes."""
-
-    def __init__(self) -> None:
-        self.what, self.began, self.start = "", 0.0, 0
-
-    def line(self, what: str, done: int, of: int) -> str:
-        now = time.monotonic()
-        if what != self.what:
-            self.what, self.began, self.start = what, now, done
-        line = f"{what} ({done:,}/{of:,})"
-        if done <= self.start or now - self.began < 1:
-            return line
-        rate = (done - self.start) / (now - self.began)
-        return f"{line}, {rate:,.3g} a second, {clock((of - done) / rate)} left"
-
-
 SHOWN = 3  # heads of each kind, where more are marked
 
 
@@ -380,7 +337,7 @@ def _tail(p: float) -> str:
 
 
 def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    from .report.inside import remembered
+    from ..formatting import remembered
 
     titles, rows = remembered(layers)
     if not rows:

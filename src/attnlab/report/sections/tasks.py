@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..errors import need
-from ..formatting import NONE, signed, size, words
-from ..results import TaskResult
-from .figures import View, _bytes_ticks, figure, plain
-from .folder import Findings, Trial
-from .html import Html, join, table, tag
-from .look import MUTED, Look
-from .sections import VERDICTS, Figures, named, plot, section
+from ...errors import need
+from ...formatting import NONE, signed, size, words
+from ...results import TaskResult
+from ..figures import View, bytes_ticks, figure, plain
+from ..findings import Findings, Trial
+from ..html import Html, join, table, tag
+from ..style import MUTED, Look
+from .common import VERDICTS, Figures, named, plot, section
 
 BLUES = ("#f5f3ee", "#8ecdf5", "#0072b2", "#062238")  # from none to all, dark enough apart for anyone's eyes
 SAID = {"better": "▲", "worse": "▼"}  # accuracies point the other way than losses
@@ -88,7 +88,7 @@ def against_cache(found: Findings, look: dict[str, Look]) -> list[View]:
             else ""
         )
         sizes = [place.cache_bytes for each in lines.values() for place in each]
-        x = {"title": {"text": "cache of one sequence (log scale)"}, "type": "log", **_bytes_ticks(sizes)}
+        x = {"title": {"text": "cache of one sequence (log scale)"}, "type": "log", **bytes_ticks(sizes)}
         caption = (
             f"{trial.tests} The points of a line are lengths, the shortest leftmost; further left at equal height "
             f"remembers as much with less. Points above one another are a cache that no longer grows.{note}"

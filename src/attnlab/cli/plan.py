@@ -8,7 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from .. import screen
+from ..terminal import tables
+from ..terminal.progress import working
 from .options import Fields, Flag, Json, json_object, listed, options_of_mechanisms, with_choices
 
 
@@ -60,7 +61,7 @@ def plan(
     given = options_of_mechanisms("--options", options)
     labels = attention.names() if mechanisms is None else listed(mechanisms)
     foresee = partial(plans, machine=machine, tokens=tokens, mfu=MFU if mfu is None else mfu, context=context)
-    with screen.working() as tell:
+    with working() as tell:
         tell(config.mechanism, 0, 1 + len(labels))
         own = foresee(config)
         rows = []
@@ -70,5 +71,5 @@ def plan(
     if json_:
         print(json.dumps({**own.to_dict(), "mechanisms": [row.to_dict() for row in rows]}, indent=1))
     else:
-        screen.console().print(screen.plan(own, rows))
+        tables.console().print(tables.plan(own, rows))
     return int(not own.fits)

@@ -1,0 +1,50 @@
+"""The commands, one file each. A command is a function: its parameters are the options, its docstring is the help.
+
+What takes long to import is imported inside the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import (
+    audit,
+    bench,
+    compare,
+    convert,
+    demo,
+    eval,
+    export,
+    heads,
+    heal,
+    infer,
+    list,
+    patch,
+    plan,
+    prepare,
+    report,
+    sample,
+    tokenizer,
+    train,
+)
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo.demo,
+    "list": list.list_,
+    "prepare": prepare.prepare,
+    "tokenizer": tokenizer.tokenizer,
+    "plan": plan.plan,
+    "train": train.train,
+    "sample": sample.sample,
+    "infer": infer.infer,
+    "eval": eval.evaluate,
+    "patch": patch.patch,
+    "export": export.export,
+    "convert": convert.convert,
+    "heal": heal.heal,
+    "compare": compare.compare,
+    "bench": bench.bench,
+    "audit": audit.audit,
+    "heads": heads.heads,
+    "report": report.report,
+}

@@ -1,0 +1,20 @@
+"""attnlab report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+
+def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> int:
+    """Write DIR/report.html, one file that opens offline.
+
+    Args:
+        folder: Where compare or demo left its results.
+    """
+    from ..report import write_report
+
+    print(write_report(folder))
+    return 0

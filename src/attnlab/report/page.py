@@ -1,0 +1,138 @@
+"""The page: its header, its sections in order, and the policy that lets it run nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from importlib import resources
+from string import Template
+from typing import Any
+
+from ..errors import need
+from ..formatting import words
+from .findings import Findings
+from .headline import headline
+from .html import Html, script_json, tag
+from .sections import common, heads, sizes, tasks
+from .sections.attention import attention, map_figure
+from .sections.benchmarks import benchmarks
+from .sections.costs import costs
+from .sections.curves import curves
+from .sections.decoding import decoding
+from .sections.fairness import fairness
+from .sections.glossary import glossary
+from .sections.laws import laws
+from .sections.reproduce import reproduce
+from .sections.samples import samples
+from .sections.scoreboard import scoreboard
+from .sections.trade import trade
+from .style import GLYPHS, STROKES, dark, looks, variables
+
+
+def header(found: Findings) -> Html:
+    title, details = headline(found)
+    facts = [
+        str(found.compare.get("preset") or ""),
+        str(found.compare.get("size") or ""),
+        _plural({c.mechanism for c in found.cells} or set(found.mechanisms), "mechanism"),
+        _plural({c.seed for c in found.cells}, "seed"),
+        words(f"{steps:,} steps" for steps in sorted({c.steps for c in found.cells if c.status == "done"})),
+        words((f"{n} tokens of context" for n in sorted({c.context for c in found.cells})), "or"),
+        words(sorted({c.device for c in found.cells if c.device})),
+    ]
+    return tag(
+        "header",
+        tag("p", "attnlab report · ", found.folder, class_="eyebrow"),
+        tag("h1", title),
+        tag("div", [tag("p", sentence) for sentence in details], class_="lede"),
+        tag("p", " · ".join(filter(None, facts)), class_="facts"),
+    )
+
+
+def _plural(things: set[Any], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}" if things else ""
+
+
+EARLY = 'try{document.documentElement.dataset.theme=localStorage.getItem("attnlab-theme")||""}catch{}'
+
+
+def page(found: Findings, plotly: str) -> str:
+    look = looks(found.mechanisms)
+    drawn: common.Figures = {}
+    body = [
+        scoreboard(found, look),
+        curves(found, look, drawn),
+        trade(found, look, drawn),
+        sizes.sizes(found, look, drawn),
+        decoding(found, look, drawn),
+        tasks.tasks(found, look, drawn),
+        laws(found, look),
+        heads.heads(found, look, drawn),
+        attention(found),
+        samples(found, look),
+        costs(found, look),
+        benchmarks(found, look),
+        fairness(found, look),
+        reproduce(found),
+        glossary(),
+    ]
+    title = f"{headline(found)[0]} attnlab: {found.folder}"
+    maps = {
+        "attention": [vars(maps) for maps in found.attention],
+        "map": map_figure() if found.attention else None,
+    }
+    return document(title, header(found), body, drawn, plotly, maps)
+
+
+def document(
+    title: str,
+    header: Html,
+    body: list[Html],
+    drawn: common.Figures,
+    plotly: str,
+    maps: dict[str, Any] | None = None,
+) -> str:
+    """A page of sections in the look of the report; `drawn` are the figures that their `sections.plot` name."""
+    data = {
+        "dark": dark(),
+        "glyphs": GLYPHS,
+        "strokes": STROKES,
+        "figures": {name: [vars(view) for view in views] for name, views in drawn.items()},
+        **(maps or {"attention": [], "map": None}),
+    }
+    light, dim = variables()
+    script = _file("page.js")
+    return Template(_file("page.html")).substitute(
+        title=tag("title", title),
+        policy=_policy(EARLY, plotly, script),
+        early=EARLY,
+        style=Template(_file("page.css")).substitute(light=light, dark=dim),
+        header=header,
+        contents=_contents(body),
+        body=Html("\n".join(body)),
+        data=script_json(data),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def plotly_script() -> str:
+    source: str = need("plotly.offline", "report").get_plotlyjs()
+    return source.replace("\r", "")
+
+
+def _contents(body: list[Html]) -> Html:
+    """Links to the sections, read off their markup."""
+    found = [str(part).split('<h2 id="')[1].split("</h2>")[0].split('-title">') for part in body if part]
+    return tag("ol", [tag("li", tag("a", Html(title), href=f"#{anchor}")) for anchor, title in found])
+
+
+def _policy(*scripts: str) -> str:
+    """A content security policy: these scripts and no others run, and nothing is fetched."""
+    digests = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
