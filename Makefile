@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 .PHONY: help demo test check format clean
 
 help:
-	@echo 'make demo    train eight mechanisms on Shakespeare, compare them, write $(OUT)/report.html (about 6 minutes on 2 cores)'
-	@echo 'make test    run all tests (about 12 minutes on 2 cores)'
+	@echo 'make demo    train eight mechanisms on Shakespeare, compare them, write $(OUT)/report.html (on 2 cores about 6 minutes, with AVX2 alone 10)'
+	@echo 'make test    run all tests (on 2 cores about 12 minutes, with AVX2 alone 24)'
 	@echo 'make check   lint, types, tests'
 	@echo 'make format  apply the linter and formatter'
 	@echo 'make clean   remove the virtual environment; results are kept'

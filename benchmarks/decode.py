@@ -3,6 +3,7 @@ and against what reading the weights once per token must take. Written into docs
 
     python benchmarks/decode.py                    about 5 minutes on 2 cores, on a machine that does nothing else
     python benchmarks/decode.py --repeats 1 --tokens 16 --document -      only printed
+    python benchmarks/decode.py --small --document -      a minute, to see that it runs; its numbers mean nothing
 
 Weights are random, so nothing is downloaded. Contenders take turns in one process (A B C A B C ...), prompt included;
 times are medians. Before anything is timed, greedy tokens are compared. The limit is the speed at which memory is read
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from speed import DOCUMENT, markdown, provenance, say, write_section
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by semicolons")
     parser.add_argument("--model", type=Path, help="a Hugging Face GPT-2 instead of the random one")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="- to write none")
+    parser.add_argument("--small", action="store_true", help="a tiny model, 4 tokens, once")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--tiny", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,6 +60,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         options.tiny = random_gpt2(Path(folder) / "tiny", n_layer=1, n_embd=64, n_head=1)
+        if options.small:
+            options.model, options.tokens, options.repeats = options.tiny, 4, 1
         options.model = options.model or random_gpt2(Path(folder) / "gpt2")
         text = measure(options)
     print(text)
@@ -64,7 +69,7 @@ def main() -> None:
         write_section(options.document, "decode-gpt2", f"{provenance()}\n\n{text}")
 
 
-def random_gpt2(folder: Path, **shape: int) -> Path:
+def random_gpt2(folder: Path, **shape: Any) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -78,7 +83,7 @@ def contenders(options: argparse.Namespace) -> list[tuple[str, str]]:
     return [(way, name) for name in PRECISIONS for way in options.ways.split(";")]
 
 
-def open_model(way: str, name: str, folder: Path) -> torch.nn.Module:
+def open_model(way: str, name: str, folder: Path) -> Any:
     if way != "transformers":
         return pretrained.load(folder, dtype=PRECISIONS[name]).model
     from transformers import GPT2LMHeadModel
@@ -88,7 +93,7 @@ def open_model(way: str, name: str, folder: Path) -> torch.nn.Module:
     return GPT2LMHeadModel.from_pretrained(folder, dtype=PRECISIONS[name]).eval()
 
 
-def generator(way: str, model: torch.nn.Module, options: argparse.Namespace) -> Generate:
+def generator(way: str, model: Any, options: argparse.Namespace) -> Generate:
     prompt = torch.randint(1000, 40_000, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     if isinstance(model, Decoder):
         compiled = way.endswith("compiled")
@@ -103,7 +108,7 @@ def generator(way: str, model: torch.nn.Module, options: argparse.Namespace) -> 
 
 
 def measure(options: argparse.Namespace) -> str:
-    models = {}
+    models: dict[tuple[str, str], Any] = {}
     for way, name in contenders(options):
         key = (way.removesuffix(", compiled"), name)  # the same weights, compiled or not
         models[key] = models.get(key) or open_model(way, name, options.model)
@@ -146,18 +151,16 @@ def measure(options: argparse.Namespace) -> str:
                 f"{same[way, name]} of {options.tokens}",
             ]
         )
-    limits = ", ".join(
-        f"{speed / weight_bytes(models['attnlab', name]):.0f} in {name}"
-        for name in PRECISIONS  # type: ignore[arg-type]
-    )
+    limits = ", ".join(f"{speed / weight_bytes(models['attnlab', name]):.0f} in {name}" for name in PRECISIONS)
+    size = sum(p.numel() for p in models["attnlab", "fp32"].parameters())
     head = [
         "", "tokens/s", "slowest to fastest", "x transformers", "in each turn", "of the limit", "peak memory",
         "x weights and cache", "same tokens",
     ]  # fmt: skip
     return (
-        f"GPT-2 with 124M random parameters, batch 1, {options.prompt} tokens read and {options.tokens} written: "
-        f"median of {options.repeats}. Memory is read at {speed / 1e9:.1f} GB/s, which allows {limits} tokens/s.\n\n"
-        + markdown(head, rows)
+        f"GPT-2 with {size / 1e6:.0f}M random parameters, batch 1, {options.prompt} tokens read and "
+        f"{options.tokens} written: median of {options.repeats}. Memory is read at {speed / 1e9:.1f} GB/s, which "
+        f"allows {limits} tokens/s.\n\n" + markdown(head, rows)
     )
 
 

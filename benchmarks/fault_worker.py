@@ -40,6 +40,7 @@ Act = Callable[[], None]
 
 
 def main() -> int:
+    as_on_avx2()
     if len(sys.argv) > 1:
         arm(json.loads(sys.argv[1]))
         return cli.main(sys.argv[2:])
@@ -170,19 +171,30 @@ def at_half_line(tick: Act, fault: dict[str, Any]) -> None:
 
 
 def at_compilation(tick: Act, fault: dict[str, Any]) -> None:
-    """A compiler that sends the signal before it compiles."""
-    to = {"self": f"{os.getpid()}", "group": f"-{os.getpgid(0)}"}[fault.get("to", "self")]
-    compiler = Path(fault["mark"]).with_suffix(".cxx")
+    """A compiler that sends the signal before it compiles. One to the group is a terminal's, which reaches compilers at
+    whatever they do: each later one that is in the group sends it to itself."""
+    mark, number, group = fault["mark"], fault["do"].removeprefix("SIG"), os.getpgid(0)
+    to, again = f"{os.getpid()}", ":"
+    if fault.get("to") == "group":
+        to, again = f"-{group}", f'[ "$group" != {group} ] || kill -s {number} -- $$'
+    compiler = Path(f"{mark}-g++")  # Inductor goes by the name: what is not g++ is given other options
     compiler.write_text(
-        f'#!/bin/sh\n[ -e {fault["mark"]} ] || case "$*" in *.main.cpp*|*cpp*)\n'
-        f"date +%s.%N > {fault['mark']}; kill -s {fault['do'].removeprefix('SIG')} -- {to}; sleep 0.2;; esac\n"
+        f'#!/bin/sh\ncase "$*" in *cpp*|*hpp*|*.h*|*.o*)\nif [ -e {mark} ]; then\n'
+        f"read -r pid name state parent group rest < /proc/$$/stat; {again}\nelse\n"
+        f"date +%s.%N > {mark}; kill -s {number} -- {to}; sleep 0.2\nfi;; esac\n"
         'exec g++ "$@"\n'
     )
     compiler.chmod(0o755)
     from torch._inductor import config
 
     config.cpp.cxx = (None, str(compiler))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(fault["mark"]).with_suffix(".cache"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(mark).with_suffix(".cache"))
+
+
+def as_on_avx2() -> None:
+    """Inductor asks for AVX2 alone, whatever else this processor has: the one instruction set is looked for by a
+    compiler that may be killed, and without it the same step has other bits. Wider ones would hide that."""
+    torch.cpu._is_avx512_supported = lambda: False
 
 
 PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {

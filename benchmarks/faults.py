@@ -86,7 +86,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         (self.home / "text.txt").write_text(TEXT)
-        self.env = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": f"{self.home}/compiled"}
         self.server = subprocess.Popen(
             [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.env
         )
@@ -411,9 +411,9 @@ def small_disk(place: Path) -> Iterator[Path]:
 # e: guards
 
 
-def skips(lab: Lab, kind: str, **options: Any) -> Outcome:
+def skips(lab: Lab, kind: str, more: Options = None) -> Outcome:
     """The step with the bad batch is not taken, and counted."""
-    options = {"train.guard": "skip", "train.save-every": 1, "train.keep": 0, "train.steps": 16} | options
+    options = {"train.guard": "skip", "train.save-every": 1, "train.keep": 0, "train.steps": 16} | dict(more or {})
     step, out = 13, lab.new()
     done = lab.run(out, {"poison": {step - 1: kind}}, options)
     assert done.codes == [0], done.said[-3000:]
@@ -428,9 +428,9 @@ def skips(lab: Lab, kind: str, **options: Any) -> Outcome:
     return Outcome("that step was not taken, counted, and the run went on to its end", done.seconds)
 
 
-def rewinds(lab: Lab, kind: str, **options: Any) -> Outcome:
+def rewinds(lab: Lab, kind: str, more: Options = None) -> Outcome:
     """Back to the newest checkpoint, past the bad batch; the same each time, and if it is killed there."""
-    options = {"train.guard": "rewind", "train.steps": 16, "model.d-model": 8} | options
+    options = {"train.guard": "rewind", "train.steps": 16, "model.d-model": 8} | dict(more or {})
     fault = {"poison": {13: kind}}  # in step 14, two after a checkpoint
     out = lab.new()
     done = lab.run(out, fault, options)
@@ -468,9 +468,9 @@ def gives_up(lab: Lab) -> Outcome:
     )
 
 
-def stops(lab: Lab, kind: str, **options: Any) -> Outcome:
+def stops(lab: Lab, kind: str, more: Options = None) -> Outcome:
     out = lab.new()
-    done = lab.run(out, {"poison": {13: kind}}, {"train.steps": 16, **options})
+    done = lab.run(out, {"poison": {13: kind}}, {"train.steps": 16} | dict(more or {}))
     assert done.codes == [2] and "at step 14 of 16, and the checkpoint of step 12 is kept" in done.said, done.said
     result = RunFolder.open(out).result()
     assert newest(out) == 12 and result and result.status == "failed"
@@ -539,15 +539,15 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
     "no space for a record": partial(disk_full, bytes=1500),
     "a disk of 2 MB that is full": small_disk_full,
     "guard stop, a loss that is NaN": partial(stops, kind="nan"),
-    "guard stop, a spike": partial(stops, kind="spike", **{"train.spike": 1}),
+    "guard stop, a spike": partial(stops, kind="spike", more={"train.spike": 1}),
     "guard skip, a loss that is NaN": partial(skips, kind="nan"),
     "guard skip, a gradient that overflows": partial(skips, kind="overflow"),
     "guard skip, NaN in a mixture of experts": partial(
-        skips, kind="nan", **{"model.ff": "moe", "model.balance": "bias", "model.n-experts": 3}
+        skips, kind="nan", more={"model.ff": "moe", "model.balance": "bias", "model.n-experts": 3}
     ),
-    "guard skip, a spike": partial(skips, kind="spike", **{"train.spike": 1}),
+    "guard skip, a spike": partial(skips, kind="spike", more={"train.spike": 1}),
     "guard rewind, a loss that is NaN": partial(rewinds, kind="nan"),
-    "guard rewind, a spike": partial(rewinds, kind="spike", **{"train.spike": 1}),
+    "guard rewind, a spike": partial(rewinds, kind="spike", more={"train.spike": 1}),
     "guard rewind, kill -9 around it": killed_around_a_rewind,
     "guard rewind, NaN for ever": gives_up,
     "guard skip, NaN in one of two processes": partial(decided_alike, guard="skip"),
@@ -587,7 +587,7 @@ def main() -> int:
     head = ["fault", "survived", "s until all had ended", "what happened"]
     print(f"{provenance()}\n\n{markdown(head, rows).replace('---: |', '--- |')}")
     say(f"{survived} of {len(chosen)} survived")
-    return 0 if all(row[2] != "NO" for row in rows) else 1
+    return 0 if all(row[1] != "NO" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ Found = dict[tuple[str, int], list[Entry]]  # corpus, layers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("induction"), help="the folder of results (default induction)")
-    parser.add_argument("--small", action="store_true", help="a few steps, one seed, two mechanisms")
+    parser.add_argument("--small", action="store_true", help="a few steps, one seed, two mechanisms, two layers")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="- to write none")
     options = parser.parse_args()
     mechanisms = MECHANISMS[:4:3] if options.small else MECHANISMS
@@ -54,7 +54,7 @@ def main() -> None:
     found: Found = {}
     with clocked(options.out / "time.json"):
         for corpus in CORPORA:
-            for layers in (2, 4):
+            for layers in (2,) if options.small else (2, 4):
                 folder = options.out / f"{corpus}-{layers}"
                 say(f"{CORPORA[corpus]}, {layers} layers, into {folder}")
                 compare(
@@ -312,7 +312,8 @@ def figure(found: Found, mechanisms: tuple[str, ...], path: Path) -> None:
     colours = ("#1d1d1b", "#41a0db", "#009e73", "#0072b2", "#d55e00", "#c06a99", "#dc9400", "#968700")  # Okabe and Ito
     markers = "osD^vPX*"
     page = Figure(figsize=(10, 7), dpi=150, layout="constrained")
-    for axis, ((corpus, layers), entries) in zip(page.subplots(2, 2).ravel(), found.items(), strict=True):
+    axes = page.subplots(len(CORPORA), len(found) // len(CORPORA), squeeze=False).ravel()
+    for axis, ((corpus, layers), entries) in zip(axes, found.items(), strict=True):
         for number, mechanism in enumerate(mechanisms):
             curves = [e["emergence"] for e in of(entries, mechanism)]
             if not curves:

@@ -3,6 +3,7 @@
     python benchmarks/prepare.py                    all but memory
     python benchmarks/prepare.py --text FILE        plain text of your own; otherwise Shakespeare's words in any order
     python benchmarks/prepare.py --only memory      a corpus of 2 GB, and the most memory that preparing it takes
+    python benchmarks/prepare.py --small --document FILE    to see that it runs; its numbers mean nothing
 
 preparing  attnlab prepare, from a file of text to shards on the disk with checksums, against tiktoken.encode_ordinary
            alone in as many processes, which are handed the same documents in memory and throw the ids away
@@ -51,7 +52,10 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of memory (default 2)")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default 5)")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--small", action="store_true", help="a megabyte of each, measured once")
     options = parser.parse_args()
+    if options.small:
+        options.megabytes, options.gigabytes, options.repeats = 1, 0.001, 1
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"--only {', '.join(unknown)}: give some of {', '.join(SECTIONS)}")
@@ -143,14 +147,16 @@ def encode_share(share: tuple[int, int]) -> int:
 
 def reading(options: argparse.Namespace, folder: Path) -> str:
     """Windows of a corpus in ten shards, through Tokens and as nanoGPT's get_batch does it from one file."""
-    draw = np.random.default_rng(0)
+    draw, total = np.random.default_rng(0), 10**6 if options.small else 10**8
     for shard in range(10):
-        draw.integers(0, 50_257, 10_000_000).astype("<u2").tofile(folder / f"{shard}.bin")
+        draw.integers(0, 50_257, total // 10).astype("<u2").tofile(folder / f"{shard}.bin")
     (folder / "one.bin").write_bytes(b"".join((folder / f"{shard}.bin").read_bytes() for shard in range(10)))
     tokens = Tokens([np.memmap(folder / f"{shard}.bin", "<u2", "r") for shard in range(10)])
     rows = []
     for context, batch in ((256, 64), (1024, 12)):
-        starts = [draw.integers(0, len(tokens) - context - 1, batch) for _ in range(max(1, 10**7 // (context * batch)))]
+        starts = [
+            draw.integers(0, len(tokens) - context - 1, batch) for _ in range(max(1, total // 10 // (context * batch)))
+        ]
         read = {"Tokens.gather": tokens_gather, "nanoGPT's lines": nanogpt_lines}
         a, b = (call(tokens, folder, starts[0], context + 1) for call in read.values())
         assert torch.equal(a, b), "the windows differ: nothing is timed"
@@ -163,8 +169,8 @@ def reading(options: argparse.Namespace, folder: Path) -> str:
             for name, times in seconds.items()
         ]  # fmt: skip
     return (
-        f"100 million tokens of uint16, random windows as int64 tensors, one thread; median of {options.repeats}.\n\n"
-        + markdown(["", "million tokens/s", "slowest to fastest"], rows)
+        f"{total // 10**6} million tokens of uint16, random windows as int64 tensors, one thread; median of "
+        f"{options.repeats}.\n\n" + markdown(["", "million tokens/s", "slowest to fastest"], rows)
     )
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --nanogpt PATH    PATH is a checkout of nanoGPT (or its model.py)
     python benchmarks/speed.py --only decode     one section; the others stay in the document as they are
+    python benchmarks/speed.py --small --document FILE    a minute, to see that it runs; its numbers mean nothing
 
 train-vs-nanogpt  one optimizer step of nanoGPT's train.py and of ours, on nanoGPT's two Shakespeare recipes; then the
                   loss of both after the same steps on the same batches, from the same weights
@@ -67,7 +68,10 @@ def main() -> None:
     parser.add_argument("--loss-steps", type=int, default=300, help="steps before losses are compared; 0: not compared")
     parser.add_argument("--contexts", default="256,1024,4096", help="of decode")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--small", action="store_true", help="tiny models, each measured once")
     options = parser.parse_args()
+    if options.small:
+        options.recipes, options.repeats, options.loss_steps, options.contexts = "0.8M", 1, 2, "16,32"
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"--only {', '.join(unknown)}: give some of {', '.join(SECTIONS)}")
@@ -104,7 +108,7 @@ class NanoGPT:
     """The model, optimizer and step of nanoGPT's train.py on a CPU: float32, no fused optimizer, gradients clipped."""
 
     def __init__(self, module: ModuleType, config: RunConfig, corpus: Corpus, *, compiled: bool) -> None:
-        self.config, self.data = config, corpus.train.numpy().astype(np.uint16)
+        self.config, self.data = config, corpus.train.read(0, len(corpus.train)).numpy().astype(np.uint16)
         shape, train = config.model, config.train
         torch.manual_seed(1337)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -131,13 +135,13 @@ class NanoGPT:
         y = torch.stack([torch.from_numpy(self.data[i + 1 : i + 1 + block].astype(np.int64)) for i in ix])
         return x, y
 
-    def step(self, x: torch.Tensor | None = None, y: torch.Tensor | None = None) -> float:
+    def step(self, given: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
         """Seconds; on its own batches, or on the given one."""
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.train, self.steps)
-        _, loss = self.model(*(self.next if x is None else (x, y)))
-        if x is None:
+        _, loss = self.model(*(given or self.next))
+        if given is None:
             self.next = self.batch()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.train.clip)
@@ -166,6 +170,8 @@ def against_nanogpt(options: argparse.Namespace) -> str:
     parts = []
     for name in options.recipes.split(","):
         recipe = RECIPES[name]
+        if options.small:
+            recipe = Recipe("small", tiny(recipe.config), 1, recipe.loss_batch)
         config, corpus = resolve(recipe.config)
         say(f"nanoGPT, {name}: checking that both compute the same")
         same = same_function(module, config, corpus)
@@ -195,7 +201,7 @@ def against_nanogpt(options: argparse.Namespace) -> str:
         ]
         model = config.model
         parts.append(
-            f"**{name} recipe**: {model.n_layers} layers, {model.n_heads} heads, {model.d_model} wide, context "
+            f"**{recipe.name} recipe**: {model.n_layers} layers, {model.n_heads} heads, {model.d_model} wide, context "
             f"{model.context}, batch {config.train.batch_size}, dropout {model.dropout}. One optimizer step, batch "
             f"included: median of {options.repeats} repeats of {recipe.calls}. With the same weights the two models' "
             f"losses differ by {same:.1e}.\n\n"
@@ -244,7 +250,7 @@ def same_function(module: ModuleType, config: RunConfig, corpus: Corpus) -> floa
     theirs = NanoGPT(module, config, corpus, compiled=False).raw.eval()
     ours = Decoder(config.model).eval()
     copy_weights(theirs, ours)
-    x, y = corpus.batch(0, 0, 2, config.model.context)
+    x, y, _ = corpus.batch(0, 0, 2, config.model.context)
     with torch.no_grad():
         difference = abs(theirs(x, y)[1].item() - ours.loss(x, y).item())
     assert difference < 1e-4, f"the models differ by {difference} nats: nothing is timed"
@@ -260,7 +266,8 @@ def same_loss(module: ModuleType, recipe: Recipe, steps: int) -> str:
     for step in range(steps):
         if step % 50 == 0:
             say(f"nanoGPT, {recipe.name}: losses after {step} of {steps} steps")
-        theirs.step(*corpus.batch(config.seed, step, recipe.loss_batch, config.model.context))
+        batch = corpus.batch(config.seed, step, recipe.loss_batch, config.model.context)
+        theirs.step((batch.x, batch.y))
         ours.step()
     x, y, _ = corpus.windows(40, config.model.context)
     losses = []
@@ -283,11 +290,12 @@ def mechanisms(options: argparse.Namespace) -> str:
     for name, batch in (("shakespeare-cpu", 12), ("shakespeare-gpu", 4)):
         preset = presets.get(name)
         preset = replace(preset, model=replace(preset.model, positions="rope", dropout=0.0))
+        preset = tiny(preset) if options.small else preset
         records = bench.bench(
             "train",
             preset,
             EIGHT,
-            [256],
+            [32 if options.small else 256],
             batch=batch,
             repeats=options.repeats,
             progress=progress_of(f"mechanisms {name}"),
@@ -314,6 +322,7 @@ def mechanisms(options: argparse.Namespace) -> str:
 def decode(options: argparse.Namespace) -> str:
     model = ModelConfig(context=4096, n_layers=4, d_model=768, n_heads=12, positions="rope")
     preset = RunConfig(name="gpt2-width", model=model)
+    preset = tiny(preset) if options.small else preset
     contexts = [int(context) for context in options.contexts.split(",")]
     tell = progress_of("decode")
     records = bench.bench("decode", preset, ["mha", "gqa", "mla"], contexts, repeats=options.repeats, progress=tell)
@@ -328,7 +337,9 @@ def decode(options: argparse.Namespace) -> str:
         ]
         for r in records
     ]
-    queries = query_crossover(preset, "mla", 1024, repeats=options.repeats, progress=tell)
+    queries = query_crossover(
+        preset, "mla", contexts[-1] if options.small else 1024, repeats=options.repeats, progress=tell
+    )
     crossovers = [*context_crossovers(records), queries]
     mla = variant(preset, "mla")
     return "\n\n".join(
@@ -338,6 +349,11 @@ def decode(options: argparse.Namespace) -> str:
             "Measured crossovers: " + "; ".join(map(str, crossovers)) + ".",
         ]
     )
+
+
+def tiny(config: RunConfig) -> RunConfig:
+    model = replace(config.model, context=32, n_layers=1, d_model=32, n_heads=2)
+    return replace(config, model=model, train=replace(config.train, batch_size=2))
 
 
 # words
@@ -369,7 +385,7 @@ def provenance() -> str:
     found = environment()
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     for i, word in enumerate(words[:-1]):
-        if word in ("--nanogpt", "--document", "--model", "--text"):
+        if word in ("--nanogpt", "--document", "--model", "--text", "--out"):
             words[i + 1] = "PATH"
     return (
         f"`{shlex.join(words)}`, {date.today():%d %B %Y}, on {found['cpu']}, {found['cores']} cores, "

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from attnlab import attention, data
@@ -167,6 +170,84 @@ def test_tensors_in_pieces(tmp_path):
                 Stored(files[:-1])
 
 
+def cut(folder: Path, tensor: torch.Tensor, cuts: list[int], name: str = "a") -> list[Path]:
+    """Files, in order, of the stretches of `tensor` between `cuts`, each written by a process of its own."""
+    folder.mkdir()
+    ends = [0, *cuts, tensor.numel()]
+    for number, (start, stop) in enumerate(pairwise(ends)):
+        held = {name: Piece(tensor.flatten()[start:stop], start, tuple(tensor.shape))}
+        run_folder._write_pieces(folder, held, {}, Crew(rank=number, size=len(ends) - 1))
+    others = [folder / f"model.rank-{number:05d}.safetensors" for number in range(1, len(ends) - 1)]
+    return [folder / "model.safetensors", *others]
+
+
+@pytest.mark.parametrize("shape", [(13,), (3, 5), (5, 1, 3), (2, 3, 4)])
+@pytest.mark.parametrize("cuts", [None, [4, 9], [1, 2, 12], [6, 6]])
+def test_any_stretch_is_read_from_any_pieces(tmp_path, shape, cuts):
+    """Numbers that tell where they are from: every beginning and end within, at the edge of and beyond a piece."""
+    tensor = torch.arange(100, 100 + math.prod(shape)).view(shape)
+    if cuts is None:  # in its own shape
+        RunFolder.create(tmp_path / "run", CONFIG, CORPUS).save_pieces(1, {"a": whole(tensor)}, {}, {})
+        files = [tmp_path / "run" / "step-00000001" / "model.safetensors"]
+    else:
+        files = cut(tmp_path / "cut", tensor, cuts)
+    for each in (files, files[::-1]):
+        if cuts == [6, 6] and each is not files:
+            continue  # an empty piece that is named after the one it begins with
+        stored = Stored(each)
+        assert stored.names() == ["a"] and stored.shape("a") == shape and torch.equal(stored.read("a"), tensor)
+        assert torch.equal(stored.all()["a"], tensor)
+        for start in range(tensor.numel() + 1):
+            assert torch.equal(stored.read("a", start, tensor.numel()), tensor.flatten()[start:])
+            for stop in range(start, tensor.numel()):
+                found = stored.read("a", start, stop)
+                assert found.dtype == torch.int64 and found.tolist() == list(range(100 + start, 100 + stop))
+
+
+def test_a_piece_that_is_not_asked_for_is_not_opened(tmp_path):
+    tensor = torch.randn(4, 5)
+    files = cut(tmp_path / "cut", tensor, [3, 11])
+    stored = Stored(files)
+    files[1].unlink()
+    assert torch.equal(stored.read("a", 0, 3), tensor.flatten()[:3])
+    assert torch.equal(stored.read("a", 11, 17), tensor.flatten()[11:17])
+    for start, stop in ((2, 4), (10, 12), (5, 6)):
+        with pytest.raises(FileNotFoundError):
+            stored.read("a", start, stop)
+
+
+def test_pieces_that_are_missing_or_there_twice_are_noticed(tmp_path):
+    tensor = torch.randn(4, 5)
+    files = cut(tmp_path / "cut", tensor, [3, 11])
+    assert torch.equal(Stored(files).read("a"), tensor)
+    longer = cut(tmp_path / "longer", torch.randn(5, 5), [3, 20])  # the last five begin where all of `tensor` ends
+    for wrong in (files[:2], files[1:], files[::2], [*files, files[1]], [longer[2], *files], longer[1:]):
+        with pytest.raises(ValueError, match="parts of a are missing"):
+            Stored(wrong)
+
+
+def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
+    """The first one's files are there though empty; a whole tensor needs no word on where it begins."""
+    crew, piece = Crew(rank=2, size=3), whole(nn.Linear(3, 2).weight)
+    assert not piece.data.requires_grad and piece.start == 0 and piece.shape == (2, 3)
+    part = Piece(torch.arange(5.0), 4, (3, 3))
+    assert run_folder._write_pieces(tmp_path, {}, {}, crew) == {} and not names(tmp_path)
+    written = run_folder._write_pieces(tmp_path, {}, {"b": part, "a": piece}, crew)
+    assert set(written) == names(tmp_path) == {"optimizer.rank-00002.safetensors"}
+    content = (tmp_path / "optimizer.rank-00002.safetensors").read_bytes()
+    about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert written["optimizer.rank-00002.safetensors"] == about
+    with safe_open(tmp_path / "optimizer.rank-00002.safetensors", "pt") as opened:
+        assert json.loads(opened.metadata()["pieces"]) == {"b": [4, [3, 3]]}
+        assert torch.equal(opened.get_tensor("b"), part.data) and torch.equal(opened.get_tensor("a"), piece.data)
+    assert set(run_folder._write_pieces(tmp_path, {"a": piece}, {}, Crew())) == {
+        "model.safetensors",
+        "optimizer.safetensors",
+    }
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        assert "pieces" not in (opened.metadata() or {})
+
+
 def test_optimizer_state_of_another_model_is_refused(folder):
     fill(folder, 5)
     stored = folder.stored(5, "optimizer")
@@ -175,6 +256,8 @@ def test_optimizer_state_of_another_model_is_refused(folder):
     ]
     with pytest.raises(UserError, match=r"'weight' of 'adamw', which this model lacks"):
         list(stored.states({"adamw": None}, {"bias": torch.zeros(2)}))
+    with pytest.raises(UserError, match=r"'weight' of 'adamw', which this model lacks"):
+        list(stored.states({"muon": None}, {"weight": torch.zeros(2, 3)}))
 
 
 def test_the_best_checkpoint_stays(folder):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -196,15 +193,3 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
     assert main([*words, "--out", f"{tmp_path}/run", "--resume"]) == 0
     assert main(["heal", "source", *text, "--distill", "1", "--out", "bad"]) == 2
     assert "--teacher" in capsys.readouterr().err and not (place / "bad").exists()
-
-
-def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "conversion.py"
-    words = [sys.executable, str(script), "--small", "--out", f"{tmp_path}/runs", "--document", f"{tmp_path}/made.md"]
-    for _ in range(2):
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        table = (tmp_path / "made.md").read_text()
-        assert table.count("| mla, ") == 6 and "exact" in table and "gqa, first" in table
-        assert (tmp_path / "made.svg").read_text().startswith("<svg")
-    assert "loss" not in done.stderr  # nothing was trained again

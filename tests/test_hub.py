@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from attnlab import data, pretrained
 from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.errors import UserError
 from attnlab.model import Decoder, flops_per_token
+from attnlab.pretrained import tensor_names
+from attnlab.pretrained.folders import Stored
 from attnlab.recording import record_notes
 from attnlab.spec import RopeScaling
 from attnlab.training.train import train
@@ -570,3 +573,160 @@ def test_narrow_weights_do_not_narrow_the_choice_of_experts(tmp_path: Path) -> N
         with record_notes() as notes:
             experts(x)
     assert torch.equal(notes["load"][0], torch.bincount(want.flatten(), minlength=8))
+
+
+def looped_heads(x: Tensor, heads: int, sizes: list[int]) -> list[Tensor]:
+    """What `split_heads` reads, row by row."""
+    found: list[list[Tensor]] = [[] for _ in sizes]
+    lines = iter(x)
+    for _ in range(heads):
+        for part, size in enumerate(sizes):
+            found[part] += [next(lines) for _ in range(size)]
+    return [torch.stack(part) for part in found]
+
+
+ORDER = torch.tensor([4, 2, 0, 5, 1, 3])
+ROWS: dict[str, tuple[tensor_names.Row, list[tuple[int, ...]], Callable[..., list[Tensor]]]] = {
+    "same": (tensor_names.same("a", "x"), [(5, 3)], lambda x: [x]),
+    "transposed": (tensor_names.transposed("a", "x"), [(5, 3)], lambda x: [torch.einsum("ij->ji", x)]),
+    "fused": (
+        tensor_names.fused("a", ["x", "y", "z"], [3, 1, 4]),
+        [(3, 5), (1, 5), (4, 5)],
+        lambda x, y, z: [torch.stack([*x, *y, *z])],
+    ),
+    "stacked": (tensor_names.stacked("a", [*"uvw"], 3), [(4, 5)] * 3, lambda *all: [torch.stack(all)]),
+    "stacked in pairs": (
+        tensor_names.stacked("a", [*"uvwxyz"], 3),
+        [(2, 5)] * 6,
+        lambda u, v, w, x, y, z: [torch.stack([torch.stack([*a, *b]) for a, b in ((u, v), (w, x), (y, z))])],
+    ),
+    "permuted": (
+        tensor_names.permuted("a", "x", ORDER),
+        [(6, 2)],
+        lambda x: [torch.stack([x[i] for i in ORDER.tolist()])],
+    ),
+    "split heads": (
+        tensor_names.split_heads(["a", "b"], "x", 3, [2, 5]),
+        [(21, 4)],
+        lambda x: looped_heads(x, 3, [2, 5]),
+    ),
+}
+
+
+def on_disk(tensors: dict[str, Tensor]) -> dict[str, Stored]:
+    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_row_is_read_as_it_says_and_written_back(kind: str) -> None:
+    row, shapes, witness = ROWS[kind]
+    theirs = {name: torch.randn(shape) for name, shape in zip(row.theirs, shapes, strict=True)}
+    held = {name: tensor.clone() for name, tensor in theirs.items()}
+    mine = tensor_names.read([row], on_disk(theirs), {})
+    wanted = witness(*theirs.values())
+    assert list(mine) == list(row.ours) and len(wanted) == len(mine)
+    assert all(torch.equal(mine[name], want) for name, want in zip(row.ours, wanted, strict=True))
+    written = tensor_names.write([row], {name: tensor.requires_grad_() for name, tensor in mine.items()})
+    assert list(written) == list(row.theirs)
+    for name, tensor in written.items():
+        assert torch.equal(tensor, held[name]) and tensor.is_contiguous() and not tensor.requires_grad
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in mine.items()}
+    assert tensor_names.expected([row], empty) == {name: tensor.shape for name, tensor in theirs.items()}
+    with torch.no_grad():
+        for tensor in mine.values():
+            assert tensor.is_contiguous()
+            tensor.zero_()  # it was a copy
+    assert all(torch.equal(theirs[name], held[name]) for name in held)
+
+
+def test_what_is_read_has_the_kind_that_was_asked_for_or_its_own() -> None:
+    rows = [tensor_names.same("a", "x"), tensor_names.transposed("b", "y")]
+    theirs = {"x": torch.randn(3, 2).half(), "y": torch.randn(3, 2).double()}
+    mine = tensor_names.read(rows, on_disk(theirs), {"b": torch.bfloat16})
+    assert {name: tensor.dtype for name, tensor in mine.items()} == {"a": torch.float16, "b": torch.bfloat16}
+    assert torch.equal(mine["a"], theirs["x"]) and torch.equal(mine["b"], theirs["y"].T.bfloat16())
+
+
+def test_a_vector_that_they_lack_is_zero_or_refused() -> None:
+    row = tensor_names.absent("b", 7)
+    assert torch.equal(tensor_names.read([row], {}, {})["b"], torch.zeros(7))
+    assert tensor_names.write([row], {"b": torch.zeros(7)}) == {}
+    assert tensor_names.expected([row], {"b": torch.empty(7, device="meta")}) == {}
+    refuses(lambda: tensor_names.write([row], {"b": torch.eye(7)[3]}), "b is not zero", "write family 'attnlab'")
+
+
+def test_a_row_that_gives_more_or_less_than_it_names_is_an_error() -> None:
+    for names, made in ((["a"], 2), (["a", "b"], 1)):
+        row = tensor_names.Row(names, ["x"], lambda x, made=made: [x] * made, lambda *x: [x[0]])
+        with pytest.raises(ValueError, match="zip"):
+            tensor_names.read([row], on_disk({"x": torch.ones(2)}), {})
+        row = tensor_names.Row(["a"], names, lambda *x: [x[0]], lambda x, made=made: [x] * made)
+        for use in (tensor_names.write, tensor_names.expected):
+            with pytest.raises(ValueError, match="zip"):
+                use([row], {"a": torch.ones(2)})
+
+
+FAMILY: Any = SimpleNamespace(__name__="mine", PREFIX="body.", EXTRA=r"\.mask$")
+
+
+def checked(found: dict[str, tuple[int, ...]], **wanted: tuple[int, ...]) -> set[str]:
+    full = {f"body.{name}": torch.Size(shape) for name, shape in wanted.items()} | {"head": torch.Size((2, 3))}
+    stored = on_disk({name: torch.empty(shape) for name, shape in found.items()})
+    return set(tensor_names.check(full, stored, FAMILY, "it"))
+
+
+def test_tensors_are_checked_by_name_and_shape() -> None:
+    head, a, b = {"head": (2, 3)}, {"body.a": (2, 3)}, {"body.b": (5,)}
+    assert checked(head | a | b, a=(2, 3), b=(5,)) == {"head", "body.a", "body.b"}
+    assert checked(head | a | {"body.0.mask": (1,)}, a=(2, 3)) == {"head", "body.a"}  # passed over
+    assert checked(head | {"body.0.mask": (1,)}, **{"0.mask": (1,)}) == {
+        "head",
+        "body.0.mask",
+    }  # not where it is wanted
+    wrong = "its weights do not belong to its config.json"
+    refuses(lambda: checked(head | a, a=(2, 3), b=(5,)), f"it lacks the tensor body.b; {wrong}")
+    refuses(lambda: checked(head | a, a=(2, 3), b=(5,), c=(1,)), f"lacks the tensor body.b and 1 more; {wrong}")
+    refuses(lambda: checked(a | b, a=(2, 3), c=(5,), d=(5,)), f"lacks the tensor body.c and 2 more; {wrong}")
+    unexplained = "it has a tensor that its config does not explain,"
+    refuses(lambda: checked(head | a | b, a=(2, 3)), f"{unexplained} body.b; {wrong}")
+    refuses(
+        lambda: checked(head | a | b | {"c": (1,), "d": (1,)}, a=(2, 3)), f"{unexplained} body.b and 2 more; {wrong}"
+    )
+    refuses(lambda: checked(head | a | {"a.masked": (1,)}, a=(2, 3)), f"{unexplained} a.masked; {wrong}")
+    for shape, said in (((3, 2), "[3, 2]"), ((6,), "[6]"), ((2, 3, 1), "[2, 3, 1]")):
+        refuses(lambda shape=shape: checked(head | {"body.a": shape}, a=(2, 3)), "body.a of shape", said, "[2, 3]")
+
+
+def test_a_prefix_is_added_to_all_names_or_to_none() -> None:
+    """A bare model has it nowhere; where one tensor has it, another that lacks it is not ours."""
+    wanted = {f"body.{name}": torch.Size((2,)) for name in "ab"}
+    bare, half = ({name: torch.empty(2) for name in names} for names in ("ab", ("body.a", "b")))
+    found = tensor_names.check(wanted, on_disk(bare), FAMILY, "it")
+    assert {name: each.load() is bare[name[-1]] for name, each in found.items()} == {"body.a": True, "body.b": True}
+    refuses(lambda: tensor_names.check(wanted, on_disk(half), FAMILY, "it"), "lacks the tensor body.b;")
+
+
+def test_a_config_may_say_nothing_or_the_one_value() -> None:
+    for hf in ({}, {"width": 3}, {"width": None}, {"width": 3.0, "depth": 9}):
+        tensor_names.only(hf, width=3)
+    for value in (4, 0, False, "3"):
+        refuses(
+            lambda value=value: tensor_names.only({"depth": 1, "width": value}, depth=1, width=3),
+            f"width = {value!r}",
+            "3",
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_says_nothing_of_what_a_model_lacks_and_all_of_what_it_has(tied: bool) -> None:
+    model = pretrained.empty(replace(SMALL, tied=tied, n_layers=1))
+    names = set(model.state_dict()) - ({"head.weight"} if tied else set())
+    assert set(tensor_names.ours(model)) == names
+    every = [tensor_names.same(name, f"their.{name}") for name in (*sorted(names), "head.weight", "head.bias")]
+    every.append(tensor_names.split_heads(["embed.weight", "head.bias"], "both", 1, [1, 1]))  # of which it has one
+    family: Any = SimpleNamespace(__name__="mine", table=lambda model: every)
+    left = [row for row in tensor_names.rows(family, model) if row.ours[0] != "head.weight"]
+    assert [row.ours[0] for row in left] == sorted(names - {"head.weight"})
+    family.table = lambda model: every[1:]
+    with pytest.raises(AssertionError, match=f"the table of mine lacks \\['{sorted(names)[0]}'\\]"):
+        tensor_names.rows(family, model)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import combinations
+from statistics import fmean, variance
 
 import pytest
 
-from attnlab.stats import paired, t_quantile, t_within
+from attnlab.stats import Paired, beyond, holm, paired, t_quantile, t_within, welch
 
 TABLE = {  # two-sided critical values, as every textbook prints them
     (0.95, 1): 12.7062,
@@ -30,6 +32,27 @@ def test_quantiles_are_the_tables(confidence, degrees):
 
 def test_the_distribution_tends_to_the_normal():
     assert t_within(1.96, 5001) == pytest.approx(math.erf(1.96 / math.sqrt(2)), abs=1e-4)
+
+
+def area(t: float, degrees: int, parts: int = 400) -> float:
+    """P(|T| <= t), from the density and Simpson's rule."""
+    log_height = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+
+    def density(x: float) -> float:
+        return math.exp(log_height - (degrees + 1) / 2 * math.log1p(x * x / degrees))
+
+    step = t / parts
+    inner = sum((4 if k % 2 else 2) * density(k * step) for k in range(1, parts))
+    return 2 * step / 3 * (density(0) + inner + density(t))
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 10), 16, 23])
+def test_the_distribution_is_the_area_under_the_density(degrees):
+    draw = random.Random(degrees)
+    for t in (0.0, *(draw.uniform(0, 5) for _ in range(5))):
+        assert t_within(t, degrees) == pytest.approx(area(t, degrees), abs=1e-8)
+        if t:
+            assert t_quantile(t_within(t, degrees), degrees) == pytest.approx(t, rel=1e-6)
 
 
 @pytest.mark.parametrize("confidence, degrees", [(0.0, 3), (1.0, 3), (0.95, 0)])
@@ -58,3 +81,84 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         interval = paired([draw.gauss(0.3, 1.0) for _ in range(3)], [0.0] * 3).interval
         covered += interval is not None and interval[0] <= 0.3 <= interval[1]
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_an_interval_that_touches_zero_does_not_distinguish():
+    assert Paired(3, -1.0, (-2.0, 0.0)).verdict == Paired(3, 1.0, (0.0, 2.0)).verdict == "not distinguishable"
+    assert Paired(3, -1.0, (-2.0, -1e-9)).verdict == "better" and Paired(3, 1.0, (1e-9, 2.0)).verdict == "worse"
+
+
+def test_two_pairs_have_an_interval_and_fewer_have_none():
+    two = paired([1.0, 1.5], [0.5, 0.75])  # differences 0.5 and 0.75: their mean's error is 0.125
+    assert two.n == 2 and two.mean == 0.625
+    assert two.interval == pytest.approx((0.625 - 12.7062 * 0.125, 0.625 + 12.7062 * 0.125), abs=1e-4)
+    assert paired([1.5], [1.0]) == Paired(1, 0.5, None)
+    none = paired([], [])
+    assert none.n == 0 and math.isnan(none.mean) and none.interval is None
+    for ours, theirs in (([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="zip"):
+            paired(ours, theirs)
+
+
+def above(t: float, degrees: int) -> float:
+    """P(T >= t)."""
+    return 0.5 - math.copysign(area(abs(t), degrees) / 2, t)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 9), (9, 2), (5, 7), (13, 4)])
+def test_welch_is_the_formula(sizes):
+    """Written with variances and ratios, as in the paper, for samples of other sizes, spreads and signs."""
+    draw = random.Random(sum(sizes) * sizes[0])
+    for shift, spread in ((0.8, 1.0), (-0.8, 3.0), (0.3, 0.2), (2.0, 0.01)):
+        ours = [draw.gauss(shift, 1.0) for _ in range(sizes[0])]
+        theirs = [draw.gauss(0.1, spread) for _ in range(sizes[1])]
+        a, b = variance(ours) / sizes[0], variance(theirs) / sizes[1]
+        degrees = 1 / ((a / (a + b)) ** 2 / (sizes[0] - 1) + (b / (a + b)) ** 2 / (sizes[1] - 1))
+        assert min(sizes) - 1 <= degrees <= sum(sizes) - 2
+        expected = above((fmean(ours) - fmean(theirs)) / (a + b) ** 0.5, math.floor(degrees))
+        assert welch(ours, theirs) == pytest.approx(expected, abs=1e-6)
+        assert welch(theirs, ours) == pytest.approx(1 - expected, abs=1e-6)
+
+
+def test_welch_where_a_sample_does_not_vary():
+    """All degrees of freedom are then the other's, however small the numbers are; two constants differ or do not."""
+    ours = [0.5, 1.25, -0.25, 1.0]
+    expected = above(0.625 / math.sqrt(variance(ours) / 4), 3)
+    for size in (1.0, 2.0**-300, 2.0**-400):  # whose fourth power is too small for a float
+        assert welch([x * size for x in ours], [0.0] * 3) == pytest.approx(expected, abs=1e-6)
+    assert welch([0.0, 1.0], [0.25] * 5) == pytest.approx(above(0.5, 1), abs=1e-6)
+    assert welch([2.0] * 3, [1.0] * 2) == 0.0
+    assert welch([1.0] * 3, [1.0] * 2) == welch([1.0] * 3, [2.0] * 2) == 1.0
+
+
+@pytest.mark.parametrize("many", [2, 3, 6])
+def test_beyond_is_the_tail_of_a_prediction(many):
+    """Student's t with the groups' degrees of freedom; the value's own spread counts beside that of the mean."""
+    draw = random.Random(many)
+    for shift in (-1.5, 0.4, 3.0):
+        groups = [[draw.gauss(0.2, 1.0) for _ in range(1 + number % 3)] for number in range(many)]
+        values = [value for group in groups for value in group]
+        t = (shift - sum(values) / len(values)) / math.sqrt(variance(values) * (1 + 1 / many))
+        assert beyond(shift, groups) == pytest.approx(above(t, many - 1), abs=1e-6)
+    same = [[0.5]] * many
+    assert (beyond(0.6, same), beyond(0.5, same), beyond(0.4, same)) == (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("many", [0, 1, 2, 5, 7])
+def test_holm_marks_what_no_set_of_tests_excuses(many):
+    """Holm's procedure is the closed one: a test holds if in each set that it belongs to, the least p is at most alpha
+    over the size of the set. Ties and values that are exactly on a bound are among those drawn."""
+    draw, alpha, marks = random.Random(many), 0.05, 0
+    bounds = [alpha / k for k in range(1, 8)]
+    sets = [chosen for size in range(1, many + 1) for chosen in combinations(range(many), size)]
+    for _ in range(60):
+        p = [draw.choice([draw.choice(bounds), draw.uniform(0, 0.03), draw.uniform(0, 1)]) for _ in range(many)]
+        held = [all(min(p[j] for j in s) <= alpha / len(s) for s in sets if i in s) for i in range(many)]
+        assert holm(p, alpha) == held, p
+        marks += sum(held)
+    assert not many or 0 < marks < 60 * many
+
+
+def test_holm_marks_more_than_one_bound_for_all():
+    assert holm([0.03, 0.011, 0.5, 0.02], 0.05) == [False, True, False, False]
+    assert holm([0.024, 0.016, 0.5, 0.0125], 0.05) == [True, True, False, True]  # 0.05 / 4, / 3, / 2, and 0.5 > 0.05

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,8 +25,10 @@ from attnlab.inference.text import sample_run
 from attnlab.recording import record_attention
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
-from attnlab.training.optimizers import learning_rate, make_optimizers
-from attnlab.training.step import Trainer, train_step, validate
+from attnlab.runs.processes import Crew
+from attnlab.runs.tensors import optimizer_tensors
+from attnlab.training.optimizers import Scale, learning_rate, make_optimizers
+from attnlab.training.step import Trainer, seed_dropout, train_step, validate
 from attnlab.training.train import Diverged, resolve, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
@@ -341,6 +345,155 @@ def test_weights_stay_float32_in_bf16(config):
     assert losses[0] == pytest.approx(train_step(full, 0)[0].item(), rel=2e-3)
 
 
+def test_the_scale_of_float16_learns_from_overflows():
+    """From 2^16: halved by each step that was not applied, doubled by each 2000 in a row that were."""
+    scale = Scale(used=True)
+    assert (scale.now, scale.good) == (65536.0, 0)
+    for _ in range(1999):
+        scale.learn(True)
+    assert (scale.now, scale.good) == (65536.0, 1999)
+    scale.learn(False)
+    assert (scale.now, scale.good) == (32768.0, 0)
+    scale.learn(False)
+    assert (scale.now, scale.good) == (16384.0, 0)
+    seen = []
+    for _ in range(4001):
+        scale.learn(True)
+        seen.append(scale.now)
+    assert seen == [16384.0] * 1999 + [32768.0] * 2000 + [65536.0] * 2
+
+
+def test_only_float16_is_scaled(config):
+    for precision in ("fp32", "bf16", "fp16"):
+        trainer = Trainer.of(*resolve(with_train(config, precision=precision)))
+        assert trainer.scale.used == (precision == "fp16")
+        assert trainer.scale.now == (65536.0 if precision == "fp16" else 1.0)
+        train_step(trainer, 0)
+        assert (trainer.scale.factor, trainer.scale.good) == (65536.0, int(precision == "fp16"))
+    assert Scale(used=False, factor=8.0).now == 1.0
+
+
+@pytest.mark.parametrize("fields", [{}, {"mechanisms": ("msla",), "ff": "moe"}, {"ff": "moe", "balance": "bias"}])
+def test_a_scale_changes_nothing_that_a_step_tells_or_does(config, fields):
+    """A power of two is lost again to the bit in float32: on the way, it must weigh on every loss, and on no other
+    number; auxiliary losses and the share of each part of a batch included."""
+    config = with_train(with_model(config, **fields), accumulate=3, clip=0.5)
+    trained = []
+    for factor in (1.0, 2.0**7, 2.0**-5):
+        trainer = Trainer.of(*resolve(config))
+        trainer.scale = Scale(used=True, factor=factor)
+        before = validate(trainer)
+        steps = [train_step(trainer, step) for step in range(3)]
+        assert all(step.applied for step in steps) and trainer.scale == Scale(True, factor, 3)
+        numbers = [number for step in steps for number in (step.loss.item(), step.norm.item())]
+        trained.append(([*numbers, before, validate(trainer)], trainer.model.state_dict()))
+    for numbers, weights in trained[1:]:
+        assert numbers == trained[0][0] and same(weights, trained[0][1])
+
+
+@pytest.mark.parametrize("guard", ["stop", "skip"])
+def test_a_step_that_overflows_is_left_out_and_halves_the_scale(config, guard):
+    """The loss is told as it is; weights, memories of the optimizer and biases of experts stay as they were."""
+    trainer = Trainer.of(*resolve(with_train(with_model(config, ff="moe", balance="bias"), guard=guard)))
+    train_step(trainer, 0)
+    trainer.scale = Scale(used=True, factor=2.0**127, good=7)
+    memory = optimizer_tensors(trainer.model, trainer.strategy.optimizers)
+    held, memory = ({name: t.clone() for name, t in each.items()} for each in (trainer.model.state_dict(), memory))
+    done = train_step(trainer, 1)
+    assert not done.applied and not done.norm.isfinite() and 2 < done.loss < 5
+    assert trainer.scale == Scale(True, 2.0**126, 0)
+    assert same(trainer.model.state_dict(), held)
+    assert same(optimizer_tensors(trainer.model, trainer.strategy.optimizers), memory)
+    trainer.scale = Scale(used=True, factor=2.0**10)
+    done = train_step(trainer, 1)
+    assert done.applied and done.norm.isfinite() and trainer.scale == Scale(True, 2.0**10, 1)
+    assert not same(trainer.model.state_dict(), held)
+
+
+def test_a_step_that_is_skipped_for_its_loss_says_nothing_about_the_scale(config):
+    trainer = Trainer.of(*resolve(with_train(config, guard="skip")))
+    trainer.scale = Scale(used=True, factor=4.0, good=5)
+    train_step(trainer, 0)
+    assert trainer.scale == Scale(True, 4.0, 6)
+    skipped = train_step(trainer, 1, limit=1.0)
+    assert not skipped.applied and trainer.scale == Scale(True, 4.0, 6)
+    loss = skipped.loss.item()
+    for limit, good in ((math.nextafter(loss, 0.0), 6), (loss, 7)):  # what is at the limit is not above it
+        assert train_step(trainer, 1, limit=limit).applied == (good == 7)
+        assert trainer.scale == Scale(True, 4.0, good)
+
+
+def test_gradients_are_shared_after_the_last_part_of_a_step_alone(config):
+    trainer, seen = Trainer.of(*resolve(with_train(config, accumulate=3))), []
+    trainer.strategy.part = lambda last: nullcontext(seen.append(last))
+    began = time.perf_counter()
+    done = train_step(trainer, 0)
+    assert seen == [False, False, True] and done.applied and done.tokens == done.own == 3 * 2 * 32
+    assert 0 <= done.waited <= done.alone <= time.perf_counter() - began
+
+
+def test_float16_learns_what_float32_does(config):
+    found = {}
+    for precision in ("fp32", "fp16"):
+        trainer = Trainer.of(*resolve(with_train(config, precision=precision)))
+        before = validate(trainer)
+        steps = [train_step(trainer, step) for step in range(12)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        found[precision] = [before, *(float(n) for step in steps for n in step[:2]), validate(trainer)]
+    assert found["fp16"] == pytest.approx(found["fp32"], rel=0.01) and found["fp16"] != found["fp32"]
+
+
+def test_the_scale_goes_on_where_a_run_was_stopped(config, tmp_path):
+    """Nothing overflows here, so what a checkpoint says of the scale is what its good steps are added to."""
+    config = with_train(config, precision="fp16")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=interrupt_at(6))
+    folder = RunFolder.open(tmp_path)
+    assert folder.state()["scale"] == [65536.0, 6]
+    step, weights, optimizer, state = folder.load()
+    model = Trainer.of(*resolve(config), weights=weights).model
+    folder.save(step, model, optimizer, {**state, "scale": [512.0, 1996]})
+    assert train(config, tmp_path, resume=True).status == "done"
+    assert folder.state()["scale"] == [1024.0, 2002]
+
+
+def test_a_run_goes_on_until_its_scale_is_found(config, tmp_path):
+    """What overflows is neither a fault of the run nor counted as one; where no scale helps, it is."""
+    config = with_train(config, precision="fp16", log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=interrupt_at(2))
+    folder = RunFolder.open(tmp_path)
+    step, weights, optimizer, state = folder.load()
+    model = Trainer.of(*resolve(config), weights=weights).model
+    folder.save(step, model, optimizer, {**state, "scale": [2.0**26, 5]})
+    result = train(config, tmp_path, resume=True)
+    factor, good = folder.state()["scale"]
+    overflowed = 26 - math.log2(factor)
+    assert overflowed == 10 - good and 0 < overflowed < 10
+    assert result.status == "done" and result.skipped == result.rewinds == 0 and len(result.train_curve) == 12
+    assert all(math.isfinite(record["grad_norm"]) for record in folder.metrics() if "loss" in record)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_scale_below_one_means_that_the_gradient_itself_is_not_finite(config, tmp_path, monkeypatch, factor):
+    from attnlab.training import train as module
+
+    honest = module.train_step
+
+    def found(trainer: Trainer, step: int, *rest):
+        done = honest(trainer, step, *rest)
+        trainer.scale.factor = factor if step == 4 else trainer.scale.factor
+        return done
+
+    monkeypatch.setattr(module, "train_step", found)
+    config = with_train(config, precision="fp16")
+    if factor == 1.0:
+        assert train(config, tmp_path).status == "done"
+    else:
+        with pytest.raises(Diverged, match="gradient norm became inf at step 5 of 12"):
+            train(config, tmp_path)
+
+
 def test_validation_is_the_mean_over_fixed_windows(config):
     trainer = Trainer.of(*resolve(config))
     x, y, _ = trainer.corpus.windows(4, 32)
@@ -348,6 +501,45 @@ def test_validation_is_the_mean_over_fixed_windows(config):
         logits, _ = trainer.model(x)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
     assert validate(trainer) == pytest.approx(expected, rel=1e-6) and validate(trainer) == validate(trainer)
+
+
+class Apart(Crew):
+    """One of several processes, that hears nothing of the others."""
+
+    def sum(self, *numbers: float) -> list[float]:
+        return list(numbers)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_the_windows_of_a_validation(config, processes):
+    """Each batch of three is dealt out, none is read twice, and everyone takes part in every one."""
+    trainer = Trainer.of(*resolve(with_train(config, batch_size=3)))
+    expected, strategy, shares = validate(trainer), trainer.strategy, []
+    for rank in range(processes):
+        trainer.crew, rows = Apart(rank=rank, size=processes), []
+        trainer.strategy = lambda x, y, documents, plain, rows=rows: rows.append(len(x)) or strategy(x, y, documents)
+        trainer.strategy.model = strategy.model
+        shares.append(validate(trainer))
+        assert len(rows) == 2 and set(rows) <= {1, 2}
+    assert sum(shares) == pytest.approx(expected, rel=1e-6) and (0.0 in shares) == (processes > 3)
+
+
+def test_validation_asks_no_teacher(config):
+    trainer = Trainer.of(*resolve(config))
+    expected = validate(trainer)
+    trainer.strategy.module.objective = lambda *_: pytest.fail("it has a say in training alone")
+    assert validate(trainer) == expected and trainer.model.training
+
+
+def test_what_is_random_in_a_step_depends_on_seed_step_and_process():
+    def drawn(*given: int) -> float:
+        seed, step, *rank = given
+        seed_dropout(seed, step, torch.device("cpu"), *rank)
+        return torch.rand(()).item()
+
+    with torch.random.fork_rng([]):
+        assert drawn(3, 5) == drawn(3, 5) == drawn(3, 5, 0)
+        assert len({drawn(3, 5), drawn(5, 3), drawn(3, 6), drawn(4, 5), drawn(3, 5, 1), drawn(3, 5, 2)}) == 6
 
 
 INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # what importing it says about itself

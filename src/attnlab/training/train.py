@@ -33,6 +33,7 @@ from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
 from ..runs.processes import Alone, Crew, join, leave, lost, stop_requests, unreachable
+from ..runs.shield import shielded
 from . import strategies
 from .log import Log
 from .optimizers import learning_rate
@@ -146,6 +147,7 @@ def _train(
     return result
 
 
+@shielded()
 def ready(
     config: RunConfig,
     corpus: data.Corpus,
@@ -200,6 +202,7 @@ class Run:
         self.heart = Heartbeat(self.folder.path, crew.rank, crew.size)
         self.laggards = Laggards()
 
+    @shielded()
     def go(self) -> bool:
         """Whether it came to the end; if not, it was asked to stop. Saved either way."""
         trainer, log, config = self.trainer, self.log, self.trainer.config.train
