@@ -150,6 +150,16 @@ def test_a_mechanism_is_summed_up_by_the_first_line_of_its_file(monkeypatch: pyt
     )
 
 
+def test_a_mechanism_that_sums_itself_up_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a docstring of its module and without one. What is built on it has a file, and a first line, of its own."""
+    body = {"summary": "In its own words.", "__doc__": "Its own line.", "__module__": __name__}
+    assert type("Said", (AttentionConfig,), body).summary == "In its own words."
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", None)
+    said = dataclass(frozen=True, kw_only=True)(type("Said", (AttentionConfig,), body))
+    assert said.summary == said().summary == "In its own words."
+    assert type("Next", (said,), {"__doc__": "The next.", "__module__": __name__}).summary == "The next."
+
+
 def test_only_rows_can_be_taken_back() -> None:
     assert Mine().rewinds and Mine().relative
     assert Mine(spec=replace(ROWS, beside={"x": ROWS, "y": ROWS})).rewinds

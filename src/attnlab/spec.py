@@ -113,7 +113,7 @@ class AttentionConfig:
     dropout: float = 0.0  # on attention weights, while training
     impl: str = "sdpa"  # which kernel; never changed silently
 
-    summary: ClassVar[str] = ""  # the first line of the mechanism's file
+    summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
     formula: ClassVar[str] = ""  # one line of mathematics
     source: ClassVar[str] = ""  # where it was published
     caches: ClassVar[str] = ""  # what it remembers, in words
@@ -126,7 +126,8 @@ class AttentionConfig:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
+        if "summary" not in cls.__dict__:
+            cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "head_dim"):
