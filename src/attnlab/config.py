@@ -244,7 +244,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
     for name, value in data.items():
-        choose(f"field in {where or cls.__name__}", name, sorted(known))
+        choose(f"field in {where.removesuffix('.') or cls.__name__}", name, sorted(known))
         values[name] = _restore(hints[name], value, f"{where}{name}.")
     return cls(**values)
 
