@@ -75,7 +75,12 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     if variance == 0:
         return 0.0 if difference > 0 else 1.0
     parts = sum(s**2 / (len(sample) - 1) for s, sample in zip(spread, (ours, theirs), strict=True))
-    degrees = max(1, int(variance**2 / parts)) if parts else len(ours) - 1
+    if parts == 0:  # the squares are too small for a float, and the shares of the variance are not
+        shares = [s / variance for s in spread]
+        parts = sum(s**2 / (len(sample) - 1) for s, sample in zip(shares, (ours, theirs), strict=True))
+        degrees = max(1, int(1 / parts))
+    else:
+        degrees = max(1, int(variance**2 / parts))
     t = difference / math.sqrt(variance)
     tail = (1 - t_within(abs(t), degrees)) / 2
     return tail if t > 0 else 1 - tail
