@@ -13,6 +13,8 @@ from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 
+COMPARED = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # the mechanisms of a default comparison
+
 
 def quick() -> RunConfig:
     """What `make demo` runs: a small model on Shakespeare's characters, seconds per run on two cores."""

@@ -4,10 +4,14 @@ it is asked for."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +49,49 @@ def config(name: str, **fields: Any) -> AttentionConfig:
 def build(name: str, **fields: Any) -> Any:
     """The mechanism's `Attention` module for these `Config` fields."""
     return module(name).Attention(config(name, **fields))
+
+
+@cache
+def declared(name: str, variable: str) -> Any:
+    """The literal that `class Config` of a mechanism's file gives to a class variable, read without importing the file.
+
+    None where the class itself gives it no value, or one that is no literal, and where there is no such file. A value
+    that the class inherits is not seen.
+    """
+    try:
+        file = _file(name)
+        tree = ast.Module([], []) if file is None else ast.parse(file.read_bytes())
+        value = _assigned(tree, variable)
+        return None if value is None else ast.literal_eval(value)
+    except (OSError, SyntaxError, ValueError, TypeError):  # no file, no Python, no literal
+        return None
+
+
+def _assigned(tree: ast.Module, variable: str) -> ast.expr | None:
+    """The value that `class Config` gives to `variable`."""
+    for node in tree.body:
+        for part in node.body if isinstance(node, ast.ClassDef) and node.name == "Config" else ():
+            targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
+                return getattr(part, "value", None)
+    return None
+
+
+def _file(name: str) -> Path | None:
+    """The source file of a mechanism. Its packages are not imported either: they might import a framework."""
+    if name in _own():
+        return Path(__path__[0]) / f"{name}.py"
+    if name not in _others():
+        return None
+    first, *rest = _others()[name].module.split(".")
+    spec = importlib.util.find_spec(first)
+    path = first
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, spec.submodule_search_locations)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 @cache

@@ -31,6 +31,7 @@ class Config(gqa.Config):
     formula = "k, v = W (lambda_1 x + lambda_2 ema(x));  o = softmax(q k^T / sqrt(H)) v"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of K heads, and one moving average"
+    swatch = (5, 6, 1)
 
     @property
     def default_kv_heads(self) -> int:

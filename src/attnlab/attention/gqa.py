@@ -31,6 +31,7 @@ class Config(AttentionConfig):
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
     source = "Ainslie et al. 2023, arXiv 2305.13245"
     caches = "keys and values of K heads"
+    swatch = (3, 3, 1)
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     cache_width: ClassVar[str | None] = "n_kv_heads"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"normed": {"qk_norm": 1e-5, "bias": True, "o_bias": False}}

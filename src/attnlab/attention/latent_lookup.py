@@ -29,6 +29,7 @@ class Config(AttentionConfig):
     formula = "o[n] = topk-softmax(q[n] E[n]^T / sqrt(H)) E[n] + v[n]"
     source = "the published MSLA patch for GPT-2"
     caches = "nothing"
+    swatch = (8, 9, 3)
     impls = ("reference", "sdpa")  # no attention is computed, so any kernel does
     breaks = ("mixing", "no dead parameters")
     cache_width = None

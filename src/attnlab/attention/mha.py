@@ -19,6 +19,7 @@ class Config(gqa.Config):
     formula = "o[n] = softmax(q[n] k[n]^T / sqrt(H)) v[n]"
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     caches = "keys and values of all N heads"
+    swatch = (0, 0, 0)
     cache_width = None
 
     @property

@@ -42,7 +42,9 @@ class Config(AttentionConfig):
     formula = "o[n] = softmax([W_q x; rope] [W_uk c; rope]^T / sqrt(H + r)) W_uv c,  c = norm(W_dkv x)"
     source = "DeepSeek-V2 2024, arXiv 2405.04434"
     caches = "one latent of R floats and one rotary key"
+    swatch = (1, 1, 0)
     carries = "o"
+    from_latent = ("k_up", "v_up")
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
     cache_width = "kv_rank"
@@ -113,8 +115,7 @@ class Attention(nn.Module):
         latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
         latent = note("latent", self.norm(latent))
         if c.rope_dim:
-            q_rope = self.turn(q[..., c.head_dim :], positions)
-            q = torch.cat([q[..., : c.head_dim], q_rope], -1)
+            q = torch.cat([q[..., : c.head_dim], self.turn(q[..., c.head_dim :], positions)], -1)
             k_rope = self.turn(k_rope[:, :, None], positions)[:, :, 0]
             latent = torch.cat([latent, k_rope], -1)
         return q, latent

@@ -23,6 +23,7 @@ class Config(mha.Config):
     formula = "y = LayerNorm(x + mha(W_2 gelu(W_1 x)))"
     source = "the MKA project's baseline, after arXiv 2603.20586"
     caches = "keys and values of all N heads"
+    swatch = (8, 8, 2)
     carries = ""  # its heads read the expansion, not x
 
     def flops(self, queries: int, keys: int) -> int:

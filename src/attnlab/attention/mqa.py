@@ -18,6 +18,7 @@ class Config(gqa.Config):
     formula = "o[n] = softmax(q[n] k^T / sqrt(H)) v"
     source = "Shazeer 2019, arXiv 1911.02150"
     caches = "keys and values of one head"
+    swatch = (6, 4, 2)
     cache_width = None
 
     @property

@@ -24,6 +24,7 @@ class Config(gqa.Config):
     formula = "o[t] = softmax over t-w < s <= t of (q[t] k[s]^T / sqrt(H)) v[s]"
     source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
     caches = "keys and values of the last `window` tokens, in a ring"
+    swatch = (7, 7, 3)
     cache_width = "window"
     variants = {"narrow": {"window": 5}, "two": {"window": 2}}
 
