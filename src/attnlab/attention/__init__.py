@@ -1,6 +1,8 @@
-"""One mechanism, one file. The folder listing is the registry, and installed packages add to it through the entry
-point group `attnlab.attention` (name -> a module that defines `Config` and `Attention`). Nothing is imported until
-it is asked for."""
+"""The registry of mechanisms: one file each, and the listing of this folder is the list of them.
+
+Installed packages add to it through the entry point group `attnlab.attention`: name -> a module that defines `Config`
+and `Attention`. A mechanism is imported only when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,15 @@ from ..spec import AttentionConfig
 
 
 def names() -> list[str]:
-    """Every mechanism, in alphabetical order."""
+    """Return the names of all mechanisms, in alphabetical order."""
     return sorted({*_own(), *_others()})
 
 
 def module(name: str) -> ModuleType:
-    """`attention/<name>.py`, or the module an installed package registered: it defines `Config` and `Attention`."""
+    """Return the module of a mechanism, which defines `Config` and `Attention`: ours, or an installed package's.
+
+    Raises `UserError` for an unknown name, and where the package's module cannot be imported.
+    """
     choose("mechanism", name, names())
     if name in _own():
         return importlib.import_module(f".{name}", __name__)
@@ -39,7 +44,7 @@ def module(name: str) -> ModuleType:
 
 
 def config(name: str, **fields: Any) -> AttentionConfig:
-    """`module(name).Config(**fields)`, with a `UserError` for a field it does not have."""
+    """Return `module(name).Config(**fields)`. Raise `UserError` for a field that it does not have."""
     cls = module(name).Config
     for field in fields:
         choose(f"option of {name}", field, sorted(cls.__dataclass_fields__))
@@ -47,16 +52,16 @@ def config(name: str, **fields: Any) -> AttentionConfig:
 
 
 def build(name: str, **fields: Any) -> Any:
-    """The mechanism's `Attention` module for these `Config` fields."""
+    """Return the mechanism's `Attention`, a module of PyTorch, for these `Config` fields."""
     return module(name).Attention(config(name, **fields))
 
 
 @cache
 def declared(name: str, variable: str) -> Any:
-    """The literal that `class Config` of a mechanism's file gives to a class variable, read without importing the file.
+    """Return the value of a class variable of a mechanism's Config, read from its file, which is not imported.
 
-    None where the class itself gives it no value, or one that is no literal, and where there is no such file. A value
-    that the class inherits is not seen.
+    None where `class Config` itself does not assign it (inherited values are not found), where the value is no literal,
+    and where there is no such file.
     """
     try:
         file = _file(name)
@@ -78,7 +83,7 @@ def _assigned(tree: ast.Module, variable: str) -> ast.expr | None:
 
 
 def _file(name: str) -> Path | None:
-    """The source file of a mechanism. Its packages are not imported either: they might import a framework."""
+    """The source file of a mechanism. Packages around it are not imported either, as they may import a framework."""
     if name in _own():
         return Path(__path__[0]) / f"{name}.py"
     if name not in _others():
