@@ -376,7 +376,7 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
         train=replace(quick.train, steps=4, batch_size=2, eval_every=2, eval_batches=1, precision="fp32"),
     )
     monkeypatch.setattr(presets, "get", lambda name: small)
-    monkeypatch.setattr(demo, "EIGHT", ("mha", "latent_lookup"))
+    monkeypatch.setattr(demo, "COMPARED", ("mha", "latent_lookup"))
     monkeypatch.setattr(demo, "DEMO_BENCH", {"decode": (8,)})
     monkeypatch.setattr(extras, "check_mechanism", functools.partial(extras.check_mechanism, laws=["mixing"]))
 

@@ -203,5 +203,7 @@ def test_tuples_come_back_from_json_and_lists_stay() -> None:
 def test_an_unknown_field_is_named_with_its_place() -> None:
     with pytest.raises(UserError, match=r"unknown field in Outer 'inne': .*did you mean 'inner'"):
         from_dict(Outer, {"inne": {}})
-    with pytest.raises(UserError, match=r"unknown field in inner\.? 'pairs': expected one of any, ends, pair"):
+    with pytest.raises(UserError, match=r"^unknown field in inner 'pairs': expected one of any, ends, pair"):
         from_dict(Outer, {"inner": {"pairs": [1, 2]}})
+    with pytest.raises(UserError, match=r"^unknown field in model\.experts 'shard': .*did you mean 'shared'"):
+        from_dict(RunConfig, {"model": {"experts": {"shard": 1}}})

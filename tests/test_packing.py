@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from attnlab import attention, data
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.data import packing
-from attnlab.documents import Documents
+from attnlab.documents import PackedRows
 from attnlab.errors import UserError
 from attnlab.model import Decoder
 from attnlab.recording import record_losses
@@ -160,7 +160,7 @@ def test_padding_takes_no_part_in_auxiliary_losses(fields):
 
 def test_apart_and_together_again():
     documents = torch.tensor([[4, 4, 2, -1, 2, 9], [-1, -1, -1, -1, -1, -1], [0, 0, 0, 1, 1, -1]])
-    packed = Documents.of(documents)
+    packed = PackedRows.of(documents)
     assert packed.positions.tolist() == [[0, 1, -1], [0, -1, -1], [0, -1, -1], [0, -1, -1], [0, 1, 2], [0, 1, -1]]
     assert packed.places.tolist() == [[0, 1, 0, 0, 0, 0, 1, 2, 0, 1]]
     x = torch.randn(3, 6, 5)
@@ -173,7 +173,7 @@ def test_apart_and_together_again():
     y = packed.unpacked(packed.attend(watch, packed.packed(x)))
     assert torch.equal(y, torch.where((documents >= 0)[..., None], 2 * x, 0))
     assert torch.equal(seen[0][4], x[2, :3]) and not seen[0][packed.positions < 0].any()
-    nothing = Documents.of(torch.full((2, 3), -1))
+    nothing = PackedRows.of(torch.full((2, 3), -1))
     assert nothing.positions.tolist() == [[-1]] and nothing.packed(x[:2, :3]).shape == (1, 0, 5)
 
 

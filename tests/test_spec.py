@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
+import textwrap
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from attnlab import attention
 from attnlab.errors import UserError, choose, need
 from attnlab.spec import CAUSAL, AttentionConfig, CacheSpec, Mask, RopeScaling
 
@@ -148,6 +152,71 @@ def test_a_mechanism_is_summed_up_by_the_first_line_of_its_file(monkeypatch: pyt
     assert type("Bare", (AttentionConfig,), {"__doc__": "Its own line.\n\nMore.", "__module__": __name__}).summary == (
         "Its own line."
     )
+
+
+def test_a_mechanism_that_sums_itself_up_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a docstring of its module and without one. What is built on it has a file, and a first line, of its own."""
+    body = {"summary": "In its own words.", "__doc__": "Its own line.", "__module__": __name__}
+    assert type("Said", (AttentionConfig,), body).summary == "In its own words."
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", None)
+    said = dataclass(frozen=True, kw_only=True)(type("Said", (AttentionConfig,), body))
+    assert said.summary == said().summary == "In its own words."
+    assert type("Next", (said,), {"__doc__": "The next.", "__module__": __name__}).summary == "The next."
+
+
+SAID = ("summary", "formula", "source", "caches", "impls", "carries", "breaks", "from_latent", "selects", "swatch")
+
+
+@pytest.mark.parametrize("name", attention.names())
+def test_what_a_mechanism_declares_is_what_its_class_says(name: str) -> None:
+    own = vars(attention.module(name).Config)
+    for variable in SAID:
+        assert attention.declared(name, variable) == (None if variable == "summary" else own.get(variable))
+    assert len(attention.declared(name, "swatch")) == 3
+    assert attention.declared(name, "modes") == own.get("modes") and attention.declared(name, "variants_") is None
+
+
+def test_no_two_mechanisms_look_alike() -> None:
+    swatches = [attention.declared(name, "swatch") for name in attention.names()]
+    assert len({marker for _, marker, _ in swatches}) == len(set(swatches)) == len(swatches)
+
+
+def test_what_a_mechanism_declares_is_read_without_a_framework() -> None:
+    code = "import sys; from attnlab import attention; print(attention.declared('msla', 'selects'), *sys.modules)"
+    words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert words[0] == "top_k" and "attnlab.attention" in words and not {"torch", "attnlab.attention.msla"} & {*words}
+
+
+def test_somebody_elses_mechanism_is_read_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "attnlab_somebodys" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    text = """
+        raise RuntimeError("imported")
+        class Other: swatch = (9, 9, 9)
+        class Config(mha.Config):
+            swatch: ClassVar[tuple[int, int, int]] = (1, 2, 3)
+            source = caches = "é"
+            formula = "a" + str(1)
+            breaks: tuple[str, ...]
+            rank: int = 4
+        """
+    (package / "good.py").write_text(textwrap.dedent(text), "utf-8")
+    (package / "torn.py").write_text("class Config(:")
+    (package / "bare.py").write_text("Config = 3")
+    (tmp_path / "attnlab_alone.py").write_text("class Config:\n    swatch = (4, 5, 6)")
+    monkeypatch.syspath_prepend(tmp_path)
+    places = {name: f"attnlab_somebodys.inner.{name}" for name in ("good", "torn", "bare", "absent")}
+    places |= {"alone": "attnlab_alone", "nowhere": "attnlab_nowhere", "no_package": "attnlab_alone.inner"}
+    points = {f"their_{name}": EntryPoint(name, place, "attnlab.attention") for name, place in places.items()}
+    monkeypatch.setattr(attention, "_others", lambda: points)
+    found = {name: attention.declared(f"their_{name}", "swatch") for name in places}
+    assert found == dict.fromkeys(places) | {"good": (1, 2, 3), "alone": (4, 5, 6)}
+    more = [attention.declared("their_good", word) for word in ("source", "caches", "formula", "breaks", "rank")]
+    assert more == ["é", "é", None, None, 4]
+    for label in ("their_unknown", "mha+mla", "", ".."):
+        assert attention.declared(label, "swatch") is None
 
 
 def test_only_rows_can_be_taken_back() -> None:

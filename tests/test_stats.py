@@ -131,6 +131,15 @@ def test_welch_where_a_sample_does_not_vary():
     assert welch([1.0] * 3, [1.0] * 2) == welch([1.0] * 3, [2.0] * 2) == 1.0
 
 
+def test_welch_does_not_depend_on_the_unit():
+    """The fourth power of such differences is too small for a float; the degrees of freedom stay those of the formula:
+    one, where the sample of two varies more."""
+    ours, theirs = [0.25, 0.5, 0.25, 0.5, 0.25, 0.5], [0.0, 1.0]
+    for tiny in (2.0**-300, 2.0**-400):
+        for a, b in ((ours, theirs), (theirs, ours)):
+            assert welch([x * tiny for x in a], [x * tiny for x in b]) == pytest.approx(welch(a, b), abs=1e-9)
+
+
 @pytest.mark.parametrize("many", [2, 3, 6])
 def test_beyond_is_the_tail_of_a_prediction(many):
     """Student's t with the groups' degrees of freedom; the value's own spread counts beside that of the mean."""

@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
+# public name -> the module that defines it
 _HOME = {
     "UserError": "errors",
     "AttentionConfig": "spec",

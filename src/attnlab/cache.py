@@ -1,8 +1,8 @@
-"""The one cache: named rows, the position each row holds (-1: empty), and named fixed-size state.
+"""The cache of one layer: named rows, the position of each row (-1: empty), and named state of fixed size.
 
-A mechanism declares what it remembers (`CacheSpec`); a `Cache` obeys. A cache is a value passed in and returned;
-nothing lives inside a module, so prompts can be forked, saved, batched and rewound. Rows are preallocated and written
-in place, so use it without gradients, and `fork` before two continuations of one prompt.
+A mechanism declares the shape of its cache (`CacheSpec`), and a `Cache` has that shape. A cache is a value: a call
+takes one and returns one, and no module keeps any, so prompts can be forked, saved, batched and rewound. Rows are
+preallocated and written in place, so use it without gradients, and `fork` before two continuations of one prompt.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .spec import CacheSpec
 
 @dataclass(frozen=True)
 class Seen:
-    """Everything that the queries of one call may read."""
+    """The stored tokens that the queries of one call may read."""
 
     positions: Tensor  # B S; -1: no token
     rows: dict[str, Tensor]  # name -> B S ...
 
     def pick(self, keep: Tensor, count: int) -> Seen:
-        """Only the rows that `keep` (B S, bool) marks, at most `count` of them, in order."""
+        """Return the rows that `keep` (B S, bool) marks, at most `count` of them, in order."""
         chosen = keep.to(torch.uint8).topk(count).indices.sort().values
         batch = torch.arange(len(keep), device=keep.device)[:, None]
         positions = torch.where(keep[batch, chosen], self.positions[batch, chosen], -1)
@@ -38,13 +38,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Cache:
+    """The cache of one layer for B sequences, as `spec` declares it."""
+
     spec: CacheSpec
-    positions: Tensor  # B S
+    positions: Tensor  # B S; -1: an empty row
     rows: dict[str, Tensor]  # name -> B S ...
     state: dict[str, Tensor]  # name -> B ...
-    beside: dict[str, Cache]
-    capacity: int  # rows
-    tokens: int = 0  # how many have passed, padding counted: known on the host, so that no step waits for the device
+    beside: dict[str, Cache]  # name -> a further memory
+    capacity: int  # rows of one sequence
+    tokens: int = 0  # tokens passed, padding counted; a number of the host, so that no step waits for the device
     ragged: bool = True  # False: a promise that all sequences advance together, without padding
 
     @classmethod
@@ -58,9 +60,9 @@ class Cache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cache:
-        """A cache for `batch` sequences of up to `max_len` tokens."""
+        """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ."""
         capacity = spec.slots(max_len)
-        columns = capacity + ragged  # a ragged cache has one more, where padding is written and never read
+        columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache
         return cls(
             spec=spec,
             positions=torch.full((batch, columns), -1, device=device),
@@ -76,14 +78,15 @@ class Cache:
 
     @property
     def held(self) -> int:
-        """Columns that may hold a row."""
+        """Return the number of columns that may hold a row."""
         return min(self.capacity, self.spec.slots(self.tokens))
 
     def with_state(self, **state: Tensor) -> Cache:
+        """Return the cache with this state, all of it, by name (B ...)."""
         return replace(self, state={n: s.to(self.state[n].dtype) for n, s in state.items()})
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Cache:
-        """The cache with every tensor (B ...) of it, positions and memories beside it included, changed alike."""
+        """Return the cache with `change` applied to all its tensors (B ...), positions and further memories too."""
         return replace(
             self,
             positions=change(self.positions),
@@ -93,22 +96,23 @@ class Cache:
         )
 
     def fork(self) -> Cache:
-        """A copy that shares nothing."""
+        """Return a copy that shares no memory with it."""
         return self.each(torch.clone)
 
     def widened(self, max_len: int, *, ragged: bool) -> Cache:
-        """A copy with room for `max_len` tokens, at least what it had; `ragged` where lengths will differ from now."""
+        """Return a copy with room for `max_len` tokens, not fewer than before; `ragged` where lengths may differ."""
         sample = next(iter((*self.rows.values(), *self.state.values())), None)
         like: dict[str, Any] = {"dtype": None if sample is None else sample.dtype, "device": self.positions.device}
         wide = Cache.empty(self.spec, len(self.positions), max_len, ragged=ragged, **like)
         assert wide.capacity >= self.capacity
-        for new, old in ((wide.positions, self.positions), *((wide.rows[n], t) for n, t in self.rows.items())):
-            new[:, : self.capacity] = old[:, : self.capacity]
+        wide.positions[:, : self.capacity] = self.positions[:, : self.capacity]
+        for name, old in self.rows.items():
+            wide.rows[name][:, : self.capacity] = old[:, : self.capacity]
         beside = {n: c.widened(max_len, ragged=ragged) for n, c in self.beside.items()}
         return replace(wide, state={n: t.clone() for n, t in self.state.items()}, beside=beside, tokens=self.tokens)
 
     def rewind(self, length: int) -> Cache:
-        """The cache as it was after `length` tokens, in place; a `UserError` where what was there is overwritten."""
+        """Return the cache as it was after `length` tokens, in place. `UserError` where it cannot go back that far."""
         if self.spec.state or self.spec.keep is not None:
             kind = "keeps a running state" if self.spec.state else f"remembers only the last {self.spec.keep} tokens"
             raise UserError(f"this cache cannot go back to {length} tokens, because it {kind}; fork it before instead")
@@ -121,18 +125,19 @@ class Cache:
         return replace(self, tokens=length, beside=beside)
 
     def floats(self) -> int:
-        """Floats that the tokens held occupy, over the batch: counted, to be compared with `spec.floats`."""
+        """Return the floats of all tokens held, over the batch. They are counted; `spec.floats` foretells them."""
         live = int((self.positions[:, : self.capacity] >= 0).sum())
-        own = live * sum(t.shape[2:].numel() for t in self.rows.values()) + sum(t.numel() for t in self.state.values())
-        return own + sum(c.floats() for c in self.beside.values())
+        rows = live * sum(t.shape[2:].numel() for t in self.rows.values())
+        state = sum(t.numel() for t in self.state.values())
+        return rows + state + sum(c.floats() for c in self.beside.values())
 
     def nbytes(self) -> int:
-        """`floats` in bytes."""
+        """Return `floats` in bytes."""
         sample = next(iter((*self.rows.values(), *self.state.values())), None)
         return self.floats() * (sample.element_size() if sample is not None else 0)
 
     def allocated_bytes(self) -> int:
-        """What the buffers take, filled or not, positions left out."""
+        """Return the bytes of all buffers, filled or not, positions left out."""
         own = sum(t.numel() * t.element_size() for t in (*self.rows.values(), *self.state.values()))
         return own + sum(c.allocated_bytes() for c in self.beside.values())
 
@@ -144,19 +149,20 @@ class Cache:
         return out
 
 
-Output = tuple[Tensor, Cache | None]  # what a mechanism's forward returns: y (B L D), and the cache where one was given
+Output = tuple[Tensor, Cache | None]  # of a mechanism's forward: y (B L D), and the cache where one was given
 
 
 def extend(
     cache: Cache | None, positions: Tensor, tokens: int | None = None, /, **new: Tensor
 ) -> tuple[Seen, Cache | None]:
-    """Add rows `new` (name -> B L ...) of tokens at `positions` (B L). Returns what this call may read, and the cache.
+    """Return the rows that this call may read, and the cache with rows `new` (name -> B L ...) at `positions` (B L).
 
-    `tokens` is how many tokens passed, where that is not the number of rows (a row per completed chunk). Without a
-    cache, as in training, a call sees its own rows and nothing is kept. Raises `UserError` when the cache is full.
+    `tokens` is the number of tokens passed; None: the number of rows (it differs where a row is a completed chunk).
+    Without a cache, as in training, a call reads its own rows, and nothing is kept. Raises `UserError` where the cache
+    is full.
     """
     if (cache is None or cache.ragged) and positions.stride(0):  # one row expanded has no padding
-        pad = positions < 0  # what a pad holds, even not-a-number, must not reach a sum
+        pad = positions < 0  # the values of a pad, which may be NaN, must not reach a sum
         new = {n: t.masked_fill(pad.view(*pad.shape, *[1] * (t.ndim - 2)), 0) for n, t in new.items()}
     if cache is None:
         return Seen(positions, new), None
@@ -175,8 +181,11 @@ def _read(cache: Cache) -> Seen:
 
 
 def _extend_ring(cache: Cache, after: Cache, positions: Tensor, new: dict[str, Tensor]) -> tuple[Seen, Cache]:
-    """One new token overwrites the row that it can no longer see, so write, then read. A longer chunk may overwrite
-    rows that its first queries still need, so it reads old and new side by side before anything is forgotten."""
+    """Extend a full ring.
+
+    One new token overwrites the row that it can no longer see, so its row is written before all are read. A longer
+    chunk may overwrite rows that its first queries still need, so old and new rows are read before any is written.
+    """
     if positions.shape[1] == 1:
         _write(cache, cache.tokens % cache.capacity, positions, positions % cache.capacity, new)
         return _read(after), after
@@ -184,8 +193,8 @@ def _extend_ring(cache: Cache, after: Cache, positions: Tensor, new: dict[str, T
     both = {n: torch.cat([old.rows[n], new[n].to(old.rows[n].dtype)], 1) for n in new}
     seen = Seen(torch.cat([old.positions, positions], 1), both)
     newest = positions.max(1, keepdim=True).values
-    lives = torch.where(positions > newest - cache.capacity, positions, -1)
-    _scatter(cache, lives, lives % cache.capacity, new)
+    kept = torch.where(positions > newest - cache.capacity, positions, -1)
+    _scatter(cache, kept, kept % cache.capacity, new)
     return seen, after
 
 
@@ -201,7 +210,7 @@ def _check_room(cache: Cache, after: Cache, positions: Tensor) -> None:
 
 
 def _write(cache: Cache, column: int, positions: Tensor, slots: Tensor, new: dict[str, Tensor]) -> None:
-    """Into consecutive columns from `column` where all sequences advance together, else each row into its own slot."""
+    """Write into columns from `column` on where all sequences advance together, else each row into its own slot."""
     if cache.ragged:
         return _scatter(cache, positions, slots, new)
     columns = slice(column, column + positions.shape[1])
@@ -213,8 +222,9 @@ def _write(cache: Cache, column: int, positions: Tensor, slots: Tensor, new: dic
 def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tensor]) -> None:
     if cache.ragged:
         slots = torch.where(positions >= 0, slots, cache.capacity)
-    else:  # a ring, all sequences alike: what would be overwritten in this very call is at the front
-        slots, positions = slots[:, -cache.capacity :], positions[:, -cache.capacity :]
+    else:  # a ring, all sequences alike: the rows at the front would be overwritten in this call
+        slots = slots[:, -cache.capacity :]
+        positions = positions[:, -cache.capacity :]
         new = {n: t[:, -cache.capacity :] for n, t in new.items()}
     batch = torch.arange(len(slots), device=slots.device)[:, None]
     for name, values in new.items():
@@ -225,7 +235,7 @@ def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tens
 
 
 def save(caches: Sequence[Cache], path: str | Path) -> Path:
-    """Write the caches of all layers to one safetensors file, whole or not at all."""
+    """Write the caches of all layers to one safetensors file, whole or not at all. Return its path."""
     from safetensors.torch import save as pack
 
     tensors: dict[str, Tensor] = {}
@@ -237,7 +247,7 @@ def save(caches: Sequence[Cache], path: str | Path) -> Path:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
-    """The caches that `save` wrote; a `UserError` where the file is damaged or something else."""
+    """Return the caches that `save` wrote. Raise `UserError` where the file is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,7 +1,7 @@
-"""What every mechanism says about itself: for `attnlab list`, and for the table in docs/mechanisms.md.
+"""The catalogue of mechanisms: for `attnlab list`, and for the table in docs/mechanisms.md.
 
-Nothing is kept by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words
-are the class variables of each Config. Laws are declared here and proven elsewhere: `attnlab audit NAME` runs them.
+Nothing is written by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words
+are class variables of each Config. Laws are only declared here; `attnlab audit NAME` runs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS = 1024  # GPT-2's context
 
 
 def listing(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One record per mechanism, in alphabetical order. One that cannot be built is listed with its error."""
+    """Return one record per mechanism, in alphabetical order. One that cannot be built has its error in it."""
     return [_record(name) for name in (attention.names() if names is None else names)]
 
 
@@ -32,7 +32,7 @@ def _record(name: str) -> dict[str, Any]:
         config: AttentionConfig = attention.config(name, **SHAPE)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in module.Attention(config).parameters())
-    except Exception as error:  # one torn file must not hide the others
+    except Exception as error:  # a broken mechanism must not hide the others
         return {"name": name, "error": str(error) if isinstance(error, UserError) else f"it cannot be built: {error!r}"}
     spec = config.cache_spec
     return {
@@ -55,18 +55,19 @@ def _record(name: str) -> dict[str, Any]:
 
 
 def _options(config: AttentionConfig) -> dict[str, Any]:
-    """The fields that this mechanism adds, with the values they take at `SHAPE`."""
+    """The fields that this mechanism adds, with their values at `SHAPE`."""
     common = {field.name for field in fields(AttentionConfig)}
     added = [field for field in fields(config) if field.name not in common and field.default is not MISSING]
     return {field.name: getattr(config, field.name) for field in added}
 
 
 def laws_in_words(record: dict[str, Any]) -> str:
+    """Return which laws the mechanism of a record obeys, in words."""
     return "all that apply" if not record["breaks"] else f"breaks {', '.join(record['breaks'])}"
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/mechanisms.md: one row per mechanism, then one line of mathematics each."""
+    """Return the table of docs/mechanisms.md: one row per mechanism, then one line of mathematics each."""
     head = [
         "mechanism",
         "what it does",

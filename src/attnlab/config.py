@@ -1,4 +1,4 @@
-"""A run is a value: the model, the data, how it is trained, the seed. Frozen dataclasses that are JSON and back."""
+"""The configuration of a run, as a value: model, data, training, seed. Frozen dataclasses that are JSON and back."""
 
 from __future__ import annotations
 
@@ -88,46 +88,54 @@ class ModelConfig:
             raise UserError(
                 f"model.experts_per_token is {self.experts_per_token}: it must be from 1 to n_experts, {self.n_experts}"
             )
-        layers = enumerate(self.layers)
         if self.ff == "moe" and not self._grouped:
             raise UserError(
                 f"model.experts has {self.experts.groups_kept} of {self.experts.groups} groups of {self.n_experts} "
                 f"experts, {self.experts.group_best} of them counted: groups must be equal, and leave enough to choose"
             )
-        if unused := set(self.options) - set(self.mechanisms) - {f"{name}@{i}" for i, name in layers}:
+        layers = {f"{name}@{i}" for i, name in enumerate(self.layers)}
+        if unused := set(self.options) - set(self.mechanisms) - layers:
             raise UserError(f"model.options names {', '.join(sorted(unused))}, which no layer uses; remove it")
 
     @property
     def layers(self) -> list[str]:
-        """The mechanism of each layer."""
+        """Return the mechanism of each layer."""
         return [self.mechanisms[i % len(self.mechanisms)] for i in range(self.n_layers)]
 
     @property
     def _grouped(self) -> bool:
-        e, size = self.experts, self.n_experts // max(self.experts.groups, 1)
-        whole = e.groups >= 1 and size * e.groups == self.n_experts and 1 <= e.group_best <= size
-        return whole and 1 <= e.groups_kept <= e.groups and self.experts_per_token <= e.groups_kept * size
+        """Whether the groups of experts are equal, and those kept hold enough experts for a token."""
+        e = self.experts
+        size = self.n_experts // max(e.groups, 1)  # experts in a group
+        equal = e.groups >= 1 and size * e.groups == self.n_experts and 1 <= e.group_best <= size
+        return equal and 1 <= e.groups_kept <= e.groups and self.experts_per_token <= e.groups_kept * size
 
     @property
     def resolved_norm_eps(self) -> float:
+        """Return the epsilon of the norms."""
         return {"layer": 1e-5, "rms": 1e-6}[self.norm] if self.norm_eps is None else self.norm_eps
 
     @property
     def ff_kind(self) -> str:
-        """What one expert computes, or the whole feed-forward where there are none."""
+        """Return the activation of one expert, or of the feed-forward where there are no experts."""
         return self.experts.kind if self.ff == "moe" else self.ff
 
     @property
     def resolved_ff_dim(self) -> int:
+        """Return the hidden size of a feed-forward that has no experts."""
         if self.ff_dim is not None:
             return self.ff_dim
-        return -(-8 * self.d_model // 24) * 8 if self.ff_kind == "swiglu" else 4 * self.d_model
+        if self.ff_kind == "swiglu":
+            return -(-8 * self.d_model // 24) * 8  # 8/3 d_model, up to a multiple of 8
+        return 4 * self.d_model
 
     def has_experts(self, layer: int) -> bool:
+        """Return whether layer number `layer`, from 0, has experts."""
         return self.ff == "moe" and layer >= self.experts.dense_layers
 
     @property
     def resolved_expert_dim(self) -> int:
+        """Return the hidden size of one expert."""
         return self.resolved_ff_dim if self.experts.width is None else self.experts.width
 
 
@@ -211,12 +219,12 @@ class RunConfig:
 
     @property
     def mechanism(self) -> str:
-        """A label: "mla", or "sliding+mla" for a hybrid."""
+        """Return the label: "mla", or "sliding+mla" for a hybrid."""
         return "+".join(dict.fromkeys(self.model.mechanisms))
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits that change when anything but the name does."""
+        """Return twelve hexadecimal digits that change with every field but the name."""
         data = to_dict(self)
         del data["name"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
@@ -224,8 +232,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a run is carried out. What it computes does not depend on any of it, beyond rounding: a run may be gone on
-    with under another."""
+    """The way a run is executed. Its results do not depend on it, beyond rounding: a run may continue under another."""
 
     strategy: str = "auto"  # single, ddp, fsdp, deepspeed[:FILE.json]; auto: ddp where several processes were started
     recompute: bool = False  # keep only the inputs of layers, and compute the rest again: less memory, more work
@@ -234,17 +241,20 @@ class Execution:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON values: tuples become lists."""
+    """Return a config as plain JSON values: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """The inverse of `to_dict`. An unknown field is a `UserError` that suggests the nearest known one."""
+    """Return the `cls` of which `to_dict` made `data`. `UserError` for an unknown field names the nearest known one.
+
+    `where` is the place of `data` in the whole, with a dot at its end, for that sentence.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
     for name, value in data.items():
-        choose(f"field in {where or cls.__name__}", name, sorted(known))
+        choose(f"field in {where.removesuffix('.') or cls.__name__}", name, sorted(known))
         values[name] = _restore(hints[name], value, f"{where}{name}.")
     return cls(**values)
 

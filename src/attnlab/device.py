@@ -1,4 +1,4 @@
-"""Which device a run uses, in which precision, and whether it can compile."""
+"""Devices: which one a run uses, in which precision, and whether it can compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. `UserError` lists what is there."""
+    """Return the device called `name`; "auto" is a GPU where there is one. `UserError` lists what is there."""
     there = ["cpu"]
     if torch.cuda.is_available():
         there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -22,7 +22,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
+    """Return the precision called `name`; "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -34,7 +34,7 @@ def find_precision(name: str, device: torch.device) -> str:
 
 
 def check_compiler(option: str, device: torch.device) -> None:
-    """UserError where `option` asks torch.compile for what it cannot do on this machine."""
+    """Raise `UserError` where torch.compile, which `option` asks for, cannot work on this machine."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -48,7 +48,7 @@ def check_compiler(option: str, device: torch.device) -> None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything asked of it is done: no clock may be read before."""
+    """Wait until the device has finished all its work: only then a clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -56,4 +56,5 @@ def wait_for(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,10 +1,10 @@
-"""Documents that share a row, each read as if it were alone.
+"""Packed rows: documents that share a row, each read as if it were alone.
 
-Whatever works token by token runs on the packed tokens, padding left out. Around each attention the documents are taken
-apart, each into a row of its own that begins at position 0, and put together again behind it. So no document can reach
-another in any mechanism, whatever it remembers: sequences of a batch never meet, and a later pad changes no token.
+Layers that work token by token run on the packed tokens, without padding. Before each attention every document is moved
+to a row of its own that begins at position 0, and after it moved back. So no document can reach another in any
+mechanism: sequences of a batch never meet, and a later pad changes no token.
 
-The price: inside attention there are as many rows as documents, and all are as long as the longest.
+The cost: inside attention there are as many rows as documents, and all are as long as the longest.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ PLAIN = Mask(plain=True)
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where each real token of packed rows lies once every document has a row of its own."""
+class PackedRows:
+    """The places of the R real tokens of packed rows, B L, and of N rows of one document each, M tokens long."""
 
     size: torch.Size  # B L
-    real: Tensor  # R: of each real token, row by row, its place among all B L
-    slots: Tensor  # R: and among all N M
-    positions: Tensor  # N M: N documents, M tokens in the longest; -1 after the end of a shorter one
+    real: Tensor  # R: the index of each real token among all B L, row by row
+    slots: Tensor  # R: the index of each real token among all N M
+    positions: Tensor  # N M: positions in the documents; -1 after the end of one that is shorter than the longest
 
     @classmethod
     @torch.compiler.disable  # its shapes follow from the data
-    def of(cls, documents: Tensor) -> Documents:
-        """From B L, int: neighbours in a row with the same number are one document; -1 is padding."""
+    def of(cls, documents: Tensor) -> PackedRows:
+        """Return the places for `documents` (B L, int): neighbours with one number are one document, -1 is padding."""
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         real = (documents >= 0).flatten().nonzero()[:, 0]
@@ -41,26 +41,27 @@ class Documents:
         number = torch.arange(len(real), device=documents.device)
         row = begins.cumsum(0) - 1
         position = number - number[begins][row]
-        N, M = max(1, int(begins.sum())), 1 + int(position.max()) if len(position) else 1
+        N = max(1, int(begins.sum()))
+        M = 1 + int(position.max()) if len(position) else 1
         slots = row * M + position
         positions = torch.full((N * M,), -1, device=documents.device).index_copy(0, slots, position)
         return cls(documents.shape, real, slots, positions.view(N, M))
 
     @property
     def places(self) -> Tensor:
-        """1 R: of each real token, its position in its document."""
+        """Return the position of each real token in its document: 1 R."""
         return self.positions.flatten()[self.slots][None]
 
     def packed(self, x: Tensor) -> Tensor:
-        """Of B L ..., the real tokens: 1 R ..."""
+        """Return the real tokens of x (B L ...): 1 R ..."""
         return x.flatten(0, 1).index_select(0, self.real)[None]
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """The inverse, B L ..., with zeros for padding."""
+        """Return packed tokens (1 R ...) in their rows: B L ..., zeros for padding."""
         return x.new_zeros(self.size.numel(), *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, self.size)
 
     def attend(self, attention: Callable[..., Output], x: Tensor) -> Tensor:
-        """What `attention` makes of each document alone: 1 R D -> 1 R D."""
+        """Return the output of `attention` for each document alone: 1 R D -> 1 R D."""
         N, M = self.positions.shape
         rows = x.new_zeros(N * M, x.shape[-1]).index_copy(0, self.slots, x[0]).view(N, M, -1)
         y, _ = attention(rows, self.positions, None, PLAIN)

@@ -1,4 +1,4 @@
-"""What went wrong, in one sentence: what was given, what is allowed, what to do. Pure Python."""
+"""Errors for users, in one sentence: what was given, what is allowed, what to do. Pure Python."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. One sentence: what was given, what is allowed, what to do."""
+    """An error in what the user gave. One sentence: what was given, what is allowed, what to do."""
 
-    shared = True  # where several processes run the same command: all of them meet it, so the first one says it
+    shared = True  # every process of a command raises it, so the first one alone prints it
 
 
 def choose(what: str, given: str, allowed: Iterable[str]) -> str:
-    """`given` if it is one of `allowed`; else a `UserError` that lists them and names the nearest."""
+    """Return `given` where it is one of `allowed`. Raise `UserError` else, with the list and the nearest of them."""
     allowed = list(allowed)
     if given in allowed:
         return given
@@ -25,7 +25,7 @@ def choose(what: str, given: str, allowed: Iterable[str]) -> str:
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it."""
+    """Return the optional `module`, imported. Raise `UserError` where it is missing: the `extra` installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

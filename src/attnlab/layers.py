@@ -1,13 +1,13 @@
 """PyTorch's layers, faster on a CPU: linear, dropout and norms.
 
-Linear: x W^T + b. Decoding is reading weights, and PyTorch's own way reads them slowly on some processors: on two cores
-of an AMD EPYC, which read memory at 37 GB/s, one row times a float32 matrix ran at 13 to 19 GB/s in MKL. oneDNN, which
-comes with PyTorch too, reached 21 to 32 with the same layout, so without gradients it is used instead. In bfloat16 it
-reaches 13 to 18, unless the weights are stored again in an order of its own; a plain loop over the matrix, which is
-what one row becomes under `torch.compile`, reached 19 to 31. benchmarks/decode.py measures what comes of it.
+Linear: x W^T + b. Decoding is limited by reading weights, and PyTorch reads them slowly on some processors. On two
+cores of an AMD EPYC, which read memory at 37 GB/s, one row times a float32 matrix ran at 13 to 19 GB/s in MKL. oneDNN,
+which comes with PyTorch too, reached 21 to 32 GB/s with the same layout, so it is used where no gradients are needed.
+In bfloat16 oneDNN reaches 13 to 18 GB/s, unless the weights are stored a second time in its own order. A plain loop
+over the matrix, which is what `torch.compile` makes of one row, reached 19 to 31. benchmarks/decode.py measures it.
 
-Dropout: on a CPU, PyTorch draws one Bernoulli number at a time, which takes longer than all matrix products of a small
-model together; here one 64-bit draw decides for four elements. Elsewhere it is PyTorch's.
+Dropout: on a CPU, PyTorch draws one Bernoulli number at a time. In a small model that takes longer than all matrix
+products together. Here one 64-bit draw decides for four elements. On other devices it is PyTorch's.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: ... I, weight: O I, bias: O -> ... O."""
+    """Return x W^T + b. x: ... I, weight: O I, bias: O -> ... O."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias) if x.shape[:-1].numel() != 1 else _one_row(x, weight, bias)
+        one_row = x.shape[:-1].numel() == 1
+        return _one_row(x, weight, bias) if one_row else F.linear(x, weight, bias)
     if ONEDNN and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -42,15 +43,17 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, at the speed of memory."""
+    """`nn.Linear`, as fast as the weights can be read."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element with probability `p` (to 2^-16) and scale the others by 1 / (1 - p). Draws from the default
-    generator."""
+    """Return x, each element zero with probability `p` (to 2^-16), the others scaled by 1 / (1 - p).
+
+    The default generator draws.
+    """
     if p == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -59,7 +62,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def survivors(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """1 where an element stays and 0 where it goes, shaped and typed as `like`, and the scale that keeps the mean."""
+    """Return 1 for elements that stay and 0 for others, as a tensor like `like`, and the scale that keeps the mean."""
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     gone = round(p * 2**16)
     kept = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -81,20 +84,21 @@ class _Dropout(torch.autograd.Function):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
+    """Return a norm over d_model, as the model's config says."""
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.resolved_norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.resolved_norm_eps, bias=config.bias)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, on the CPU at the speed of memory."""
+    """`nn.Dropout`, with the faster draws of `dropout` on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training else x
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the precision of its weight: autocast hands over a narrower x, and mixing them warns."""
+    """`nn.RMSNorm` in the precision of its weight: under autocast x may be narrower, and PyTorch warns of the mix."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The one decoder. GPT-2 and Llama are values of `ModelConfig`, not classes; each layer may have its own mechanism."""
+"""The decoder. GPT-2 and Llama are values of `ModelConfig`, not classes; each layer may have its own mechanism."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import attention
 from .cache import Cache
 from .config import ModelConfig
-from .documents import PLAIN, Documents
+from .documents import PLAIN, PackedRows
 from .errors import UserError
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
@@ -21,7 +21,7 @@ from .spec import CAUSAL, AttentionConfig, Mask
 
 
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
-    """One `Config` per layer. Raises `UserError` for an unknown mechanism or option, or one that does not fit."""
+    """Return one `Config` per layer. Raise `UserError` for an unknown mechanism or option, or one that does not fit."""
     shared = {
         "d_model": config.d_model,
         "n_heads": config.n_heads,
@@ -34,18 +34,21 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     }
 
     def layer(i: int, name: str) -> AttentionConfig:
-        own = {**shared, **config.options.get(name, {}), **config.options.get(f"{name}@{i}", {})}
-        return attention.config(name, **own)
+        options = {**shared, **config.options.get(name, {}), **config.options.get(f"{name}@{i}", {})}
+        return attention.config(name, **options)
 
-    known = [layer(i, name) for i, name in enumerate(config.layers)]
-    for each in known:
+    configs = [layer(i, name) for i, name in enumerate(config.layers)]
+    for each in configs:
         each.check_context(config.context)
-    return known
+    return configs
 
 
 def flops_per_token(config: ModelConfig, context: int | None = None, new: int | None = None) -> float:
-    """Matrix-product FLOPs of a forward pass at full context, per token; training takes about three times that. `new`:
-    of so many tokens at a time, the last of the context; None: of all of them at once."""
+    """Return the FLOPs of the matrix products of a forward pass, per token; training takes about three times as many.
+
+    `context` is in tokens; None: the model's. `new` is how many tokens, the last of the context, one pass reads; None:
+    all of them.
+    """
     context = context or config.context
     new = new or context
     matrices = 3 if config.ff_kind == "swiglu" else 2
@@ -58,16 +61,20 @@ def flops_per_token(config: ModelConfig, context: int | None = None, new: int | 
 
 
 class Block(nn.Module):
+    """One layer: attention and a feed-forward, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: ModelConfig, mixer: AttentionConfig, mechanism: str, experts: bool = False) -> None:
         super().__init__()
-        self.attention_norm, self.ff_norm = make_norm(config), make_norm(config)
+        self.attention_norm = make_norm(config)
+        self.ff_norm = make_norm(config)
         self.attention = attention.module(mechanism).Attention(mixer)
         self.ff = Experts(config) if experts else FeedForward(config, config.resolved_ff_dim)
         self.drop = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask, documents: Documents | None = None
+        self, x: Tensor, positions: Tensor, cache: Cache | None, mask: Mask, documents: PackedRows | None = None
     ) -> tuple[Tensor, Cache | None]:
+        """x: B L D at positions B L -> B L D, and the cache where one was given; 1 R D where `documents` are given."""
         y = self.attention_norm(x)
         if documents is None:
             y, cache = self.attention(y, positions, cache, mask)
@@ -82,31 +89,21 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = c = config
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.place: nn.Embedding | None = nn.Embedding(c.context, c.d_model) if c.positions == "learned" else None
-        self.drop = Dropout(c.dropout)
-        mixers = attention_configs(c)
-        layers = zip(mixers, c.layers, map(c.has_experts, range(c.n_layers)), strict=True)
-        self.layers = nn.ModuleList(Block(c, mixer, name, experts) for mixer, name, experts in layers)
-        self.recompute = False  # in training, layers keep their inputs alone and are computed again going back
-        self.norm = make_norm(c)
-        self.head = Linear(c.d_model, c.vocab_size, bias=False)
-        self.init_weights()
-        if c.tied:
+        self.config = config
+        D = config.d_model
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.place: nn.Embedding | None = nn.Embedding(config.context, D) if config.positions == "learned" else None
+        self.drop = Dropout(config.dropout)
+        layers = zip(attention_configs(config), config.layers, strict=True)
+        self.layers = nn.ModuleList(
+            Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
+        )
+        self.recompute = False  # True: training keeps only the inputs of layers, and computes the rest again
+        self.norm = make_norm(config)
+        self.head = Linear(D, config.vocab_size, bias=False)
+        init_weights(self, config.n_layers)
+        if config.tied:
             self.head.weight = self.embed.weight
-
-    def init_weights(self) -> None:
-        """GPT-2's: normal with 0.02, and smaller by sqrt(2 layers) where a branch is added to the residual stream.
-        Norms, biases and whatever a mechanism sets up itself (gates, decays) stay as they are."""
-        small = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and ".gate." not in name):
-                nn.init.normal_(module.weight, std=small if name.endswith((".o", ".out")) else 0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Experts):
-                nn.init.normal_(module.out, std=small)
 
     def forward(
         self,
@@ -115,10 +112,11 @@ class Decoder(nn.Module):
         cache: list[Cache] | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
-        """`positions` (B L, -1: padding) None: the tokens follow on from those in the cache, and none is padding.
+        """Return the logits (B L vocab_size) of tokens (B L), and the caches after them where caches were given.
 
-        `documents` (B L, -1: padding): which document of its row each token belongs to, where rows hold several, whole;
-        each is then read as if it were alone. The logits of padding mean nothing.
+        `positions`: B L, -1 for padding; None: the tokens follow those in the cache, and none is padding. `documents`:
+        B L, the number of each token's document in its row, -1 for padding, where rows hold several whole documents;
+        each is then read as if it were alone. The logits of padding mean nothing. `UserError` where these do not fit.
         """
         x, caches = self.hidden(tokens, positions, cache, documents)
         return self.head(x), caches
@@ -130,13 +128,15 @@ class Decoder(nn.Module):
         cache: list[Cache] | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
-        """What the head reads: B L D."""
-        mask, packed = CAUSAL, None
+        """Return the input of the head (B L D), and the caches. The arguments are those of `forward`."""
+        mask = CAUSAL
+        packed = None
         if documents is not None:
             if positions is not None or cache:
                 raise UserError("packed documents have positions of their own and no cache: give documents alone")
-            packed = Documents.of(documents)
-            tokens, positions = packed.packed(tokens), packed.places
+            packed = PackedRows.of(documents)
+            tokens = packed.packed(tokens)
+            positions = packed.places
             self._check_length(packed.positions.shape[1])
         if positions is None:
             start = cache[0].tokens if cache else 0
@@ -160,9 +160,11 @@ class Decoder(nn.Module):
         return packed.unpacked(x) if packed else x, kept if cache else None
 
     def experts(self) -> list[Experts]:
+        """Return the experts of all layers that have them."""
         return [block.ff for block in self.blocks() if isinstance(block.ff, Experts)]
 
     def blocks(self) -> list[Block]:
+        """Return all layers, with their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def _check_length(self, length: int) -> None:
@@ -173,7 +175,7 @@ class Decoder(nn.Module):
             )
 
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats per token, targets B L; a target of -1 does not count."""
+        """Return the mean cross entropy in nats per token. `targets`: B L; -1: it does not count."""
         logits, _ = self(tokens, documents=documents)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
@@ -186,7 +188,10 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> list[Cache]:
-        """One cache per layer for `batch` sequences of up to `max_len` tokens; `ragged` where lengths differ."""
+        """Return one empty cache per layer, for `batch` sequences of up to `max_len` tokens.
+
+        `ragged` where lengths differ. Raises `UserError` where there are fewer learned positions.
+        """
         self._check_length(max_len)
         weight = self.embed.weight
         like: dict[str, Any] = {"dtype": dtype or weight.dtype, "device": device or weight.device}
@@ -195,15 +200,35 @@ class Decoder(nn.Module):
         ]
 
     def parameter_count(self) -> int:
-        """Parameters, each counted once, positions and embeddings included."""
+        """Return the number of parameters, each counted once, positions and embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
 
+def init_weights(model: nn.Module, layers: int, std: float = 0.02) -> None:
+    """Set the weights of a decoder with so many layers, or of a mechanism in one, as GPT-2's: normal with `std`.
+
+    Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). Norms, and all that a mechanism
+    sets itself (gates, decays), stay as they are.
+    """
+    small = std / math.sqrt(2 * layers)
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        if "gate" in path:
+            continue
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=small if last in ("o", "out") else std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Experts):
+            nn.init.normal_(module.out, std=small)
+
+
 def parameters(model: ModelConfig) -> int:
+    """Return the number of parameters of a model, which is not allocated."""
     with torch.device("meta"):
         return Decoder(model).parameter_count()
 
 
 def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
-    """What one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
+    """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))

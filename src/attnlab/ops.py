@@ -1,4 +1,4 @@
-"""Torch mathematics that mechanisms share. `attend` is the one door to `kernels/`."""
+"""Mathematics that mechanisms share, in PyTorch. `attend` is the only caller of `kernels/`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.nn.functional import pad
 from . import kernels, recording
 from .kernels import reference
 from .kernels.pairs import Pairs, one_row
-from .layers import Linear as Linear  # a mechanism takes all it needs from here
-from .layers import linear as linear
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
@@ -25,10 +23,10 @@ def rope(
     places: Sequence[float] = (),
     scaling: RopeScaling = UNSCALED,
 ) -> Float[Tensor, "B L N H"]:
-    """Turn each pair (x[i], x[i + H/2]) by the angle position / theta^place[i]. `theta` None: x as it is.
+    """Return x with each pair (x[i], x[i + H/2]) turned by position / theta^place[i] radians. `theta` None: x as it is.
 
-    Left out, the places are spread evenly, 2i/H, and scaled; given, they are taken as they are. Su et al. 2021 (arXiv
-    2104.09864), with the half-split pairs of GPT-NeoX and Llama.
+    Su et al. 2021 (arXiv 2104.09864), with the pairs of GPT-NeoX and Llama: i and i + H/2. Without `places` they are
+    spread evenly, 2i/H, and slowed by `scaling`. Given places are used as they are.
     """
     if theta is None:
         return x
@@ -39,10 +37,13 @@ def rope(
     else:
         frequency = frequencies(half, theta, scaling, exact, x.device)
     angle = one_row(positions)[..., None, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     if scaling.magnitude != 1:
-        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos = cos * scaling.magnitude
+        sin = sin * scaling.magnitude
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -54,7 +55,7 @@ def frequencies(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> Float[Tensor, " P"]:
-    """Radians per token of a head's pairs, spread evenly and then scaled."""
+    """Return the radians per token of each pair of a head: spread evenly, then slowed by `scaling`."""
     frequency = theta ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)
     if scaling.kind == "none":
         return frequency
@@ -62,22 +63,25 @@ def frequencies(
 
 
 def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -> Float[Tensor, " P"]:
-    """How far each pair is slowed: 0 not at all, 1 by the whole factor."""
+    """Return how much each pair is slowed: from 0, not at all, to 1, by the whole factor."""
     if scaling.kind == "linear":
         return torch.ones_like(frequency)
-    turns, slow, fast = scaling.original / math.tau, scaling.slow, scaling.fast
+    turns = scaling.original / math.tau  # of a pair over the original context, per radian per token
     if scaling.kind == "llama3":
-        return ((fast - turns * frequency) / (fast - slow)).clamp(0, 1)
+        return ((scaling.fast - turns * frequency) / (scaling.fast - scaling.slow)).clamp(0, 1)
     half = len(frequency)
-    first, last = (half * math.log(turns / times) / math.log(theta) for times in (fast, slow))
+    first = half * math.log(turns / scaling.fast) / math.log(theta)  # the number of the pair that turns `fast` times
+    last = half * math.log(turns / scaling.slow) / math.log(theta)
     if scaling.whole:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, 2 * half - 1)
     pair = torch.arange(half, device=frequency.device, dtype=frequency.dtype)
     return ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
-def attend(
+def attend(  # noqa: PLR0913, RUF100 (the one interface of all kernels)
     q: Float[Tensor, "B L N H"],
     k: Float[Tensor, "B S K H"],
     v: Float[Tensor, "B S K V"],
@@ -90,8 +94,12 @@ def attend(
     dropout: float = 0.0,
     keep: Tensor | None = None,
 ) -> Float[Tensor, "B L N V"]:
-    """Softmax attention. Query head n reads key/value head n // (N/K); a key at position -1 does not exist; a query
-    that sees nothing gives 0. `scale` None: H^-0.5. `keep` (B|1 N|1 L S, bool) narrows what the mask allows."""
+    """Return softmax(q k^T scale) v over the keys that each query may see. `scale` None: H^-0.5.
+
+    Query head n reads key/value head n // (N/K). A key at position -1 does not exist. A query that sees no key gives 0.
+    `keep` (B|1 N|1 L S, bool) narrows what the mask allows. Raises `UserError` for an unknown `impl`, and where that
+    kernel cannot do what is asked.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = Pairs(mask, q_pos, k_pos, keep)
     if recording.wants_maps():
@@ -102,19 +110,21 @@ def attend(
 def attention_weights(
     q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
 ) -> Float[Tensor, "B N L S"]:
-    """The weights that `attend` would use."""
+    """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
     return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
 
 
 def ema(
     x: Float[Tensor, "B L D"], decay: Float[Tensor, " D"], positions: Int[Tensor, "B L"], start: Tensor | None = None
 ) -> Float[Tensor, "B L D"]:
-    """m[t] = decay m[t-1] + (1 - decay) x[t] from m = `start` (B D; None: 0); a token at position -1 passes m on.
+    """Return m[t] = d m[t-1] + (1 - d) x[t], d = 0.05 + 0.95 decay. m begins as `start` (B D; None: 0).
 
-    A scan in two levels, never a loop over tokens: within groups of 16 a cumulative sum of x[t] / decay^t, whose range
-    stays small because decay is held above 0.05; between groups, log2(L / 16) doublings.
+    A token at position -1 leaves m as it was. The scan has two levels and no loop over tokens. Within groups of 16 it
+    is a cumulative sum of x[t] / d^t, whose range stays small because d is at least 0.05. Between groups it is
+    log2(L / 16) doublings.
     """
-    L, group = x.shape[1], 16
+    L = x.shape[1]
+    group = 16  # tokens
     exact = torch.promote_types(x.dtype, torch.float32)
     real = one_row(positions) >= 0
     decay = 0.05 + 0.95 * decay.to(exact)
@@ -124,7 +134,7 @@ def ema(
     age = pad(real, (0, rest)).unflatten(1, (-1, group)).cumsum(2)[..., None] * decay.log()
     fall = age.exp()
     within = (x * (-age).exp()).cumsum(2) * fall
-    # each group as a map m -> factor m + shift; compose neighbours until every group knows all before it
+    # each group is a map m -> factor m + shift; compose neighbours until each group has composed all before it
     factor, shift = fall[:, :, -1], within[:, :, -1]
     step = 1
     while step < shift.shape[1]:
@@ -141,29 +151,48 @@ def ema(
 def chunk_sums(
     x: Float[Tensor, "B L D"], positions: Int[Tensor, "B L"], chunk: int, carried: Tensor | None = None
 ) -> tuple[Float[Tensor, "B M D"], Int[Tensor, "B M"], Float[Tensor, "B D"]]:
-    """Sums of x over chunks of `chunk` positions: of each chunk touched, its number (-1 where its last token has not
-    come), and the sum of the chunk still open. Without `carried`, the open sum of what came before (B D), nothing came
-    before, and a chunk whose head is missing does not count."""
-    L, row = x.shape[1], one_row(positions)
-    real, far = row >= 0, torch.iinfo(torch.int64).max // 2
-    start = torch.where(real, row, far).amin(1, keepdim=True)
-    first = torch.where(start < far, (start + (chunk - 1 if carried is None else 0)) // chunk, 0)
-    column = torch.arange(L // chunk + 2, device=x.device)
-    belongs = real[..., None] & ((row // chunk - first)[..., None] == column)
-    x = x if len(row) < len(x) else x.masked_fill(~real[..., None], 0)  # 0 times what a pad may hold is not always 0
+    """Return the sums of x over the chunks of `chunk` positions that these tokens touch, the numbers of these chunks
+    (-1 where the last token of one has not come), and the sum of the chunk that is still open.
+
+    `carried` (B D) is the open sum that earlier tokens left. None: no token came earlier, and a chunk whose first token
+    is missing does not count.
+    """
+    row = one_row(positions)
+    real = row >= 0
+    first = _first_chunk(row, chunk, begun=carried is not None)
+    column = torch.arange(x.shape[1] // chunk + 2, device=x.device)  # the most chunks that L tokens can touch
+    belongs = real[..., None] & ((row // chunk - first)[..., None] == column)  # B|1 L M
+    if len(row) == len(x):  # sequences have positions of their own: 0 times what a pad may hold is not always 0
+        x = x.masked_fill(~real[..., None], 0)
     sums = torch.einsum("blm,bld->bmd", belongs.to(x.dtype).expand(len(x), -1, -1), x)
     if carried is not None:
-        sums = torch.cat([sums[:, :1] + carried.to(x.dtype)[:, None], sums[:, 1:]], 1)
-    done = (row.amax(1, keepdim=True) + 1) // chunk  # the first chunk that is not complete
-    still_open = sums.gather(1, (done - first).clamp(min=0)[..., None].expand(len(x), 1, x.shape[2]))[:, 0]
-    return sums, torch.where(first + column < done, first + column, -1).expand(len(x), -1), still_open
+        begun = sums[:, :1] + carried.to(x.dtype)[:, None]
+        sums = torch.cat([begun, sums[:, 1:]], 1)
+    open_chunk = (row.amax(1, keepdim=True) + 1) // chunk  # the first chunk that is not complete
+    open_column = (open_chunk - first).clamp(min=0)[..., None].expand(len(x), 1, x.shape[2])
+    still_open = sums.gather(1, open_column)[:, 0]
+    number = first + column
+    number = torch.where(number < open_chunk, number, -1).expand(len(x), -1)
+    return sums, number, still_open
+
+
+def _first_chunk(row: Int[Tensor, "B L"], chunk: int, *, begun: bool) -> Int[Tensor, "B 1"]:
+    """The number of the first chunk that counts: the one that holds the first token where its sum has `begun` earlier,
+    else the first one that is there from its first token on; 0 where there is no token."""
+    far = torch.iinfo(torch.int64).max // 2
+    start = torch.where(row >= 0, row, far).amin(1, keepdim=True)
+    rounded = start if begun else start + chunk - 1
+    return torch.where(start < far, rounded // chunk, 0)
 
 
 def spread(best: Tensor, chunks: Int[Tensor, "B M"], wanted: Int[Tensor, "B S"]) -> Tensor:
-    """What was chosen among chunks (best: B L M, bool) as a choice among tokens that lie in chunk `wanted`: B L S.
-    Chunk numbers rise by one from column to column where they are not -1."""
-    best, chunks = pad(best, (0, 1)), pad(chunks, (0, 1), value=-1)  # a last column for tokens of no chunk
-    last = chunks.shape[1] - 1
+    """Return a choice among chunks (best: B L M, bool) as a choice among tokens that lie in chunk `wanted`: B L S.
+
+    Chunk numbers rise by one from column to column where they are not -1.
+    """
+    last = chunks.shape[1]  # the number of a column added for tokens of no chunk: it is never chosen
+    best = pad(best, (0, 1))
+    chunks = pad(chunks, (0, 1), value=-1)
     first = torch.where(chunks >= 0, chunks - torch.arange(last + 1, device=chunks.device), 0).amax(1, keepdim=True)
     column = wanted - first
     column = torch.where((column >= 0) & (column < last), column, last)
@@ -173,26 +202,28 @@ def spread(best: Tensor, chunks: Int[Tensor, "B M"], wanted: Int[Tensor, "B S"])
 def index_scores(
     q: Float[Tensor, "B L J E"], k: Float[Tensor, "B S E"], weight: Float[Tensor, "B L J"]
 ) -> Float[Tensor, "B L S"]:
-    """sum_j weight[t, j] relu(q[t, j] . k[s]), in float32 at least."""
+    """Return sum_j weight[t, j] relu(q[t, j] . k[s]), in float32 at least."""
     match = torch.einsum("blje,bse->bjls", q, k.to(q.dtype)).relu()
     return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
-    """True for the `count` highest of the last dimension; equal ones go to the later index, so that decoding in chunks
-    agrees with decoding at once. Entries of -inf are never chosen."""
+    """Return True for the `count` highest scores of the last dimension; -inf is never chosen.
+
+    Of equal scores the later index wins, so that decoding in chunks agrees with decoding at once.
+    """
     if count >= scores.shape[-1]:
         return scores > -torch.inf
     best = scores.topk(count, sorted=False).values
     least = best.amin(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    room = (best == least).sum(-1, keepdim=True, dtype=torch.int32)  # for those that equal the least
-    level = scores == least
-    order = level.cumsum(-1, dtype=torch.int32)  # counted from the earliest
-    return (scores > least) | (level & (order > order[..., -1:] - room))
+    room = (best == least).sum(-1, keepdim=True, dtype=torch.int32)  # places for scores that equal the least
+    ties = scores == least
+    order = ties.cumsum(-1, dtype=torch.int32)  # counted from the earliest
+    return (scores > least) | (ties & (order > order[..., -1:] - room))
 
 
 def kl(target: Tensor, scores: Tensor, keep: Tensor, real: Tensor) -> Tensor:
-    """KL(target || softmax of the scores) in nats over kept entries (all B L S), mean over the `real` rows."""
+    """Return KL(target || softmax of the scores) in nats over the kept entries (B L S), mean over the `real` rows."""
     guess = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).log_softmax(-1).masked_fill(~keep, 0)
     divergence = (torch.xlogy(target, target) - target * guess).sum(-1)
     return (divergence * real).sum() / real.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Complete, reproducible runs by name."""
+"""Runs by name: complete and reproducible configs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 
+COMPARED = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # the mechanisms of a default comparison
+
 
 def quick() -> RunConfig:
-    """What `make demo` runs: a small model on Shakespeare's characters, seconds per run on two cores."""
+    """The run of `make demo`: a small model on Shakespeare's characters, seconds per run on two cores."""
     model = ModelConfig(context=64, n_layers=4, d_model=128, n_heads=8, positions="rope")
     train = TrainConfig(
         steps=400, batch_size=12, lr=4e-3, min_lr=4e-4, warmup=40, eval_every=100, eval_batches=20, save_every=200
@@ -90,6 +92,7 @@ def llama_70b() -> RunConfig:
 
 
 def llama3(name: str, lr: float, **shape: int) -> RunConfig:
+    """Return a preset in the style of Llama 3, with this shape and peak learning rate."""
     base = llama_1b()
     model = replace(base.model, **shape, norm_eps=1e-5, tied=False)  # type: ignore[arg-type]
     train = replace(base.train, batch_size=1, accumulate=512, lr=lr, min_lr=lr / 100, warmup=8000, betas=(0.9, 0.95))
@@ -142,7 +145,8 @@ def openwebtext_124m(mechanism: str = "mha") -> RunConfig:
 
     Mended: GPT had 50,304 rows of vocabulary and MLA 50,257; here both have 50,304, so that they differ in their
     attention alone. The rate falls to its end within the 27,000 steps (ours)."""
-    base, latent = gpt2_124m(), nanogpt_mla_124m().model.options
+    base = gpt2_124m()
+    latent = nanogpt_mla_124m().model.options
     model = replace(base.model, vocab_size=50304, bias=False, mechanisms=(mechanism,), options=used(latent, mechanism))
     train = replace(base.train, steps=27_000, eval_batches=200)
     name = "-".join(["openwebtext-124m", *(f"{m}{fields['kv_rank']}" for m, fields in model.options.items())])
@@ -228,11 +232,11 @@ def repeats() -> RunConfig:
 
 
 def used(options: Mapping[str, Mapping[str, Any]], *mechanisms: str) -> dict[str, Mapping[str, Any]]:
-    """The options of these mechanisms alone."""
+    """Return the options of these mechanisms alone."""
     return {name: fields for name, fields in options.items() if name in mechanisms}
 
 
-CORPORA = {  # and the commands that make them
+CORPORA = {  # name -> the commands that make it
     "tinystories-2000": ["attnlab prepare tinystories --max-documents 2000 --out data/tinystories-2000"],
     "openwebtext": ["attnlab prepare openwebtext --out data/openwebtext"],
     "wikitext-103-10k": [
@@ -244,12 +248,13 @@ CORPORA = {  # and the commands that make them
 
 
 def prepared(name: str) -> DataConfig:
+    """Return the data of a corpus in `CORPORA`."""
     assert name in CORPORA
     return DataConfig(source=f"prepared:data/{name}")
 
 
 def check_corpus(config: RunConfig) -> None:
-    """UserError where a corpus of these presets is not there, with the commands that make it."""
+    """Raise `UserError` where a corpus of these presets is missing, with the commands that make it."""
     path = Path(config.data.source.removeprefix("prepared:"))
     if config.data.source.startswith("prepared:") and path.name in CORPORA and not path.exists():
         raise UserError(f"{path} is not there; make it with {' and then '.join(CORPORA[path.name])}")
@@ -277,16 +282,17 @@ _PRESETS = {preset().name: preset for preset in _ALL}
 
 
 def names() -> list[str]:
+    """Return the names of all presets."""
     return list(_PRESETS)
 
 
 def get(name: str) -> RunConfig:
-    """The preset called `name`; raises `UserError` for an unknown one."""
+    """Return the preset called `name`. Raise `UserError` for an unknown one."""
     return _PRESETS[choose("preset", name, names())]()
 
 
 def about(name: str) -> str:
-    """What it is, and for a recipe of another project what is mended in it."""
+    """Return the description of a preset, and for a recipe of another project what is mended in it."""
     preset = _PRESETS[choose("preset", name, names())]
     return inspect.getdoc(preset.func if isinstance(preset, partial) else preset) or ""
 
@@ -295,9 +301,10 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 def variant(preset: RunConfig, label: str, options: Options | None = None) -> RunConfig:
-    """`preset` with the mechanism `label`, "mla" or a hybrid "sliding+sliding+mla", one name per layer, repeated.
+    """Return `preset` with the mechanism `label`: "mla", or a hybrid "sliding+sliding+mla", one per layer, repeated.
 
-    `options` holds Config fields by mechanism; those that no layer uses are left out.
+    `options` holds Config fields by mechanism; those that no layer uses are left out. Raises `UserError` for an unknown
+    mechanism.
     """
     names = tuple(label.split("+"))
     for name in names:
@@ -308,6 +315,6 @@ def variant(preset: RunConfig, label: str, options: Options | None = None) -> Ru
 
 
 def with_options(config: RunConfig, options: Options) -> RunConfig:
-    """`config` with these Config fields set as well, by mechanism."""
+    """Return `config` with these Config fields of mechanisms set as well."""
     merged = {name: {**config.model.options.get(name, {}), **fields} for name, fields in options.items()}
     return replace(config, model=replace(config.model, options={**config.model.options, **merged}))

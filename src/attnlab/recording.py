@@ -1,4 +1,4 @@
-"""What a forward pass hands out on request: attention maps, notes and auxiliary losses."""
+"""Records of a forward pass, on request: attention maps, notes and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .layers import Linear as Linear
-from .layers import linear as linear
-
 Collection = TypeVar("Collection")
 
 
 class Maps(list[Tensor]):
-    """Attention weights (B N L S), one of each `attend` call, in order."""
+    """Attention weights (B N L S), one tensor for each `attend` call, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.at: list[tuple[Tensor, Tensor]] = []  # the positions of each map's queries (B L) and keys (B S)
+        self.at: list[tuple[Tensor, Tensor]] = []  # positions of the queries (B L) and keys (B S) of each map
 
 
-_maps: Maps | None = None  # what `record_attention`, `record_losses` and `record_notes` are collecting, if anything
-_losses: dict[str, list[Tensor]] | None = None
-_notes: dict[str, list[Tensor]] | None = None
-_scale = 1.0  # of auxiliary losses
-_first_part = True  # of a step
+_maps: Maps | None = None  # the open collection of `record_attention`; None: nobody records
+_losses: dict[str, list[Tensor]] | None = None  # that of `record_losses`
+_notes: dict[str, list[Tensor]] | None = None  # that of `record_notes`
+_scale = 1.0  # factor of auxiliary losses
+_first_part = True  # whether this forward pass is the first part of a step
 
 
 @contextmanager
 def _collecting(name: str, found: Collection) -> Iterator[Collection]:
-    """`found` stands as this module's `name` while it is open, and what stood there stands again afterwards."""
+    """Set this module's variable `name` to `found` while the context is open, and to its old value afterwards."""
     outer = globals()[name]
     globals()[name] = found
     try:
@@ -43,12 +40,12 @@ def _collecting(name: str, found: Collection) -> Iterator[Collection]:
 
 
 def record_attention() -> AbstractContextManager[Maps]:
-    """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing when not in use."""
+    """Collect the attention weights (B N L S) of every `attend` call, in order. Costs nothing while it is not open."""
     return _collecting("_maps", Maps())
 
 
 def record_notes() -> AbstractContextManager[dict[str, list[Tensor]]]:
-    """Collect what mechanisms tell with `note`, by name, in order: latents, gates, the load of experts."""
+    """Collect the values that modules give to `note`, by name, in order: latents, gates, the load of experts."""
     return _collecting("_notes", defaultdict(list))
 
 
@@ -58,43 +55,45 @@ def record_losses() -> AbstractContextManager[dict[str, list[Tensor]]]:
 
 
 def wants_maps() -> bool:
-    """Whether attention weights are being collected."""
+    """Return whether attention weights are being collected."""
     return _maps is not None
 
 
 def add_map(weights: Tensor, q_pos: Tensor, k_pos: Tensor) -> None:
-    """Keep the weights (B N L S) of one `attend` call and the positions of its queries (B L) and keys (B S)."""
+    """Record the weights (B N L S) of one `attend` call, and the positions of its queries (B L) and keys (B S)."""
     if _maps is not None:
         _maps.append(weights.detach())
         _maps.at.append((q_pos, k_pos))
 
 
 def note(name: str, value: Tensor) -> Tensor:
-    """`value` as it is, for those who look inside. Costs nothing when nobody does."""
+    """Record `value` under this name where `record_notes` is open, and return it as it is."""
     if _notes is not None:
         _notes[name].append(value.detach())
     return value
 
 
 def scale_losses(factor: float) -> AbstractContextManager[float]:
-    """Auxiliary losses attached meanwhile weigh `factor` times as much: that of the loss that they stand beside, where
-    it is one part of a batch, or scaled for float16."""
+    """Multiply the auxiliary losses of forward passes in this context by `factor`.
+
+    It is the factor of the main loss: where that is one part of a batch, or is scaled for float16.
+    """
     return _collecting("_scale", factor)
 
 
 def part_of_step(number: int) -> AbstractContextManager[bool]:
-    """A forward pass meanwhile is part `number`, from 0, of those whose gradients make up one step."""
+    """Say that forward passes in this context are part `number`, from 0, of a step that adds up several gradients."""
     return _collecting("_first_part", number == 0)
 
 
 def begins_step() -> bool:
-    """Whether this forward pass is the first of a step: not a later part, and not one that is computed again on the
-    way back (activation checkpointing)."""
+    """Return whether this forward pass is the first of a step: no later part, and not computed again by activation
+    checkpointing."""
     return _first_part and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
 
 def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
-    """`y` unchanged; in the backward pass, the gradient of `weight * loss` joins that of whatever is made from `y`."""
+    """Return `y` unchanged. The backward pass through it adds the gradient of `weight * loss`."""
     if _losses is not None:
         _losses[name].append(loss.detach())
     return _Attach.apply(y, loss, weight * _scale)
@@ -103,7 +102,8 @@ def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.dtype = weight, loss.dtype
+        ctx.weight = weight
+        ctx.dtype = loss.dtype
         return y.view_as(y)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Results are files. What a run, a law or a benchmark found, and how it is written: pure Python, no framework."""
+"""Results of runs, laws and benchmarks, as JSON records. Pure Python: no framework is imported here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class Record:
     """A dataclass that is one JSON object."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values, ready for JSON."""
         return asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the record that `to_dict` made `data` of; fields that are not known here are left out."""
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**{k: v for k, v in data.items() if k in known})
 
@@ -37,9 +39,9 @@ class RunResult(Record):
     status: str = "done"  # done, interrupted, failed
     error: str = ""
     parameters: int = 0
-    floats_per_token: float = 0.0  # cache floats that each further token costs, all layers
-    cache_bytes: int = 0  # one sequence at `context` tokens, all layers, in the dtype of the cache
-    flops_per_token: float = 0.0  # forward pass at full context
+    floats_per_token: float = 0.0  # cache floats that each further token adds, all layers
+    cache_bytes: int = 0  # cache of one sequence of `context` tokens, all layers, in the dtype of the cache
+    flops_per_token: float = 0.0  # of a forward pass at full context
     steps: int = 0
     tokens: int = 0
     context: int = 0
@@ -48,12 +50,12 @@ class RunResult(Record):
     best_val_loss: float | None = None
     tokens_per_s: float | None = None
     mfu: float | None = None  # model FLOPs per second, as a share of the peak
-    peak: str = ""  # what that is, and how it is known
-    data_wait: float | None = None  # share of the time
+    peak: str = ""  # the peak, and its origin: a datasheet or a measurement
+    data_wait: float | None = None  # share of the time that steps waited for data
     strategy: str = ""
     processes: int = 1
-    skipped: int = 0  # steps not taken, because of what they would have done
-    rewinds: int = 0
+    skipped: int = 0  # steps that the guard did not take
+    rewinds: int = 0  # times that the guard went back to a checkpoint
     seconds: float = 0.0
     peak_bytes: int = 0
     precision: str = ""
@@ -61,7 +63,7 @@ class RunResult(Record):
     threads: int = 0
     device: str = ""
     command: str = ""
-    attempts: int = 1  # 2: what the machine spoilt was made once more
+    attempts: int = 1  # 2: the run was started again after an error of the machine
     options: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)  # [step, validation loss]
     train_curve: list[list[float]] = field(default_factory=list)  # [step, training loss]
@@ -69,7 +71,7 @@ class RunResult(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult(Record):
-    """What one run on a synthetic task answers to held-out questions. Accuracies are shares, from 0 to 1."""
+    """The answers of one run on a synthetic task to held-out questions. Accuracies are shares, from 0 to 1."""
 
     task: str
     mechanism: str
@@ -81,16 +83,18 @@ class TaskResult(Record):
     parameters: int = 0
     steps: int = 0
     seconds: float = 0.0  # of training
-    chance: float = 0.0  # the accuracy of whoever does not see earlier tokens
-    accuracy: float | None = None  # right answers at `context` tokens
-    exact: float | None = None  # sequences of `context` tokens without a mistake
-    sequences: int = 0  # held out, of each length
+    chance: float = 0.0  # the best accuracy of a model that does not see earlier tokens
+    accuracy: float | None = None  # share of right answers at `context` tokens
+    exact: float | None = None  # share of sequences of `context` tokens without a mistake
+    sequences: int = 0  # held-out sequences of each length
     lengths: list[dict[str, float]] = field(default_factory=list)  # length, accuracy, exact, cache_bytes
     depths: list[list[float]] = field(default_factory=list)  # [length, depth from 0 to 1, accuracy]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LawResult(Record):
+    """The result of one law for one mechanism."""
+
     law: str
     mechanism: str
     status: str  # holds, broken, n/a
@@ -105,7 +109,7 @@ class BenchRecord(Record):
     kind: str  # train, prefill, decode
     mechanism: str
     impl: str = ""
-    mode: str = ""  # a mechanism's way to compute, where it has several
+    mode: str = ""  # the mode of the mechanism, where it has several
     dtype: str = ""
     device: str = ""
     threads: int = 0
@@ -113,39 +117,39 @@ class BenchRecord(Record):
     batch: int = 1
     tokens_per_s: float | None = None
     ms: float | None = None
-    ms_spread: list[float] = field(default_factory=list)  # fastest, slowest
+    ms_spread: list[float] = field(default_factory=list)  # [fastest, slowest] repeat
     peak_bytes: int | None = None
-    cache_bytes: int | None = None  # live, counted from the tensors
-    flops: int | None = None  # counted
+    cache_bytes: int | None = None  # of rows in use, counted from the tensors
+    flops: int | None = None  # counted by PyTorch
     parameters: int = 0
     repeats: int = 0
-    relative: float | None = None  # its time over the baseline's
+    relative: float | None = None  # its time divided by the baseline's
     error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores(Record):
-    """What the heads of one model do: score name -> layers -> heads. See heads/scores.py for what each means."""
+    """The scores of the heads of one model: score name -> layers -> heads. heads/scores.py defines each."""
 
     scores: dict[str, list[list[float]]]
-    not_repeated: dict[str, list[list[float]]]  # the same places in sequences without a repeat
-    untrained: dict[str, list[list[float]]]  # the mean of fresh models of the same shape
-    p: dict[str, list[list[float]]]  # one-sided, before correction, the larger of both nulls
+    not_repeated: dict[str, list[list[float]]]  # first null: the same positions in sequences without a repeat
+    untrained: dict[str, list[list[float]]]  # second null: the mean of untrained models of the same shape
+    p: dict[str, list[list[float]]]  # one-sided p-value before correction, the larger of both nulls
     marked: dict[str, list[list[bool]]]  # above both nulls after Holm's correction over all heads and scores
     alpha: float
     sequences: int
-    segments: list[int]  # tokens
+    segments: list[int]  # lengths, in tokens
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Record):
-    """What the loss on repeated random tokens is, and how it changes without each head. Nats per token."""
+    """The loss on repeated random tokens, and its change without each head. Nats per token."""
 
     loss_by_position: list[float]  # of the token at position 1, 2, ... of a segment and its repeat
     first_half: float
-    second_half: float  # below first_half: the model uses what it saw
-    change: list[list[float]]  # layers -> heads: second_half with the head's answer replaced by its mean, minus without
+    second_half: float  # below first_half: the model uses the tokens that it saw
+    change: list[list[float]]  # layers -> heads: second_half with the head's output at its mean, minus second_half
     change_interval: list[list[list[float]]]  # 95 %, over sequences
     sequences: int
     segment: int
@@ -154,42 +158,42 @@ class Ablation(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult(Record):
-    """How well a model predicts documents. Losses in nats; padding and ends of documents are no tokens."""
+    """The loss of a model on documents, in nats. Padding and ends of documents are no tokens."""
 
     model: str = ""  # as the user named it
     mechanism: str = ""
     step: int | None = None  # of a run's checkpoint
     data: str = ""
-    split: str = ""  # val, test, train; all: of a text that has no parts
-    seen: float | None = None  # share of its passages that were found in the training part; None: not looked for
+    split: str = ""  # val, test, train; all: a text that has no parts
+    seen: float | None = None  # share of its passages that are in the training part too; None: not searched
     context: int
     stride: int
     tokens: int  # each predicted once
     documents: int
-    bytes: int | None  # UTF-8, of the text of those tokens
+    bytes: int | None  # UTF-8 bytes of the text of those tokens
     loss: float  # mean over tokens
-    stderr: float | None  # of the loss, over documents; None for one document
+    stderr: float | None  # standard error of the loss over documents; None for one document
     perplexity: float
     bits_per_byte: float | None
-    by_position: list[list[float]] = field(default_factory=list)  # [first, last, tokens, loss] by tokens seen before
+    by_position: list[list[float]] = field(default_factory=list)  # [first, last, tokens, loss], by tokens seen before
     seconds: float = 0.0
     tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emergence(Record):
-    """Head scores along training."""
+    """Head scores during training."""
 
     steps: list[int]
     scores: dict[str, list[list[list[float]]]]  # score -> checkpoints -> layers -> heads
     first_half: list[float]  # loss on repeated random tokens, nats
     second_half: list[float]
     sequences: int
-    segments: list[int]  # tokens; the losses are on the longest
+    segments: list[int]  # lengths, in tokens; the losses are of the longest
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on: versions, processor, cores, revision. No host name, no path."""
+    """Return all that a number depends on: versions, processor, cores, revision. No host name, no path."""
 
     def version(package: str) -> str | None:
         try:
@@ -230,4 +234,4 @@ def _revision() -> str | None:
         return None
 
 
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and how much there is
+Tell = Callable[[str, int, int], None]  # called with what is being done, how much is done, and how much there is

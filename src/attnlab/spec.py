@@ -1,4 +1,4 @@
-"""What every attention mechanism shares. Pure Python: no framework is imported here.
+"""The terms of a mechanism: Mask, CacheSpec, RopeScaling, AttentionConfig. Pure Python: no framework is imported here.
 
 One legend of shape letters for the package: B batch, L new tokens, S stored tokens, N query heads, K key/value heads,
 H head size, V value size, D model size, R rank.
@@ -17,13 +17,13 @@ from .errors import UserError, choose
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may see whom, decided by position alone; data, so that a kernel can read it instead of calling it."""
+    """The rule which query sees which key, by their positions alone. It is data, so a kernel can read it."""
 
-    window: int | None = None  # a query sees itself and the window - 1 positions before it
-    plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., padding only after them, as if by index
+    window: int | None = None  # positions that a query sees, its own the last of them; None: all up to its own
+    plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., and padding only after them
 
     def __call__(self, q: Any, k: Any) -> Any:
-        """Whether the query at position `q` sees the key at `k`; any broadcasting arrays: NumPy, Torch, JAX."""
+        """Return whether queries at positions `q` see keys at `k`: arrays that broadcast, of NumPy, Torch or JAX."""
         seen = (k >= 0) & (k <= q)
         return seen if self.window is None else seen & (q - k < self.window)
 
@@ -33,34 +33,34 @@ CAUSAL = Mask()
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one layer remembers about one sequence, and for how long."""
+    """The shape of one layer's cache for one sequence."""
 
-    rows: Mapping[str, tuple[int, ...]]  # name -> shape of what one remembered token costs
-    keep: int | None = None  # remember only the last `keep` rows; None remembers all
-    state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # size independent of the number of tokens
-    every: int = 1  # one row per completed group of `every` tokens
-    beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # further memories with a pace of their own
-    reads: Mapping[str, int] = field(default_factory=dict)  # name -> most rows that one step reads, where not all
+    rows: Mapping[str, tuple[int, ...]]  # name -> shape of the row of one token
+    keep: int | None = None  # rows kept, the newest; None: all
+    state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # name -> shape, whatever the number of tokens
+    every: int = 1  # tokens per row: a row is written when a group of so many is complete
+    beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # name -> a further memory with its own `every`
+    reads: Mapping[str, int] = field(default_factory=dict)  # name -> most rows that one step reads; not named: all
 
     def floats(self, tokens: int) -> int:
-        """Floats that one sequence of `tokens` tokens costs. Benchmarks, report, docs and the size law read this."""
+        """Return the floats in the cache after `tokens` tokens. Benchmarks, report, docs and the size law read this."""
         own = self.slots(tokens) * self._row + sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.floats(tokens) for spec in self.beside.values())
 
     def read(self, tokens: int) -> int:
-        """Floats of these that one step has to read."""
+        """Return how many of these floats one step has to read."""
         unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
 
     def slots(self, tokens: int) -> int:
-        """Rows held once `tokens` tokens have passed."""
+        """Return the rows in the cache after `tokens` tokens."""
         rows = tokens // self.every
         return rows if self.keep is None else min(rows, self.keep)
 
     @property
     def per_token(self) -> float:
-        """Floats that each further token costs in the long run; 0 for a ring or a fixed state."""
+        """Return the floats that each further token adds in the long run; 0 for a ring or a fixed state."""
         own = 0.0 if self.keep is not None else self._row / self.every
         return own + sum(spec.per_token for spec in self.beside.values())
 
@@ -71,10 +71,12 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary pairs are slowed so that a model reaches further than it was first trained: all of them by `factor`
-    (linear), or those that turn fewer than `slow` times over the `original` context, with a ramp up to those that turn
-    more than `fast` times and stay. The ramp is even in turns (llama3) or in the pair's number (yarn, Peng et al. 2023,
-    arXiv 2309.00071)."""
+    """The rule by which rotary pairs turn more slowly, for contexts longer than those first trained on.
+
+    linear slows all pairs by `factor`. llama3 and yarn (Peng et al. 2023, arXiv 2309.00071) slow the pairs that turn
+    fewer than `slow` times over the `original` context, and leave those that turn more than `fast` times as they are.
+    Between them is a ramp, linear in the turns (llama3) or in the pair's number (yarn).
+    """
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
@@ -99,34 +101,40 @@ UNSCALED = RopeScaling()
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The fields that fix a mechanism's input and output shapes; subclasses add their own.
+    """The fields that all mechanisms have; a mechanism's Config adds its own.
 
-    The class variables are how a mechanism speaks about itself, so that nobody has to ask it by name.
+    The class variables describe the mechanism, so that no other module needs to know it by name.
     """
 
     d_model: int = 64
     n_heads: int = 4
     head_dim: int = 16
-    rope_theta: float | None = 10_000.0  # None: no rotary embedding; the model adds learned positions
+    rope_theta: float | None = 10_000.0  # base of the rotary frequencies; None: the model adds learned positions
     rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
     dropout: float = 0.0  # on attention weights, while training
-    impl: str = "sdpa"  # which kernel; never changed silently
+    impl: str = "sdpa"  # the kernel; never changed silently
 
-    summary: ClassVar[str] = ""  # the first line of the mechanism's file
+    summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
     formula: ClassVar[str] = ""  # one line of mathematics
     source: ClassVar[str] = ""  # where it was published
-    caches: ClassVar[str] = ""  # what it remembers, in words
+    caches: ClassVar[str] = ""  # what its cache holds, in words
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa")  # kernels it can run on
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # ways to compute the same thing: name -> field overrides
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
-    carries: ClassVar[str] = "qkvo"  # its projections that mean what they do in multi-head attention
-    breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
+    carries: ClassVar[str] = "qkvo"  # its projections that mean the same as in multi-head attention
+    from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
+    selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
+    swatch: ClassVar[tuple[int, int, int] | None] = (
+        None  # colour, marker and dash: places in the report's lists; None: what is free
+    )
+    breaks: ClassVar[tuple[str, ...]] = ()  # laws that it does not obey, as documented
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
+        if "summary" not in cls.__dict__:
+            cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "head_dim"):
@@ -139,16 +147,17 @@ class AttentionConfig:
         choose("impl", self.impl, self.impls)
 
     def set(self, name: str, value: object) -> None:
-        """Fill in a default that follows from other fields (only from `__post_init__`)."""
+        """Set a field whose default follows from other fields; for `__post_init__` alone."""
         object.__setattr__(self, name, value)
 
     @property
     def cache_spec(self) -> CacheSpec:
+        """Return the shape of the cache. A mechanism must define it."""
         raise NotImplementedError
 
     @property
     def rewinds(self) -> bool:
-        """Whether a cache can be taken back to an earlier token: rows can, rings and running states cannot."""
+        """Return whether a cache can go back to an earlier token: rows can, rings and running states cannot."""
 
         def can(spec: CacheSpec) -> bool:
             return spec.keep is None and not spec.state and all(map(can, spec.beside.values()))
@@ -157,15 +166,16 @@ class AttentionConfig:
 
     @property
     def relative(self) -> bool:
-        """Whether moving all positions by the same amount changes nothing."""
+        """Return whether adding the same number to all positions changes nothing."""
         return True
 
     def check_context(self, context: int) -> None:
-        """Raise a `UserError` where the mechanism makes no sense in a model of this context."""
+        """Raise `UserError` where the mechanism makes no sense in a model of this context, in tokens."""
 
     def flops(self, queries: int, keys: int) -> int:
-        """Matrix-product FLOPs of one forward pass of one sequence: `queries` new tokens, `keys` stored with them.
+        """Return the FLOPs of the matrix products of one forward pass of one sequence. A mechanism must define it.
 
-        Dense count, two per multiply-add, as a counter sees the reference kernel: a mask saves nothing.
+        `queries` are the new tokens, `keys` the stored ones, the new ones among them. A multiply-add is two FLOPs, and
+        a mask saves none, as a counter sees the reference kernel.
         """
         raise NotImplementedError

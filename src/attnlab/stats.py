@@ -1,4 +1,4 @@
-"""Paired statistics: is one mechanism's loss different from another's, over the same seeds? Pure Python."""
+"""Statistics of paired runs: is one mechanism's loss different from another's, over the same seeds? Pure Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
 
 
 def t_within(t: float, degrees: int) -> float:
-    """P(|T| <= t) of Student's distribution; exact for whole degrees of freedom (Abramowitz and Stegun 26.7.3-4)."""
+    """Return P(|T| <= t) of Student's distribution, exact for whole degrees (Abramowitz and Stegun 26.7.3-4)."""
     angle = math.atan2(t, math.sqrt(degrees))
     cos2 = math.cos(angle) ** 2
     odd = degrees % 2
@@ -27,7 +27,7 @@ def t_within(t: float, degrees: int) -> float:
 
 
 def t_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303. Bisection to the last bit."""
+    """Return the t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303. Bisection to the last bit."""
     if not 0 < confidence < 1 or degrees < 1:
         raise ValueError(f"confidence {confidence} must lie in (0, 1) and degrees {degrees} be at least 1")
     low, high = 0.0, 1.0
@@ -40,23 +40,25 @@ def t_quantile(confidence: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences (one per seed) as a mean, and the interval that holds the true mean at the given confidence."""
+    """The mean of differences, one per seed, and the interval that holds the true mean at the given confidence."""
 
-    n: int
+    n: int  # pairs
     mean: float
     interval: tuple[float, float] | None  # None: fewer than two pairs say nothing about the spread
 
     @property
     def verdict(self) -> Verdict:
-        """In words, for a loss: lower is better. An interval that touches 0 does not distinguish."""
+        """Return the result in words, for a loss: lower is better. An interval that touches 0 does not distinguish."""
         if self.interval is None:
             return "too few seeds"
         low, high = self.interval
-        return "better" if high < 0 else "worse" if low > 0 else "not distinguishable"
+        if high < 0:
+            return "better"
+        return "worse" if low > 0 else "not distinguishable"
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Paired:
-    """Compares ours[i] - theirs[i], where pair i shared its seed (and so its data order)."""
+    """Compare ours[i] with theirs[i], where the runs of pair i have the same seed, and so the same order of data."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not differences:
         return Paired(0, math.nan, None)
@@ -68,33 +70,45 @@ def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The probability of a difference in means at least as large, if there were none: one-sided (ours above theirs),
-    two independent samples, spreads not assumed equal (Welch 1947). The degrees of freedom are rounded down."""
+    """Return the one-sided p-value of Welch's test (1947) that the mean of `ours` is above that of `theirs`.
+
+    The samples are independent and may have different spreads. The degrees of freedom are rounded down.
+    """
     spread = [stdev(sample) ** 2 / len(sample) for sample in (ours, theirs)]
-    difference, variance = fmean(ours) - fmean(theirs), sum(spread)
+    variance = sum(spread)
+    difference = fmean(ours) - fmean(theirs)
     if variance == 0:
         return 0.0 if difference > 0 else 1.0
-    parts = sum(s**2 / (len(sample) - 1) for s, sample in zip(spread, (ours, theirs), strict=True))
-    degrees = max(1, int(variance**2 / parts)) if parts else len(ours) - 1
+    degrees_of = [len(sample) - 1 for sample in (ours, theirs)]
+    parts = sum(s**2 / n for s, n in zip(spread, degrees_of, strict=True))
+    if parts == 0:  # the squares are too small for a float, and the shares of the variance are not
+        parts = sum((s / variance) ** 2 / n for s, n in zip(spread, degrees_of, strict=True))
+        degrees = max(1, int(1 / parts))
+    else:
+        degrees = max(1, int(variance**2 / parts))
     t = difference / math.sqrt(variance)
     tail = (1 - t_within(abs(t), degrees)) / 2
     return tail if t > 0 else 1 - tail
 
 
 def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
-    """The probability that one more value of their kind is at least as large as `value`, one-sided. Values of a group
-    may depend on each other, so the degrees of freedom are those of the groups: one less than there are, 2 or more."""
+    """Return the probability that one more value from such groups is at least as large as `value`, one-sided.
+
+    Values of one group may depend on each other, so the degrees of freedom are the number of groups minus one. Two
+    groups or more are needed.
+    """
     values = [each for group in groups for each in group]
-    mean, spread, many = fmean(values), stdev(values), len(groups)
+    mean = fmean(values)
+    spread = stdev(values)
     if spread == 0:
         return 0.0 if value > mean else 1.0
-    t = (value - mean) / (spread * math.sqrt(1 + 1 / many))
-    tail = (1 - t_within(abs(t), many - 1)) / 2
+    t = (value - mean) / (spread * math.sqrt(1 + 1 / len(groups)))
+    tail = (1 - t_within(abs(t), len(groups) - 1)) / 2
     return tail if t > 0 else 1 - tail
 
 
 def holm(p: Sequence[float], alpha: float) -> list[bool]:
-    """Which of many tests hold when the chance of even one false mark is to stay below `alpha` (Holm 1979)."""
+    """Return which p-values are significant, where the chance of any false one is at most `alpha` (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     marked = [False] * len(p)
     for rank, i in enumerate(order):

@@ -1,13 +1,19 @@
-"""One mechanism, one file. The folder listing is the registry, and installed packages add to it through the entry
-point group `attnlab.attention` (name -> a module that defines `Config` and `Attention`). Nothing is imported until
-it is asked for."""
+"""The registry of mechanisms: one file each, and the listing of this folder is the list of them.
+
+Installed packages add to it through the entry point group `attnlab.attention`: name -> a module that defines `Config`
+and `Attention`. A mechanism is imported only when it is asked for.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +22,15 @@ from ..spec import AttentionConfig
 
 
 def names() -> list[str]:
-    """Every mechanism, in alphabetical order."""
+    """Return the names of all mechanisms, in alphabetical order."""
     return sorted({*_own(), *_others()})
 
 
 def module(name: str) -> ModuleType:
-    """`attention/<name>.py`, or the module an installed package registered: it defines `Config` and `Attention`."""
+    """Return the module of a mechanism, which defines `Config` and `Attention`: ours, or an installed package's.
+
+    Raises `UserError` for an unknown name, and where the package's module cannot be imported.
+    """
     choose("mechanism", name, names())
     if name in _own():
         return importlib.import_module(f".{name}", __name__)
@@ -35,7 +44,7 @@ def module(name: str) -> ModuleType:
 
 
 def config(name: str, **fields: Any) -> AttentionConfig:
-    """`module(name).Config(**fields)`, with a `UserError` for a field it does not have."""
+    """Return `module(name).Config(**fields)`. Raise `UserError` for a field that it does not have."""
     cls = module(name).Config
     for field in fields:
         choose(f"option of {name}", field, sorted(cls.__dataclass_fields__))
@@ -43,8 +52,51 @@ def config(name: str, **fields: Any) -> AttentionConfig:
 
 
 def build(name: str, **fields: Any) -> Any:
-    """The mechanism's `Attention` module for these `Config` fields."""
+    """Return the mechanism's `Attention`, a module of PyTorch, for these `Config` fields."""
     return module(name).Attention(config(name, **fields))
+
+
+@cache
+def declared(name: str, variable: str) -> Any:
+    """Return the value of a class variable of a mechanism's Config, read from its file, which is not imported.
+
+    None where `class Config` itself does not assign it (inherited values are not found), where the value is no literal,
+    and where there is no such file.
+    """
+    try:
+        file = _file(name)
+        tree = ast.Module([], []) if file is None else ast.parse(file.read_bytes())
+        value = _assigned(tree, variable)
+        return None if value is None else ast.literal_eval(value)
+    except (OSError, SyntaxError, ValueError, TypeError):  # no file, no Python, no literal
+        return None
+
+
+def _assigned(tree: ast.Module, variable: str) -> ast.expr | None:
+    """The value that `class Config` gives to `variable`."""
+    for node in tree.body:
+        for part in node.body if isinstance(node, ast.ClassDef) and node.name == "Config" else ():
+            targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
+                return getattr(part, "value", None)
+    return None
+
+
+def _file(name: str) -> Path | None:
+    """The source file of a mechanism. Packages around it are not imported either, as they may import a framework."""
+    if name in _own():
+        return Path(__path__[0]) / f"{name}.py"
+    if name not in _others():
+        return None
+    first, *rest = _others()[name].module.split(".")
+    spec = importlib.util.find_spec(first)
+    path = first
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, spec.submodule_search_locations)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 @cache

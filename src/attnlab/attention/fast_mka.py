@@ -31,6 +31,7 @@ class Config(gqa.Config):
     formula = "k, v = W (lambda_1 x + lambda_2 ema(x));  o = softmax(q k^T / sqrt(H)) v"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of K heads, and one moving average"
+    swatch = (5, 6, 1)
 
     @property
     def default_kv_heads(self) -> int:
@@ -42,6 +43,7 @@ class Config(gqa.Config):
 
     @property
     def gate_width(self) -> int:
+        """Return the hidden size of the gate's MLP."""
         return max(self.d_model // 8, 4)
 
     def flops(self, queries: int, keys: int) -> int:
@@ -51,25 +53,30 @@ class Config(gqa.Config):
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c = config
-        self.q = Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
-        self.kv = Linear(c.d_model, 2 * c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.q_norm, self.k_norm = head_norms(c)
-        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=bool(c.o_bias))
-        self.gate = make_gate(c, c.gate_width, 2)
-        half_lives = torch.logspace(1, 7, c.d_model, base=2)  # 2 to 128 tokens
+        self.config = config
+        self.q = Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
+        self.kv = Linear(config.d_model, 2 * config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.q_norm, self.k_norm = head_norms(config)
+        self.o = Linear(config.n_heads * config.head_dim, config.d_model, bias=bool(config.o_bias))
+        self.gate = make_gate(config, config.gate_width, 2)
+        half_lives = torch.logspace(1, 7, config.d_model, base=2)  # 2 to 128 tokens
         self.decay = nn.Parameter(torch.logit(0.5 ** (1 / half_lives)))
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
-        c, before = self.config, cache
+        c = self.config
         q = self.q(x)
-        summary = ema(x, self.decay.sigmoid(), positions, None if before is None else before.state["ema"])
+        before = None if cache is None else cache.state["ema"]
+        summary = ema(x, self.decay.sigmoid(), positions, before)
         weight = note("gate", self.gate(q).softmax(-1).to(x.dtype))
         mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
         k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
-        q, k = self.q_norm(q.unflatten(-1, (-1, c.head_dim))), self.k_norm(k)
-        q, k = (rope(heads, positions, c.rope_theta, (), c.rope_scaling) for heads in (q, k))
-        seen, cache = extend(before, positions, k=k, v=v)
+        q = self.q_norm(q.unflatten(-1, (-1, c.head_dim)))
+        k = self.k_norm(k)
+        q = rope(q, positions, c.rope_theta, (), c.rope_scaling)
+        k = rope(k, positions, c.rope_theta, (), c.rope_scaling)
+        seen, cache = extend(cache, positions, k=k, v=v)
+        if cache is not None:
+            cache = cache.with_state(ema=summary[:, -1])
         dropout = c.dropout if self.training else 0.0
         y = attend(q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=c.impl, dropout=dropout)
-        return self.o(y.flatten(2)), cache and cache.with_state(ema=summary[:, -1])
+        return self.o(y.flatten(2)), cache

@@ -3,8 +3,8 @@
     q[t, n] = RoPE(W_q x[t])[n]     k[s, j] = RoPE(W_k x[s])[j]     v[s, j] = (W_v x[s])[j]
     o[t]    = W_o concat_n sum_{s <= t} softmax_s(q[t, n] . k[s, n // (N/K)] / sqrt(H)) v[s, n // (N/K)]
 
-Ainslie et al. 2023 (arXiv 2305.13245). K = N is multi-head attention, K = 1 multi-query attention (Shazeer 2019).
-Caches the rotated keys and the values of K heads: 2 K H floats per token.
+Ainslie et al. 2023 (arXiv 2305.13245); n_kv_heads (K) is G there, the number of groups. K = N is multi-head attention,
+K = 1 multi-query attention (Shazeer 2019). Caches the rotated keys and the values of K heads: 2 K H floats per token.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Config(AttentionConfig):
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
     source = "Ainslie et al. 2023, arXiv 2305.13245"
     caches = "keys and values of K heads"
+    swatch = (3, 3, 1)
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     cache_width: ClassVar[str | None] = "n_kv_heads"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"normed": {"qk_norm": 1e-5, "bias": True, "o_bias": False}}
@@ -50,6 +51,7 @@ class Config(AttentionConfig):
 
     @property
     def default_kv_heads(self) -> int:
+        """Return the largest divisor of n_heads up to a quarter of it."""
         return max(k for k in range(1, max(self.n_heads // 4, 1) + 1) if self.n_heads % k == 0)
 
     @property
@@ -63,17 +65,20 @@ class Config(AttentionConfig):
 
 
 def head_norms(config: Config) -> list[nn.Module]:
-    """Of queries, and of keys."""
-    return [RMSNorm(config.head_dim, eps=config.qk_norm) if config.qk_norm else nn.Identity() for _ in "qk"]
+    """Return the norm of query heads and the norm of key heads; they do nothing where `qk_norm` is 0."""
+    if not config.qk_norm:
+        return [nn.Identity(), nn.Identity()]
+    return [RMSNorm(config.head_dim, eps=config.qk_norm) for _ in range(2)]
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c = config
-        self.qkv = Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=c.bias)
-        self.q_norm, self.k_norm = head_norms(c)
-        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=bool(c.o_bias))
+        self.config = config
+        qkv_heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = Linear(config.d_model, qkv_heads * config.head_dim, bias=config.bias)
+        self.q_norm, self.k_norm = head_norms(config)
+        self.o = Linear(config.n_heads * config.head_dim, config.d_model, bias=bool(config.o_bias))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: B L D -> queries B L N H, keys B L K H, values B L K H, not yet rotated."""
@@ -82,6 +87,7 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Return heads (B L N H), turned by position."""
         return rope(heads, positions, self.config.rope_theta, (), self.config.rope_scaling)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

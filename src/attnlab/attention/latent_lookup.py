@@ -3,9 +3,9 @@
     w[t, n] = softmax of the k largest q[t, n] . E[n, i] / sqrt(H)      E: L learned latents per head
     o[t]    = W_o concat_n (sum_i w[t, n, i] E[n, i] + v[t, n])
 
-As published for GPT-2 under the name "MSLA" (which here means `msla`). It is kept as a floor for comparisons and as the
-audit's worked example: nothing mixes tokens, and W_k is never used, so the laws of mixing and of dead parameters are
-broken, as they should be reported. Caches nothing.
+Published for GPT-2 under the name "MSLA" (which here means `msla`). It is a lower bound for comparisons and the worked
+example of the audit: nothing mixes tokens, and W_k is never used, so the laws of mixing and of dead parameters are
+broken. L is n_latents, k is top_k. Caches nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Config(AttentionConfig):
     formula = "o[n] = topk-softmax(q[n] E[n]^T / sqrt(H)) E[n] + v[n]"
     source = "the published MSLA patch for GPT-2"
     caches = "nothing"
+    swatch = (8, 9, 3)
     impls = ("reference", "sdpa")  # no attention is computed, so any kernel does
     breaks = ("mixing", "no dead parameters")
     cache_width = None
@@ -50,19 +51,24 @@ class Config(AttentionConfig):
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c = config
-        heads = c.n_heads * c.head_dim
-        self.q, self.k, self.v = (Linear(c.d_model, heads, bias=c.bias) for _ in range(3))
-        self.o = Linear(heads, c.d_model, bias=c.bias)
-        self.latents = nn.Parameter(torch.randn(c.n_heads, c.n_latents, c.head_dim) * c.head_dim**-0.5)
+        self.config = config
+        heads = config.n_heads * config.head_dim
+        self.q = Linear(config.d_model, heads, bias=config.bias)
+        self.k = Linear(config.d_model, heads, bias=config.bias)
+        self.v = Linear(config.d_model, heads, bias=config.bias)
+        self.o = Linear(heads, config.d_model, bias=config.bias)
+        latents = torch.randn(config.n_heads, config.n_latents, config.head_dim)
+        self.latents = nn.Parameter(latents * config.head_dim**-0.5)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         c = self.config
-        q, v = self.q(x).unflatten(-1, (c.n_heads, -1)), self.v(x).unflatten(-1, (c.n_heads, -1))
+        q = self.q(x).unflatten(-1, (c.n_heads, -1))
+        v = self.v(x).unflatten(-1, (c.n_heads, -1))
         scores = torch.einsum("blnh,nih->blni", q, self.latents.to(q.dtype)) * c.head_dim**-0.5
         best = scores.topk(c.top_k)
+        weights = best.values.softmax(-1).to(q.dtype)
         heads = torch.arange(c.n_heads, device=x.device)[:, None]
-        found = self.latents[heads, best.indices].to(q.dtype)
-        y = torch.einsum("blnk,blnkh->blnh", best.values.softmax(-1).to(q.dtype), found) + v
+        chosen = self.latents[heads, best.indices].to(q.dtype)  # B L N k H
+        y = torch.einsum("blnk,blnkh->blnh", weights, chosen) + v
         _, cache = extend(cache, positions)
         return self.o(y.flatten(2)), cache

@@ -13,7 +13,6 @@ running sum of the current chunk (D).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ class Config(gqa.Config):
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of every token and of every completed chunk, and one running sum"
+    swatch = (4, 5, 0)
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"
     variants = {"chunks of 3": {"chunk": 3}, "window": {"chunk": 4, "recall": 1, "window": 5, "n_kv_heads": 1}}
@@ -61,20 +61,25 @@ class Config(gqa.Config):
         return CacheSpec(row, state={"sum": (self.d_model,)}, beside={"chunks": CacheSpec(row, every=self.chunk)})
 
     def flops(self, queries: int, keys: int) -> int:
-        D, N, H, c = self.d_model, self.n_heads, self.head_dim, self.chunk
-        before, chunks, hidden = (keys - queries) // c, keys // c, gate_width(self)
-        sums = 2 * (queries // c + 2) * queries * D * (queries > 1)  # of one token: no product
-        rest = 4 * (chunks - before) * D * self.n_kv_heads * H + 2 * queries * hidden * (N * H + 3)
-        attend = 4 * queries * N * H * (chunks + keys) + 2 * queries * chunks * self.n_kv_heads * H
-        return super().flops(queries, keys) + sums + rest + attend
+        q_size = self.n_heads * self.head_dim
+        kv_size = self.n_kv_heads * self.head_dim
+        chunks = keys // self.chunk
+        completed = chunks - (keys - queries) // self.chunk
+        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model if queries > 1 else 0  # of one: no product
+        projections = 4 * completed * self.d_model * kv_size
+        gate = 2 * queries * gate_width(self) * (q_size + 3)
+        matching = 2 * queries * chunks * kv_size
+        attention = 4 * queries * (chunks + keys) * q_size  # of M_2 and M_3
+        return super().flops(queries, keys) + sums + projections + gate + matching + attention
 
 
 def gate_width(config: Config) -> int:
+    """Return the hidden size of the gate's MLP."""
     return max(config.d_model // 8, 4)
 
 
 def make_gate(config: gqa.Config, width: int, sources: int) -> nn.Sequential:
-    """MLP from a token's query to the logits of its sources; source 0 starts with nearly all the weight."""
+    """Return the MLP from a token's query to the logits of its sources; source 0 starts with nearly all the weight."""
     last = Linear(width, sources)
     nn.init.normal_(last.weight, std=0.01)
     with torch.no_grad():
@@ -90,40 +95,61 @@ class Attention(gqa.Attention):
         self.gate = make_gate(config, gate_width(config), 3)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
-        c, before, own = self.config, cache, positions // self.config.chunk
+        c = self.config
+        own = positions // c.chunk  # B L: the chunk of each new token
         q, k, v = self.heads(x)
         logits = self.gate(q.flatten(2))
-        q, k = self.turn(q, positions), self.turn(k, positions)
-        seen, cache = extend(cache, positions, k=k, v=v)
-        chunks, cache = self.summarise(x, positions, before, cache)
-        keep = self.recall(q, own, chunks, seen)
-        recent = replace(mask, window=c.window)
+        q = self.turn(q, positions)
+        k = self.turn(k, positions)
+        seen, after = extend(cache, positions, k=k, v=v)
+        chunks, after = self.summarise(x, positions, cache, after)
+        recalled = self.recall(q, own, chunks, seen)
 
         def ask(memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
-            k, v, dropout = memory.rows["k"], memory.rows["v"], c.dropout if self.training else 0.0
+            k, v = memory.rows["k"], memory.rows["v"]
+            dropout = c.dropout if self.training else 0.0
             return attend(q, k, v, at, memory.positions, rule, impl=c.impl, dropout=dropout, keep=keep)
 
-        answers = ask(seen, positions, recent), ask(chunks, own - 1, CAUSAL), ask(seen, positions, CAUSAL, keep)
+        answers = [
+            ask(seen, positions, replace(mask, window=c.window)),
+            ask(chunks, own - 1, CAUSAL),
+            ask(seen, positions, CAUSAL, recalled),
+        ]
         empty = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
         weight = note("gate", logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype))
-        y = sum(weight[:, :, i, None, None] * answer for i, answer in enumerate(answers))
-        return self.o(torch.as_tensor(y).flatten(2)), cache
+        weighted = [weight[:, :, i, None, None] * answer for i, answer in enumerate(answers)]
+        y = weighted[0] + weighted[1] + weighted[2]
+        return self.o(y.flatten(2)), after
 
-    def summarise(self, x: Tensor, positions: Tensor, before: Cache | None, after: Cache | None) -> tuple[Seen, Any]:
-        """Mean keys and values of the chunks that these tokens complete, joined to those in memory."""
-        c, L, q_size = self.config, x.shape[1], self.config.n_heads * self.config.head_dim
-        sums, which, still_open = chunk_sums(x, positions, c.chunk, None if before is None else before.state["sum"])
-        told = 0 if before is None else before.tokens % c.chunk
-        count = L // c.chunk + 1 if before and before.ragged else (told + L) // c.chunk
-        sums, which = sums[:, :count], which[:, :count]
+    def summarise(
+        self, x: Tensor, positions: Tensor, before: Cache | None, after: Cache | None
+    ) -> tuple[Seen, Cache | None]:
+        """Return the mean keys and values of all completed chunks, and `after` with what is kept of them.
+
+        `before` and `after` are the cache without and with the keys and values of the new tokens x (B L D).
+        """
+        c = self.config
+        L = x.shape[1]
+        open_sum = None if before is None else before.state["sum"]
+        sums, number, still_open = chunk_sums(x, positions, c.chunk, open_sum)
+        if before is not None and before.ragged:
+            most = L // c.chunk + 1  # chunks that any sequence can complete
+        else:
+            most = (L if before is None else before.tokens % c.chunk + L) // c.chunk
+        number = number[:, :most]
+        q_size = c.n_heads * c.head_dim
+        weight = self.qkv.weight[q_size:]
         bias = None if self.qkv.bias is None else self.qkv.bias[q_size:]
-        k, v = linear(sums / c.chunk, self.qkv.weight[q_size:], bias).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
-        k = self.turn(self.k_norm(k), which * c.chunk + c.chunk - 1)
-        chunks, kept = extend(before and before.beside["chunks"], which, L, k=k, v=v)
-        return chunks, after and kept and replace(after.with_state(sum=still_open), beside={"chunks": kept})
+        kv = linear(sums[:, :most] / c.chunk, weight, bias)
+        k, v = kv.unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
+        k = self.turn(self.k_norm(k), number * c.chunk + c.chunk - 1)
+        chunks, kept = extend(None if before is None else before.beside["chunks"], number, L, k=k, v=v)
+        if after is None or kept is None:
+            return chunks, None
+        return chunks, replace(after.with_state(sum=still_open), beside={"chunks": kept})
 
     def recall(self, q: Tensor, own: Tensor, chunks: Seen, seen: Seen) -> Tensor:
-        """B 1 L S, True for the tokens of the chunks whose mean keys match the query best, heads together."""
+        """Return B 1 L S, True for the tokens of the chunks whose mean keys match the query best, heads together."""
         c = self.config
         grouped = q.unflatten(2, (c.n_kv_heads, -1)).sum(3)
         scores = torch.einsum("blkh,bckh->blc", grouped, chunks.rows["k"].to(q.dtype))

@@ -5,8 +5,10 @@
     q[t, n] = [W_q,n x[t] ; RoPE(W_qr,n x[t])]      or from a latent of its own, norm(W_dq x[t])
     o[t]    = W_o concat_n sum_{s <= t} softmax_s(q[t, n] . k[s, n] / sqrt(H + rope_dim)) W_uv,n c[s]
 
-DeepSeek-V2 (arXiv 2405.04434); our R is its d_c, rope_dim its d_h^R. Caches c and r: R + rope_dim floats per token.
-*expanded* rebuilds keys and values, *absorbed* folds W_uk into q and W_uv into o: equal, and `auto` takes the cheaper.
+DeepSeek-V2 (arXiv 2405.04434). Caches c and r: R + rope_dim floats per token. Its names: kv_rank (R) is d_c, q_rank is
+d_c', head_dim (H) is d_h, rope_dim is d_h^R; `down` is W_DKV and W_KR, `q` is W_UQ and W_QR, `k_up` is W_UK.
+Two modes give the same result: *expanded* rebuilds keys and values; *absorbed* multiplies W_uk into the queries and
+W_uv into the output, and attends to the latents themselves. `auto` takes the one with fewer FLOPs.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ class Config(AttentionConfig):
 
     formula = "o[n] = softmax([W_q x; rope] [W_uk c; rope]^T / sqrt(H + r)) W_uv c,  c = norm(W_dkv x)"
     source = "DeepSeek-V2 2024, arXiv 2405.04434"
-    caches, carries = "one latent of R floats and one rotary key", "o"
+    caches = "one latent of R floats and one rotary key"
+    swatch = (1, 1, 0)
+    carries = "o"
+    from_latent = ("k_up", "v_up")
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
     cache_width = "kv_rank"
@@ -50,9 +55,11 @@ class Config(AttentionConfig):
         self.set("kv_rank", self.kv_rank or 4 * self.head_dim)
         self.set("v_dim", self.v_dim or self.head_dim)
         self.set("rope_places", tuple(self.rope_places))  # in JSON it is a list
-        dim = self.rope_dim if self.rope_dim >= 0 else self.head_dim // 4 * 2 * (self.rope_theta is not None)
-        self.set("rope_dim", 2 * len(self.rope_places) or dim)
-        if min(self.kv_rank, self.v_dim, self.q_rank + 1) < 1:
+        if self.rope_places:
+            self.set("rope_dim", 2 * len(self.rope_places))
+        elif self.rope_dim < 0:
+            self.set("rope_dim", 0 if self.rope_theta is None else self.head_dim // 4 * 2)
+        if self.kv_rank < 1 or self.v_dim < 1 or self.q_rank < 0:
             raise UserError(f"kv_rank {self.kv_rank}, v_dim {self.v_dim} and q_rank {self.q_rank} must be positive")
         if self.rope_dim % 2 or (self.rope_dim and self.rope_theta is None):
             raise UserError(f"rope_dim is {self.rope_dim}: give an even number, and 0 where positions are learned")
@@ -64,46 +71,58 @@ class Config(AttentionConfig):
         return CacheSpec({"latent": (self.kv_rank + self.rope_dim,)})  # one tensor: absorbed keys need no copy
 
     def flops(self, queries: int, keys: int) -> int:
-        D, Q, NH = self.d_model, self.q_rank, self.n_heads * (self.head_dim + self.rope_dim)
-        shared = ((D + NH) * Q or D * NH) + D * (self.kv_rank + self.rope_dim + self.n_heads * self.v_dim)
-        return 2 * queries * shared + self.core_flops(queries, keys, self.absorbs(queries, keys))
+        q_width = self.n_heads * (self.head_dim + self.rope_dim)
+        q_product = (self.d_model + q_width) * self.q_rank if self.q_rank else self.d_model * q_width
+        down_and_out = self.d_model * (self.kv_rank + self.rope_dim + self.n_heads * self.v_dim)
+        shared = 2 * queries * (q_product + down_and_out)
+        return shared + self.core_flops(queries, keys, self.absorbs(queries, keys))
 
     def core_flops(self, queries: int, keys: int, absorbed: bool) -> int:
-        """What the two ways do not share: rebuilding or folding, scores, and the weighted sum."""
-        H, V, R, r = self.head_dim, self.v_dim, self.kv_rank, self.rope_dim
+        """Return the FLOPs that differ between the modes: W_uk and W_uv, scores, and the weighted sum."""
+        up = self.kv_rank * (self.head_dim + self.v_dim)
         if absorbed:
-            return 2 * self.n_heads * (queries * R * (H + V) + queries * keys * (2 * R + r))
-        return 2 * self.n_heads * (keys * R * (H + V) + queries * keys * (H + r + V))
+            return 2 * self.n_heads * (queries * up + queries * keys * (2 * self.kv_rank + self.rope_dim))
+        return 2 * self.n_heads * (keys * up + queries * keys * (self.head_dim + self.rope_dim + self.v_dim))
 
     def absorbs(self, queries: int, keys: int) -> bool:
-        cheaper = self.core_flops(queries, keys, True) < self.core_flops(queries, keys, False)
-        return cheaper if self.mode == "auto" else self.mode == "absorbed"
+        """Return whether `queries` new tokens that read `keys` stored ones are computed in the absorbed mode."""
+        if self.mode != "auto":
+            return self.mode == "absorbed"
+        return self.core_flops(queries, keys, absorbed=True) < self.core_flops(queries, keys, absorbed=False)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = c = config
-        self.scale = (c.head_dim + c.rope_dim) ** -0.5 * c.rope_scaling.sharpness
-        if c.q_rank:
-            self.q_down, self.q_norm = Linear(c.d_model, c.q_rank, bias=c.bias), NORMS[c.norm](c.q_rank, eps=1e-6)
-        self.q = Linear(c.q_rank or c.d_model, c.n_heads * (c.head_dim + c.rope_dim), bias=c.bias)
-        self.down, self.norm = Linear(c.d_model, c.kv_rank + c.rope_dim, c.bias), NORMS[c.norm](c.kv_rank, eps=1e-6)
-        self.k_up = Linear(c.kv_rank, c.n_heads * c.head_dim, bias=False)
-        self.v_up = Linear(c.kv_rank, c.n_heads * c.v_dim, bias=False)
-        self.o = Linear(c.n_heads * c.v_dim, c.d_model, bias=c.bias)
+        self.config = config
+        D, N = config.d_model, config.n_heads
+        self.scale = (config.head_dim + config.rope_dim) ** -0.5 * config.rope_scaling.sharpness
+        if config.q_rank:
+            self.q_down = Linear(D, config.q_rank, bias=config.bias)
+            self.q_norm = NORMS[config.norm](config.q_rank, eps=1e-6)
+        self.q = Linear(config.q_rank or D, N * (config.head_dim + config.rope_dim), bias=config.bias)
+        self.down = Linear(D, config.kv_rank + config.rope_dim, config.bias)
+        self.norm = NORMS[config.norm](config.kv_rank, eps=1e-6)
+        self.k_up = Linear(config.kv_rank, N * config.head_dim, bias=False)
+        self.v_up = Linear(config.kv_rank, N * config.v_dim, bias=False)
+        self.o = Linear(N * config.v_dim, D, bias=config.bias)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x: B L D -> queries B L N (H + rope_dim), and what to remember: B L (R + rope_dim)."""
+        """x: B L D -> queries B L N (H + rope_dim), and the row to store, c and r: B L (R + rope_dim)."""
         c = self.config
-        q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x).unflatten(-1, (c.n_heads, -1))
+        q_source = self.q_norm(self.q_down(x)) if c.q_rank else x
+        q = self.q(q_source).unflatten(-1, (c.n_heads, -1))
         latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
         latent = note("latent", self.norm(latent))
         if c.rope_dim:
-            turns = c.rope_theta, c.rope_places, c.rope_scaling
-            q = torch.cat([q[..., : c.head_dim], rope(q[..., c.head_dim :], positions, *turns)], -1)
-            latent = torch.cat([latent, rope(k_rope[:, :, None], positions, *turns)[:, :, 0]], -1)
+            q = torch.cat([q[..., : c.head_dim], self.turn(q[..., c.head_dim :], positions)], -1)
+            k_rope = self.turn(k_rope[:, :, None], positions)[:, :, 0]
+            latent = torch.cat([latent, k_rope], -1)
         return q, latent
+
+    def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Return the rotary part of heads (B L N rope_dim), turned by position."""
+        return rope(heads, positions, self.config.rope_theta, self.config.rope_places, self.config.rope_scaling)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
         q, latent = self.project(x, positions)
@@ -111,23 +130,31 @@ class Attention(nn.Module):
         return self.o(self.mix(q, seen, positions, mask).flatten(2)), cache
 
     def mix(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, keep: Tensor | None = None) -> Tensor:
-        """Queries B L N (H + rope_dim) over what is stored -> B L N V."""
-        c, dropout = self.config, self.config.dropout if self.training else 0.0
+        """Attend with queries B L N (H + rope_dim) to the stored rows -> B L N V."""
+        c = self.config
+        dropout = c.dropout if self.training else 0.0
         absorbed = c.absorbs(q.shape[1], seen.positions.shape[1])
         q, k, v = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
         y = attend(q, k, v, positions, seen.positions, mask, self.scale, impl=c.impl, dropout=dropout, keep=keep)
-        return torch.einsum("blnr,nvr->blnv", y, self.v_up.weight.unflatten(0, (c.n_heads, -1))) if absorbed else y
+        if not absorbed:
+            return y
+        v_up = self.v_up.weight.unflatten(0, (c.n_heads, -1))  # N V R
+        return torch.einsum("blnr,nvr->blnv", y, v_up)
 
     def expand(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rebuild every head's keys and values from what is stored (B S (R + rope_dim))."""
-        latent, k_rope = stored.split([self.config.kv_rank, self.config.rope_dim], -1)
-        k, v = (up(latent).unflatten(-1, (self.config.n_heads, -1)) for up in (self.k_up, self.v_up))
-        if self.config.rope_dim:
+        """Return q, and every head's keys and values, rebuilt from the stored rows (B S (R + rope_dim))."""
+        c = self.config
+        latent, k_rope = stored.split([c.kv_rank, c.rope_dim], -1)
+        k = self.k_up(latent).unflatten(-1, (c.n_heads, -1))
+        v = self.v_up(latent).unflatten(-1, (c.n_heads, -1))
+        if c.rope_dim:
             k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, k.shape[2], -1)], -1)
         return q, k, v
 
     def absorb(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the queries into latent space, where what is stored is both key and value of one shared head."""
-        c, k = self.config, stored[:, :, None]
-        folded = torch.einsum("blnh,nhr->blnr", q[..., : c.head_dim], self.k_up.weight.unflatten(0, (c.n_heads, -1)))
-        return torch.cat([folded, q[..., c.head_dim :]], -1), k, k[..., : c.kv_rank]
+        """Return the queries in latent space, and the stored rows as keys and values of one shared head."""
+        c = self.config
+        k_up = self.k_up.weight.unflatten(0, (c.n_heads, -1))  # N H R
+        q_latent = torch.einsum("blnh,nhr->blnr", q[..., : c.head_dim], k_up)
+        k = stored[:, :, None]
+        return torch.cat([q_latent, q[..., c.head_dim :]], -1), k, k[..., : c.kv_rank]

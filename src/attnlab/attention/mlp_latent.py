@@ -2,8 +2,8 @@
 
     z = W_2 gelu(W_1 x)   (D -> 2D -> D)        y = LayerNorm(x + mha(z))
 
-What the memory-keyed project called "MLA"; it is not DeepSeek's (see `mla`), hence another name. The residual is
-inside, so a block around it adds x twice. Caches 2 N H floats per token: no saving.
+The memory-keyed project (arXiv 2603.20586) calls it "MLA"; it is not DeepSeek's (see `mla`), hence another name. The
+residual is inside, so a block around it adds x twice. Caches 2 N H floats per token: no saving.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Config(mha.Config):
     formula = "y = LayerNorm(x + mha(W_2 gelu(W_1 x)))"
     source = "the MKA project's baseline, after arXiv 2603.20586"
     caches = "keys and values of all N heads"
+    swatch = (8, 8, 2)
     carries = ""  # its heads read the expansion, not x
 
     def flops(self, queries: int, keys: int) -> int:
@@ -33,7 +34,9 @@ class Attention(mha.Attention):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         D = config.d_model
-        self.latent = nn.Sequential(Linear(D, 2 * D, bias=config.bias), nn.GELU(), Linear(2 * D, D, bias=config.bias))
+        widen = Linear(D, 2 * D, bias=config.bias)
+        narrow = Linear(2 * D, D, bias=config.bias)
+        self.latent = nn.Sequential(widen, nn.GELU(), narrow)
         self.norm = nn.LayerNorm(D)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:

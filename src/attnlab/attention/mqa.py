@@ -1,6 +1,6 @@
 """Multi-query attention: all query heads share one key/value head.
 
-`gqa` with K = 1. Shazeer 2019 (arXiv 1911.02150). Caches 2 H floats per token.
+`gqa` with K = 1. Shazeer 2019 (arXiv 1911.02150), where N is h and H is k and v. Caches 2 H floats per token.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Config(gqa.Config):
     formula = "o[n] = softmax(q[n] k^T / sqrt(H)) v"
     source = "Shazeer 2019, arXiv 1911.02150"
     caches = "keys and values of one head"
+    swatch = (6, 4, 2)
     cache_width = None
 
     @property

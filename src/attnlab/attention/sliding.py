@@ -1,8 +1,8 @@
 """Sliding-window attention: a query sees itself and the `window` - 1 tokens before it.
 
 `gqa` under a narrower mask, with a cache that is a ring of `window` rows: its size does not grow with the context.
-Beltagy et al. 2020 (arXiv 2004.05150); Mistral 7B (arXiv 2310.06825). Caches 2 K H floats for each of the last
-`window` tokens.
+Beltagy et al. 2020 (arXiv 2004.05150), whose w counts both sides of a token; Mistral 7B (arXiv 2310.06825), where
+`window` is W. Caches 2 K H floats for each of the last `window` tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Config(gqa.Config):
     formula = "o[t] = softmax over t-w < s <= t of (q[t] k[s]^T / sqrt(H)) v[s]"
     source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
     caches = "keys and values of the last `window` tokens, in a ring"
+    swatch = (7, 7, 3)
     cache_width = "window"
     variants = {"narrow": {"window": 5}, "two": {"window": 2}}
 
@@ -41,7 +42,7 @@ class Config(gqa.Config):
         return replace(super().cache_spec, keep=self.window)
 
     def flops(self, queries: int, keys: int) -> int:
-        """A step reads the ring; a longer chunk reads what the ring held and itself."""
+        """One new token reads the ring; a longer chunk reads what the ring held, and itself."""
         read = self.window if queries == 1 else queries + min(keys - queries, self.window)
         return super().flops(queries, min(keys, read))
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..presets import COMPARED
 from ..terminal import tables
 from ..terminal.progress import working
-from .demo import EIGHT
 from .options import Fields, Json, listed, options_of_mechanisms, whole
 
 
@@ -18,7 +18,7 @@ def bench(
     *,
     config: Fields,
     preset: Annotated[str, arg(metavar="PRESET")] = "quick",
-    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
+    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(COMPARED),
     context: Annotated[str | None, arg(metavar="N,...")] = None,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     batch: Annotated[int | None, arg(metavar="INT")] = None,

@@ -12,8 +12,8 @@ from tyro.conf import Positional, arg
 from .. import presets
 from ..comparison.engines import Kind, Local, Ray, Slurm
 from ..errors import UserError, choose
+from ..presets import COMPARED
 from ..terminal import tables
-from .demo import EIGHT
 from .options import Fields, Flag, Json, Pack, listed, options_of_mechanisms, this_command, with_choices
 
 
@@ -21,7 +21,7 @@ def compare(
     preset: Annotated[Positional[str], arg(metavar="PRESET")] = "quick",
     *,
     config: Fields,
-    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(EIGHT),
+    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(COMPARED),
     tasks: Annotated[str | None, arg(metavar="A,B,...")] = None,
     seeds: int = 3,
     sizes: Annotated[str | None, arg(metavar="LxD,...")] = None,

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from .. import presets
+from ..presets import COMPARED
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import this_command
 
-EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # what is compared if nothing is said
 DEMO_SEEDS = 2
 DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
     "train": (64,),
@@ -40,14 +40,14 @@ def demo(
     from ..terminal.comparison import table
 
     config = presets.get("quick")
-    found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())
+    found = comparison.compare(config, COMPARED, DEMO_SEEDS, out, jobs=jobs, command=this_command())
     measured, made = out / "bench.json", out / "samples.json"
     if not measured.exists() or measured.stat().st_mtime < made.stat().st_mtime:  # runs are newer than measurements
         records = []
         print("measuring speed and memory", file=sys.stderr)
         with working() as tell:
             for kind, contexts in DEMO_BENCH.items():
-                records += bench_module.bench(kind, config, EIGHT, contexts, repeats=5, progress=tell)
+                records += bench_module.bench(kind, config, COMPARED, contexts, repeats=5, progress=tell)
         write_json(measured, [r.to_dict() for r in records])
     page = write_report(out)
     tables.console().print(table(found), "", f"report: {page}", sep="\n", soft_wrap=True)

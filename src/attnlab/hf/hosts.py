@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import DynamicCache, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
+from ..model import init_weights
 from .decoder import cached, refuse
 from .memory import Memory, Place, furnish, locate
 
@@ -139,18 +139,8 @@ def install(model: Any, patch: Patch) -> None:
         like = getattr(host, model.output).weight
         with torch.device(like.device):
             adapter = Adapter(patch, i, [getattr(host, name) for name in kept])
-            initialise(adapter.mechanism, model.config.initializer_range, len(blocks))
+            init_weights(adapter.mechanism, len(blocks), model.config.initializer_range)
         setattr(blocks[i], model.slot, adapter.to(like.dtype).train(host.training))
-
-
-def initialise(mechanism: nn.Module, std: float, layers: int) -> None:
-    """As the Decoder does it: normal, and smaller where a branch is added to the residual stream. What a mechanism sets
-    up itself (gates, decays) stays as it is."""
-    for name, module in mechanism.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("gate."):
-            nn.init.normal_(module.weight, std=std / math.sqrt(2 * layers) if name == "o" else std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def freeze(model: Any) -> None:

@@ -1,5 +1,8 @@
-"""Softmax attention, by several hands. `reference` is the specification, gradients included; the others are proven
-against it. A kernel is a module with `attend(q, k, v, pairs, scale, dropout)`; one that cannot run raises."""
+"""The kernels of softmax attention. `reference` is the specification, gradients included; tests compare the others.
+
+A kernel is a module with `attend(q, k, v, pairs, scale, dropout)`: q B L N H, k B S K H and v B S K V -> B L N V. It
+raises `UserError` for what it cannot do.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ NAMES = ("reference", "sdpa", "flex")
 
 
 def get(impl: str) -> Callable[[Tensor, Tensor, Tensor, Pairs, float, float], Tensor]:
-    """The kernel called `impl`; raises `UserError` for an unknown one."""
+    """Return `attend` of the kernel called `impl`. Raise `UserError` for an unknown one."""
     choose("impl", impl, NAMES)
     if impl == "flex":  # a plain import statement, because torch.compile must be able to trace this
         from . import flex as kernel

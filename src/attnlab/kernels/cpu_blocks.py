@@ -1,6 +1,9 @@
-"""Attention for training on a CPU, with or without dropout: `BLOCK` queries at a time, over no later keys than they can
-see, so that a causal pass does little more than half the work. It keeps the weights for the backward pass, which is
-written out, because autograd would add up whole-size gradients of every block's slice of k and v."""
+"""A kernel for training on a CPU, with or without dropout.
+
+It computes `BLOCK` queries at a time, over no later keys than they can see, so a causal pass does little more than half
+the work. It keeps the weights for the backward pass. That is written by hand, because autograd would add up gradients
+of the size of k and v for every block.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from torch import Tensor
 from ..layers import survivors
 from .pairs import Pairs, per_head
 
-BLOCK = 64
+BLOCK = 64  # queries
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout: float) -> Tensor:
+    """Return softmax(q k^T scale) v for the pairs that may see each other: B L N V."""
     B, L, N, _ = q.shape
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q * scale, per_head(k, N), per_head(v, N)))
+    q = (q * scale).transpose(1, 2).flatten(0, 1)
+    k = per_head(k, N).transpose(1, 2).flatten(0, 1)
+    v = per_head(v, N).transpose(1, 2).flatten(0, 1)
     ordered = pairs.mask.plain and L == k.shape[1]
     with torch.autocast("cpu", enabled=False):
         y = _Blocks.apply(q, k, v, None if pairs.causal else pairs.dense(), N, ordered, dropout)
@@ -26,14 +32,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout:
 
 
 def _parts(queries: int, keys: int, ordered: bool) -> Iterator[tuple[slice, int]]:
-    """Blocks of queries, and how many keys each can see at most."""
+    """The blocks of queries, and for each the number of keys that it can see at most."""
     for start in range(0, queries, BLOCK):
         end = min(start + BLOCK, queries)
         yield slice(start, end), end if ordered else keys
 
 
 def _hide(scores: Tensor, seen: Tensor | None, n_heads: int, at: slice) -> Tensor | None:
-    """Put what may not be seen out of reach, in place; returns the rows that see nothing, where there can be any."""
+    """Lower the scores of pairs that may not see each other, in place. Return the queries that see no key; None: there
+    are none."""
     least = torch.finfo(scores.dtype).min
     if seen is None:
         size = at.stop - at.start
@@ -50,7 +57,8 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, n_heads: int, ordered: bool, p: float
     ) -> Tensor:
         """q: (B N) L H, scaled; k: (B N) S H; v: (B N) S V; seen: B|1 N|1 L S, or None for causal."""
-        y, saved = v.new_empty(*q.shape[:2], v.shape[2]), []
+        y = v.new_empty(*q.shape[:2], v.shape[2])
+        saved = []
         for at, reach in _parts(q.shape[1], k.shape[1], ordered):
             scores = torch.bmm(q[:, at], k[:, :reach].transpose(1, 2))
             blind = _hide(scores, seen, n_heads, at)
@@ -58,7 +66,8 @@ class _Blocks(torch.autograd.Function):
             if blind is not None:
                 weights.unflatten(0, (-1, n_heads)).masked_fill_(blind, 0)
             kept, ctx.scale = survivors(weights, p) if p else (None, 1.0)
-            y[:, at] = torch.bmm(weights if kept is None else weights * kept, v[:, :reach])
+            dropped = weights if kept is None else weights * kept
+            y[:, at] = torch.bmm(dropped, v[:, :reach])
             saved += [weights, kept]
         ctx.ordered = ordered
         ctx.save_for_backward(q, k, v, *saved)
@@ -68,13 +77,16 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
         dy = (grads[0] * ctx.scale).contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         for i, (at, reach) in enumerate(_parts(q.shape[1], k.shape[1], ctx.ordered)):
             weights, kept = saved[2 * i : 2 * i + 2]
-            left = weights if kept is None else weights * kept
-            dv[:, :reach].baddbmm_(left.transpose(1, 2), dy[:, at])
+            dropped = weights if kept is None else weights * kept
+            dv[:, :reach].baddbmm_(dropped.transpose(1, 2), dy[:, at])
             dweights = torch.bmm(dy[:, at], v[:, :reach].transpose(1, 2))
-            dweights = dweights if kept is None else dweights.mul_(kept)
+            if kept is not None:
+                dweights.mul_(kept)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq[:, at] = torch.bmm(dscores, k[:, :reach])
             dk[:, :reach].baddbmm_(dscores.transpose(1, 2), q[:, at])

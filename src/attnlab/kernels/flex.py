@@ -1,7 +1,7 @@
-"""PyTorch's FlexAttention: the mask is compiled into the kernel, and blocks that nobody sees are skipped.
+"""PyTorch's FlexAttention: the mask is compiled into the kernel, and blocks of pairs that are all hidden are skipped.
 
-On a GPU the fused kernel is compiled at the first call. On a CPU the same masks run in its unfused form, for checking
-and without gradients, which FlexAttention does not have there (pytorch #148752): asking for them raises.
+On a GPU the fused kernel is compiled at the first call. On a CPU the same masks run in its unfused form, to be checked.
+That has no gradients (pytorch #148752), so asking for them raises `UserError`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from .pairs import Pairs, per_head
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout: float) -> Tensor:
+    """Return softmax(q k^T scale) v for the pairs that may see each other: B L N V.
+
+    Raises `UserError` for dropout, and for gradients on a CPU.
+    """
     if dropout:
         raise UserError(f"impl 'flex' has no dropout and {dropout} was given: set dropout 0 or impl 'sdpa'")
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise UserError("impl 'flex' has no gradients on a CPU: train with impl 'sdpa' or 'reference', or on a GPU")
     B, L, N, _ = q.shape
-    q_pos, k_pos, keep, mask = pairs.q_pos, pairs.k_pos, pairs.keep, pairs.mask
+    mask, keep = pairs.mask, pairs.keep  # a closure over plain tensors is what torch.compile can trace
+    q_pos, k_pos = pairs.q_pos, pairs.k_pos
 
     def allowed(b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = mask(q_pos[b, i], k_pos[b, j])
@@ -33,7 +38,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout:
 
     heads = None if keep is None or keep.shape[1] == 1 else N
     block = create_block_mask(allowed, B, heads, L, k.shape[1], device=q.device.type)
-    q, k, v = (t.transpose(1, 2) for t in (q, per_head(k, N), per_head(v, N)))
+    q = q.transpose(1, 2)
+    k = per_head(k, N).transpose(1, 2)
+    v = per_head(v, N).transpose(1, 2)
     return _kernel(q.device.type)(q, k, v, block_mask=block, scale=scale).transpose(1, 2)
 
 

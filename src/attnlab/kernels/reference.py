@@ -1,4 +1,4 @@
-"""The specification: attention as the formula says, in as many steps as it takes."""
+"""The specification of all kernels: softmax attention, step by step as in the formula."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from .pairs import Pairs, per_head
 
 
 def weights(q: Tensor, k: Tensor, pairs: Pairs, scale: float) -> Tensor:
-    """softmax(q k^T scale) over the keys that each query sees: B N L S. A query that sees nothing has weights 0."""
-    scores = torch.einsum("blkgh,bskh->bkgls", q.unflatten(2, (k.shape[2], -1)), k).flatten(1, 2) * scale
+    """Return softmax(q k^T scale) over the keys that each query sees: B N L S. A query that sees none has weights 0."""
+    grouped = q.unflatten(2, (k.shape[2], -1))  # B L K N/K H
+    scores = torch.einsum("blkgh,bskh->bkgls", grouped, k).flatten(1, 2) * scale
     seen = pairs.dense()
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1).masked_fill(~seen, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float, dropout: float) -> Tensor:
-    return torch.einsum("bnls,bsnv->blnv", drop(weights(q, k, pairs, scale), dropout), per_head(v, q.shape[2]))
+    """Return softmax(q k^T scale) v for the pairs that may see each other: B L N V."""
+    dropped = drop(weights(q, k, pairs, scale), dropout)
+    return torch.einsum("bnls,bsnv->blnv", dropped, per_head(v, q.shape[2]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache
-from ..documents import Documents
+from ..documents import PackedRows
 from ..errors import UserError
 from ..recording import record_attention, record_losses
 from ..spec import CAUSAL, CacheSpec, Mask
@@ -135,7 +135,7 @@ def isolated_documents(s: Subject) -> str:
     documents = torch.full((len(rows), total), -1)
     for number, (row, start, stop) in enumerate(spans):
         documents[row, start:stop] = number
-    packed = Documents.of(documents)
+    packed = PackedRows.of(documents)
     x = s.x(total, batch=len(rows)).masked_fill((documents < 0)[..., None], math.nan)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
 
