@@ -265,14 +265,14 @@ def serve(words: list[str], fault: dict[str, Any], processes: int, log: str, tim
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    crew = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pids = []
     for number in range(processes):
         sys.stdout.flush()
         if (pid := os.fork()) == 0:
             if processes > 1:
                 os.environ |= {
-                    name: str(value) for name, value in (crew | {"RANK": number, "LOCAL_RANK": number}).items()
+                    name: str(value) for name, value in (group | {"RANK": number, "LOCAL_RANK": number}).items()
                 }
             child(words, fault, log)
         pids.append(pid)

@@ -22,7 +22,7 @@ from attnlab.model import Decoder
 from attnlab.results import RunResult
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
-from attnlab.runs.processes import Crew
+from attnlab.runs.processes import Processes
 from attnlab.runs.tensors import Piece, Stored, load_weights, weights, whole
 
 CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
@@ -156,7 +156,7 @@ def test_tensors_in_pieces(tmp_path):
         for number, (start, stop) in enumerate(pairwise(ends)):
             held = {"a": Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
             held |= {name: whole(tensors[name]) for name in "bcd"} if number == 0 else {}
-            run_folder._write_pieces(place, held, {}, Crew(rank=number, size=len(ends) - 1))
+            run_folder._write_pieces(place, held, {}, Processes(rank=number, size=len(ends) - 1))
             files.append(place / (f"model.rank-{number:05d}.safetensors" if number else "model.safetensors"))
         stored = Stored(files)
         assert sorted(stored.names()) == [*"abcd"] and stored.shape("a") == (7, 3, 2)
@@ -176,7 +176,7 @@ def cut(folder: Path, tensor: torch.Tensor, cuts: list[int], name: str = "a") ->
     ends = [0, *cuts, tensor.numel()]
     for number, (start, stop) in enumerate(pairwise(ends)):
         held = {name: Piece(tensor.flatten()[start:stop], start, tuple(tensor.shape))}
-        run_folder._write_pieces(folder, held, {}, Crew(rank=number, size=len(ends) - 1))
+        run_folder._write_pieces(folder, held, {}, Processes(rank=number, size=len(ends) - 1))
     others = [folder / f"model.rank-{number:05d}.safetensors" for number in range(1, len(ends) - 1)]
     return [folder / "model.safetensors", *others]
 
@@ -228,11 +228,11 @@ def test_pieces_that_are_missing_or_there_twice_are_noticed(tmp_path):
 
 def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
     """The first one's files are there though empty; a whole tensor needs no word on where it begins."""
-    crew, piece = Crew(rank=2, size=3), whole(nn.Linear(3, 2).weight)
+    processes, piece = Processes(rank=2, size=3), whole(nn.Linear(3, 2).weight)
     assert not piece.data.requires_grad and piece.start == 0 and piece.shape == (2, 3)
     part = Piece(torch.arange(5.0), 4, (3, 3))
-    assert run_folder._write_pieces(tmp_path, {}, {}, crew) == {} and not names(tmp_path)
-    written = run_folder._write_pieces(tmp_path, {}, {"b": part, "a": piece}, crew)
+    assert run_folder._write_pieces(tmp_path, {}, {}, processes) == {} and not names(tmp_path)
+    written = run_folder._write_pieces(tmp_path, {}, {"b": part, "a": piece}, processes)
     assert set(written) == names(tmp_path) == {"optimizer.rank-00002.safetensors"}
     content = (tmp_path / "optimizer.rank-00002.safetensors").read_bytes()
     about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -240,7 +240,7 @@ def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
     with safe_open(tmp_path / "optimizer.rank-00002.safetensors", "pt") as opened:
         assert json.loads(opened.metadata()["pieces"]) == {"b": [4, [3, 3]]}
         assert torch.equal(opened.get_tensor("b"), part.data) and torch.equal(opened.get_tensor("a"), piece.data)
-    assert set(run_folder._write_pieces(tmp_path, {"a": piece}, {}, Crew())) == {
+    assert set(run_folder._write_pieces(tmp_path, {"a": piece}, {}, Processes())) == {
         "model.safetensors",
         "optimizer.safetensors",
     }

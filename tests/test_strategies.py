@@ -1,6 +1,6 @@
 """The same run, shared out among processes in every way there is: the same numbers, and it goes on under any other.
 
-Launches are few, because a process takes seconds to start: each does a list of jobs (`crew_worker.py`).
+Launches are few, because a process takes seconds to start: each does a list of jobs (`process_worker.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from attnlab.runs.folder import RunFolder
 from attnlab.training.train import Trainer, dealt, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
-WORKER = Path(__file__).parent / "crew_worker.py"
+WORKER = Path(__file__).parent / "process_worker.py"
 MODELS: dict[str, dict[str, Any]] = {
     "mha": {},
     "mla": {"mechanisms": ("mla",)},

@@ -25,7 +25,7 @@ from attnlab.inference.text import sample_run
 from attnlab.recording import record_attention
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
-from attnlab.runs.processes import Crew
+from attnlab.runs.processes import Processes
 from attnlab.runs.tensors import optimizer_tensors
 from attnlab.training.optimizers import Scale, learning_rate, make_optimizers
 from attnlab.training.step import Trainer, seed_dropout, train_step, validate
@@ -503,7 +503,7 @@ def test_validation_is_the_mean_over_fixed_windows(config):
     assert validate(trainer) == pytest.approx(expected, rel=1e-6) and validate(trainer) == validate(trainer)
 
 
-class Apart(Crew):
+class Apart(Processes):
     """One of several processes, that hears nothing of the others."""
 
     def sum(self, *numbers: float) -> list[float]:
@@ -516,7 +516,7 @@ def test_processes_share_the_windows_of_a_validation(config, processes):
     trainer = Trainer.of(*resolve(with_train(config, batch_size=3)))
     expected, strategy, shares = validate(trainer), trainer.strategy, []
     for rank in range(processes):
-        trainer.crew, rows = Apart(rank=rank, size=processes), []
+        trainer.processes, rows = Apart(rank=rank, size=processes), []
         trainer.strategy = lambda x, y, documents, plain, rows=rows: rows.append(len(x)) or strategy(x, y, documents)
         trainer.strategy.model = strategy.model
         shares.append(validate(trainer))

@@ -36,7 +36,7 @@ from ..errors import UserError
 from ..files import disk_errors, read_json, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
-from .processes import ALONE, Crew
+from .processes import ONE_PROCESS, Processes
 from .tensors import Piece, Stored, load_weights, on_host, weights, whole
 
 T = TypeVar("T")
@@ -55,18 +55,22 @@ class Checkpoint(NamedTuple):
 class RunFolder:
     """`create` or `open` one; nothing is written but by the methods below."""
 
-    def __init__(self, path: str | Path, config: RunConfig, about: Mapping[str, Any], crew: Crew = ALONE):
+    def __init__(
+        self, path: str | Path, config: RunConfig, about: Mapping[str, Any], processes: Processes = ONE_PROCESS
+    ):
         self.path = Path(path)
         self.config = config
         self.about = about  # run.json
-        self.crew = crew  # whose first process writes what is not shared out
+        self.processes = processes  # whose first process writes what is not shared out
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
+    def create(
+        cls, path: str | Path, config: RunConfig, corpus: data.Corpus, processes: Processes = ONE_PROCESS
+    ) -> RunFolder:
         """Make the folder, with run.json and tokenizer.json in it. UserError where it holds anything else already."""
         path = Path(path)
-        crew.agree(lambda: cls._create(path, config, corpus) if crew.first else None)
-        return cls.open(path, crew)
+        processes.agree(lambda: cls._create(path, config, corpus) if processes.first else None)
+        return cls.open(path, processes)
 
     @classmethod
     def _create(cls, path: Path, config: RunConfig, corpus: data.Corpus) -> None:
@@ -101,7 +105,7 @@ class RunFolder:
             raise
 
     @classmethod
-    def open(cls, path: str | Path, crew: Crew = ALONE) -> RunFolder:
+    def open(cls, path: str | Path, processes: Processes = ONE_PROCESS) -> RunFolder:
         """UserError where there is no run, or one that another version wrote."""
         path = Path(path)
         if not (path / "run.json").is_file():
@@ -118,14 +122,16 @@ class RunFolder:
             config = from_dict(RunConfig, about["config"])
         except (KeyError, TypeError):
             raise UserError(f"{path / 'run.json'} lacks parts of the config; train again into another folder") from None
-        return cls(path, config, about, crew)
+        return cls(path, config, about, processes)
 
     @classmethod
-    def resume(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
+    def resume(
+        cls, path: str | Path, config: RunConfig, corpus: data.Corpus, processes: Processes = ONE_PROCESS
+    ) -> RunFolder:
         """`open` the folder if it holds this very run, `create` it if it holds none."""
-        if not any(crew.gather((Path(path) / "run.json").exists())):
-            return cls.create(path, config, corpus, crew)
-        folder = cls.open(path, crew)
+        if not any(processes.gather((Path(path) / "run.json").exists())):
+            return cls.create(path, config, corpus, processes)
+        folder = cls.open(path, processes)
         if folder.config.key != config.key:
             raise UserError(
                 f"{path} holds another run ({_difference(folder.config, config)}); "
@@ -143,7 +149,7 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; a number that is not finite becomes null."""
-        if not self.crew.first:
+        if not self.processes.first:
             return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
@@ -164,9 +170,9 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made or
         did not come to drop."""
-        if self.crew.first:
+        if self.processes.first:
             self._forget_after(step)
-        self.crew.wait()
+        self.processes.wait()
 
     def _forget_after(self, step: int) -> None:
         half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
@@ -191,19 +197,19 @@ class RunFolder:
         state: Mapping[str, Any],
     ) -> Path:
         """Write the checkpoint of `step`, whole or not at all, then drop old ones: all but the newest `train.keep` and
-        the `best`. Each process of the crew gives what it holds."""
-        crew, place = self.crew, self._place(step)
+        the `best`. Each process gives what it holds."""
+        processes, place = self.processes, self._place(step)
         half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
         try:
             with disk_errors(place):
-                crew.agree(lambda: _make_anew(half) if crew.first else None)
-                own = crew.agree(lambda: _write_pieces(half, model, optimizer, crew))
-                files = {name: about for each in crew.gather(own) for name, about in each.items()}
-                crew.agree(lambda: self._commit(half, place, step, state, files) if crew.first else None)
+                processes.agree(lambda: _make_anew(half) if processes.first else None)
+                own = processes.agree(lambda: _write_pieces(half, model, optimizer, processes))
+                files = {name: about for each in processes.gather(own) for name, about in each.items()}
+                processes.agree(lambda: self._commit(half, place, step, state, files) if processes.first else None)
         finally:
-            if crew.first:
+            if processes.first:
                 shutil.rmtree(half, ignore_errors=True)
-        if crew.first:
+        if processes.first:
             self._tidy()
         return place
 
@@ -257,12 +263,12 @@ class RunFolder:
         return self._whole(step, path, lambda: json.loads(path.read_bytes()))
 
     def stored(
-        self, step: int | None = None, what: Literal["model", "optimizer"] = "model", crew: Crew = ALONE
+        self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
     ) -> Stored:
-        """The tensors of a checkpoint, their checksums found right; a crew shares the checking out."""
+        """The tensors of a checkpoint, their checksums verified; several processes share this work."""
         step = self._known(step)
         names = [name for name in self._files(step) if name.startswith(f"{what}.")]
-        crew.agree(lambda: self._check(step, names[crew.rank :: crew.size]))
+        processes.agree(lambda: self._check(step, names[processes.rank :: processes.size]))
         files = [self._place(step) / name for name in names]
         return self._whole(step, files[0], lambda: Stored(files))
 
@@ -277,7 +283,7 @@ class RunFolder:
             self._whole(step, path, partial(_compare, path, files[name]))
 
     def write_result(self, result: RunResult) -> None:
-        if self.crew.first:
+        if self.processes.first:
             write_json(self.path / "result.json", result.to_dict())
 
     def result(self) -> RunResult | None:
@@ -338,13 +344,13 @@ def _make_anew(folder: Path) -> None:
 
 
 def _write_pieces(
-    folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], crew: Crew
+    folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], processes: Processes
 ) -> dict[str, dict[str, Any]]:
     """The files of one process, and what the commit says of them. The first one's are there even if they are empty."""
     written = {}
     for what, pieces in (("model", model), ("optimizer", optimizer)):
-        if crew.first or pieces:
-            name = f"{what}.safetensors" if crew.first else f"{what}.rank-{crew.rank:05d}.safetensors"
+        if processes.first or pieces:
+            name = f"{what}.safetensors" if processes.first else f"{what}.rank-{processes.rank:05d}.safetensors"
             parts = {key: (p.start, p.shape) for key, p in pieces.items() if tuple(p.data.shape) != p.shape}
             content = save(
                 {k: on_host(p.data) for k, p in pieces.items()}, {"pieces": json.dumps(parts)} if parts else None

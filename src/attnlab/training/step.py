@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..measure.throughput import document_lengths
 from ..model import Decoder
 from ..recording import part_of_step, scale_losses
-from ..runs.processes import ALONE, Crew
+from ..runs.processes import ONE_PROCESS, Processes
 from ..runs.tensors import load_weights
 from . import strategies
 from .objective import distilled, freeze, start_from
@@ -39,7 +39,7 @@ class Trainer:
     config: RunConfig
     corpus: data.Corpus
     strategy: Strategy
-    crew: Crew
+    processes: Processes
     precision: str  # fp32, bf16 or fp16
     device: torch.device
     scale: Scale
@@ -50,12 +50,12 @@ class Trainer:
         config: RunConfig,
         corpus: data.Corpus,
         how: Execution = HOW,
-        crew: Crew = ALONE,
+        processes: Processes = ONE_PROCESS,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Trainer:
         """Initial weights, where none are given, depend on the seed alone. Changes torch's global random state."""
         device = find_device(config.train.device)
-        if device.index is None and device.type == "cuda" and crew.size > 1:
+        if device.index is None and device.type == "cuda" and processes.size > 1:
             device = torch.device("cuda", torch.cuda.current_device())
         kind, settings = strategies.find(how.strategy)
         precision = find_precision(config.train.precision, device)
@@ -65,19 +65,19 @@ class Trainer:
                 "and train.precision fp16 cannot be: give guard stop or rewind, and fp32 or bf16"
             )
         torch.manual_seed(config.seed)
-        model, objective = crew.agree(lambda: cls._model(config, device, weights))
+        model, objective = processes.agree(lambda: cls._model(config, device, weights))
         model.recompute = how.recompute
         strategy = kind(
             model,
             objective,
             make_optimizers,
             config.train,
-            crew,
+            processes,
             device,
-            len(dealt(config.train, crew.size)),
+            len(dealt(config.train, processes.size)),
             settings,
         )
-        return cls(config, corpus, strategy, crew, precision, device, Scale(precision == "fp16"))
+        return cls(config, corpus, strategy, processes, precision, device, Scale(precision == "fp16"))
 
     @staticmethod
     def _model(
@@ -109,10 +109,12 @@ class Trainer:
 
     def batch(self, step: int) -> list[data.Batch]:
         """The parts of step `step` that this process reads one by one, on the host."""
-        train, crew = self.config.train, self.crew
+        train, processes = self.config.train, self.processes
         size = train.batch_size * train.accumulate
-        whole = self.corpus.batch(self.config.seed, step, size, self.config.model.context, crew.rank, crew.size)
-        ends = list(accumulate(dealt(train, crew.size)))
+        whole = self.corpus.batch(
+            self.config.seed, step, size, self.config.model.context, processes.rank, processes.size
+        )
+        ends = list(accumulate(dealt(train, processes.size)))
         return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
 
 
@@ -145,18 +147,18 @@ class Step(NamedTuple):
 def train_step(trainer: Trainer, step: int, place: int | None = None, limit: float = math.inf) -> Step:
     """One optimizer step, number `step` from 0, on the data of step `place` (`step` unless given). Where `train.guard`
     is to skip, it is not taken if its loss is above `limit` or anything is not finite."""
-    config, strategy, crew = trainer.config.train, trainer.strategy, trainer.crew
+    config, strategy, processes = trainer.config.train, trainer.strategy, trainer.processes
     place = step if place is None else place
-    seed_dropout(trainer.config.seed, place, trainer.device, crew.rank)
+    seed_dropout(trainer.config.seed, place, trainer.device, processes.rank)
     began = time.perf_counter()
     parts = trainer.batch(place)
     waited = time.perf_counter() - began
     counts = [part.counted() for part in parts]
-    everyone = int(crew.sum(sum(counts))[0])
+    everyone = int(processes.sum(sum(counts))[0])
     total, alone = torch.zeros((), device=trainer.device), waited
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
-        weight = share * crew.size * trainer.scale.now
+        weight = share * processes.size * trainer.scale.now
         with strategy.part(number + 1 == len(parts)), part_of_step(number), scale_losses(weight):
             began = time.perf_counter()
             with trainer.autocast():
@@ -165,7 +167,7 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
             strategy.backward(loss * weight)
         total += loss.detach() * share
     skips = config.guard == "skip"
-    fine = not skips or crew.sum(total.item())[0] <= limit
+    fine = not skips or processes.sum(total.item())[0] <= limit
     rate = learning_rate(config, step)
     norm, applied = strategy.step(rate, config.clip, trainer.scale.now, skips or trainer.scale.used, fine)
     for experts in trainer.model.experts():
@@ -179,7 +181,7 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
 @torch.no_grad()
 def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float | None:
     """Mean loss in nats over the targets of the fixed held-out rows; None where it was `stopped`."""
-    size, crew = trainer.config.train.batch_size, trainer.crew
+    size, processes = trainer.config.train.batch_size, trainer.processes
     whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
     losses, counts = [], []
     trainer.model.eval()
@@ -187,7 +189,7 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
         for at in range(0, len(whole.x), size):
             if stopped():
                 return None
-            first, last = (at + size * part // crew.size for part in (crew.rank, crew.rank + 1))
+            first, last = (at + size * part // processes.size for part in (processes.rank, processes.rank + 1))
             part = whole.rows(first, max(last, first + 1))  # all processes work, if some for nothing
             with trainer.autocast():
                 losses.append(trainer.strategy(*part.to(trainer.device), plain=True).float())
@@ -195,7 +197,7 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
     finally:
         trainer.model.train()
     total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True) if count)
-    return crew.sum(total)[0] / whole.counted()
+    return processes.sum(total)[0] / whole.counted()
 
 
 def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> None:

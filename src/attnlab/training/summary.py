@@ -55,7 +55,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: s
         peak=str(peak),
         data_wait=middle("data_wait"),
         strategy=trainer.strategy.name,
-        processes=trainer.crew.size,
+        processes=trainer.processes.size,
         skipped=log.skipped,
         rewinds=log.rewinds,
         seconds=log.seconds,

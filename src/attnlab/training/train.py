@@ -32,7 +32,7 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import Alone, Crew, join, leave, lost, stop_requests, unreachable
+from ..runs.processes import LocalError, Processes, join, leave, peer_lost, stop_requests, unreachable
 from ..runs.shield import shielded
 from . import strategies
 from .log import Log
@@ -79,17 +79,17 @@ def train(
     """
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
-    crew = join(find_device(config.train.device), kind.grouped)
+    processes = join(find_device(config.train.device), kind.grouped)
     try:
         with _own_random_state(), stop_requests() as stop, _deterministic(config.train.deterministic):
             try:
-                return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
+                return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
-                if crew.size > 1 and unreachable(error):
-                    raise lost(error) from error
+                if processes.size > 1 and unreachable(error):
+                    raise peer_lost(error) from error
                 raise
     finally:
-        leave(crew)
+        leave(processes)
 
 
 def _train(
@@ -98,29 +98,29 @@ def _train(
     resume: bool,
     progress: Listener | None,
     how: Execution,
-    crew: Crew,
+    processes: Processes,
     stop: threading.Event,
 ) -> RunResult:
-    config, corpus = crew.agree(lambda: resolve(config))
-    dealt(config.train, crew.size)
+    config, corpus = processes.agree(lambda: resolve(config))
+    dealt(config.train, processes.size)
     folder = None
-    if any(crew.gather((out / "run.json").exists())):
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, crew)
+    if any(processes.gather((out / "run.json").exists())):
+        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
         result = folder.result()
         if result is not None and result.status == "done":
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
     reset_peak()
-    trainer, log = ready(config, corpus, crew, how, folder)
+    trainer, log = ready(config, corpus, processes, how, folder)
     if folder is None:  # only now, so that nothing is left where something cannot be trained
-        folder = RunFolder.create(out, config, corpus, crew)
-    tell = progress if progress and crew.first else lambda event: None
+        folder = RunFolder.create(out, config, corpus, processes)
+    tell = progress if progress and processes.first else lambda event: None
 
     def say(words: str) -> None:
         tell({"step": log.step, "say": words})
 
-    names, saved = how.track if crew.first else (), -1 if log.saved is None else log.saved
+    names, saved = how.track if processes.first else (), -1 if log.saved is None else log.saved
     if names:
         say(f"opening {', '.join(names)}")
     with open_trackers(names, out, config, saved, say) as trackers:
@@ -132,14 +132,14 @@ def _train(
             except Rewind as back:
                 start = folder.newest() or 0
                 past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
-                trainer, log = ready(config, corpus, crew, how, folder, past)
+                trainer, log = ready(config, corpus, processes, how, folder, past)
                 folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
                 say(f"{back}: back to step {start}, and its batches are left out")
             except Diverged as error:
                 folder.write_result(summary(trainer, folder, log, peak, "failed", str(error)))
                 raise
             except (UserError, OSError) as error:
-                raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
+                raise error if processes.first or isinstance(error, LocalError) else LocalError(str(error)) from error
         result = summary(trainer, folder, log, peak, "done" if finished else "interrupted")
         folder.write_result(result)
     if not finished:
@@ -151,7 +151,7 @@ def _train(
 def ready(
     config: RunConfig,
     corpus: data.Corpus,
-    crew: Crew,
+    processes: Processes,
     how: Execution,
     folder: RunFolder | None,
     past: Log | None = None,
@@ -159,9 +159,9 @@ def ready(
     """What goes on from the newest checkpoint of `folder`, or begins; `past` is what is known since then."""
     newest = folder.newest() if folder else None
     if folder is None or newest is None:
-        trainer, log = Trainer.of(config, corpus, how, crew), Log()
+        trainer, log = Trainer.of(config, corpus, how, processes), Log()
     else:
-        trainer = Trainer.of(config, corpus, how, crew, folder.stored(newest, "model").all())
+        trainer = Trainer.of(config, corpus, how, processes, folder.stored(newest, "model").all())
         trainer.strategy.remember(folder.stored(newest, "optimizer"))
         log = Log.of(newest, folder.state(newest))
     if folder is not None:
@@ -197,9 +197,9 @@ class Run:
     fresh: list[Step] = field(default_factory=list)  # steps whose numbers have not been looked at
 
     def __post_init__(self) -> None:
-        trainer, crew = self.trainer, self.trainer.crew
+        trainer, processes = self.trainer, self.trainer.processes
         self.account = Account(trainer.config, self.peak, trainer.device, recompute=trainer.model.recompute)
-        self.heart = Heartbeat(self.folder.path, crew.rank, crew.size)
+        self.heart = Heartbeat(self.folder.path, processes.rank, processes.size)
         self.laggards = Laggards()
 
     @shielded()
@@ -246,7 +246,7 @@ class Run:
 
     def stopped(self) -> bool:
         """Whether any process was asked to stop."""
-        return self.trainer.crew.sum(self.stop.is_set())[0] > 0
+        return self.trainer.processes.sum(self.stop.is_set())[0] > 0
 
     def owed(self) -> bool:
         """Whether the model as it is should have been validated, and was not."""
@@ -280,7 +280,7 @@ class Run:
         if not self.fresh:
             return
         trainer, log, first = self.trainer, self.log, self.log.step - len(self.fresh) + 1
-        losses = trainer.crew.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
+        losses = trainer.processes.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
         norms = torch.stack([step.norm for step in self.fresh]).tolist()
         steps, self.fresh = self.fresh, []
         for step, (loss, norm, done) in enumerate(zip(losses, norms, steps, strict=True), first):
@@ -319,8 +319,8 @@ class Run:
         )
 
     def report(self, auxiliary: Mapping[str, list[Tensor]]) -> None:
-        config, crew, log = self.trainer.config, self.trainer.crew, self.log
-        mine, alone = zip(*crew.gather((self.account.take(), log.alone)), strict=True)
+        config, processes, log = self.trainer.config, self.trainer.processes, self.log
+        mine, alone = zip(*processes.gather((self.account.take(), log.alone)), strict=True)
         record = {
             "loss": statistics.fmean(log.interval) if log.interval else None,
             "lr": learning_rate(config.train, log.step - 1),
@@ -331,7 +331,7 @@ class Run:
         self.note(record if log.warm else record | {"warm_up": True})
         log.interval, log.alone, log.warm = [], 0.0, True
         self.tell({"step": log.step, **record})
-        for behind in self.laggards.look(alone) if crew.size > 1 else ():
+        for behind in self.laggards.look(alone) if processes.size > 1 else ():
             self.tell({"step": log.step, "say": str(behind)})
 
     def save(self) -> None:

@@ -133,12 +133,12 @@ class Strategy(single.Strategy):
         for name, parameter in self.model.named_parameters():
             own: Any = parameter
             length, shape = own.ds_tensor.numel(), tuple(own.ds_shape)
-            start = self.crew.rank * length
+            start = self.processes.rank * length
             if real := max(0, min(length, own.ds_numel - start)):  # the last slice is padded
                 found[name] = Piece(own.ds_tensor.detach()[:real], start, shape)
         kept = self.model.state_dict()
         buffers = {name: whole(buffer) for name, buffer in self.model.named_buffers() if name in kept}
-        return found | (buffers if self.crew.first else {})
+        return found | (buffers if self.processes.first else {})
 
     def memory(self) -> dict[str, Piece]:
         found = {}
@@ -177,6 +177,6 @@ class Strategy(single.Strategy):
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             for p in group:
                 _, at, length = zero.grad_position[zero.get_param_id(p)]
-                start = self.crew.rank * length
+                start = self.processes.rank * length
                 if real := max(0, min(length, p.ds_numel - start)):
                     yield Stretch(names[id(p)], tuple(p.ds_shape), start, flat, at, real)

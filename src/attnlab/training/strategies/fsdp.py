@@ -27,7 +27,7 @@ class Strategy(single.Strategy):
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         if self.config.optimizer == "muon":
             raise UserError("train.optimizer muon needs whole matrices, which fsdp cuts: give adamw, or --strategy ddp")
-        mesh = init_device_mesh(self.device.type, (self.crew.size,))
+        mesh = init_device_mesh(self.device.type, (self.processes.size,))
         for block in self.model.blocks():
             if self.config.compile:
                 block.compile()
@@ -61,7 +61,7 @@ class Strategy(single.Strategy):
                 start, local = slice_of(tensor), tensor.to_local()
                 if local.numel():
                     found[name] = Piece(local.detach().flatten(), start, tuple(tensor.shape))
-            elif self.crew.first:
+            elif self.processes.first:
                 found[name] = whole(tensor)
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...config import TrainConfig
 from ...model import Decoder
-from ...runs.processes import Crew
+from ...runs.processes import Processes
 from ...runs.tensors import Piece, Stored, optimizer_tensors, weights, whole
 
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -43,22 +43,22 @@ class Strategy:
         objective: Losses | None,
         optimizers: Callable[[TrainConfig, nn.Module], Optimizers],
         config: TrainConfig,
-        crew: Crew,
+        processes: Processes,
         device: torch.device,
         parts: int,
         settings: str = "",
     ) -> None:
         """`optimizers` makes them, for parameters as this strategy holds them; `parts` are those of a step that this
         process reads one by one; `settings` follow the strategy's name."""
-        self.model, self.config, self.crew, self.device = model, config, crew, device
+        self.model, self.config, self.processes, self.device = model, config, processes, device
         self.parts, self.settings = parts, settings
-        for experts in model.experts() if crew.size > 1 and config.accumulate % crew.size else ():
+        for experts in model.experts() if processes.size > 1 and config.accumulate % processes.size else ():
             experts.together = self.summed
         self.module: nn.Module = Objective(model, objective)
         self.optimizers = self.prepare(optimizers)
 
     def summed(self, counts: Tensor) -> Tensor:
-        return self.crew.add(counts.clone())
+        return self.processes.add(counts.clone())
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         self.model.to(self.device)
@@ -100,11 +100,11 @@ class Strategy:
 
     def weights(self) -> dict[str, Piece]:
         """What this process writes of the model."""
-        return {name: whole(tensor) for name, tensor in weights(self.model).items()} if self.crew.first else {}
+        return {name: whole(tensor) for name, tensor in weights(self.model).items()} if self.processes.first else {}
 
     def memory(self) -> dict[str, Piece]:
         """What this process writes of the optimizers, by "<optimizer>/<parameter>/<field>"."""
-        found = optimizer_tensors(self.model, self.optimizers) if self.crew.first else {}
+        found = optimizer_tensors(self.model, self.optimizers) if self.processes.first else {}
         return {name: whole(tensor) for name, tensor in found.items()}
 
     def remember(self, stored: Stored) -> None:
