@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from ..errors import UserError, need
 from .launcher import lasting_store, launched, rank
+from .signals import on_stop_signal
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds until processes that were started together must have found each other
@@ -183,25 +184,23 @@ def _sent(send: Callable[[], Any]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; a second of the same kind interrupts at once (a launcher may add its SIGTERM
-    to a terminal's Ctrl-C). Elsewhere than in the main thread: never."""
-    asked, seen = threading.Event(), set[int]()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    """Yield an event that the first Ctrl-C or SIGTERM sets; it stays unset outside the main thread.
 
-    def ask(number: int, frame: object) -> None:
+    A second signal of the same kind raises KeyboardInterrupt: a launcher may add its SIGTERM to a terminal's Ctrl-C.
+    """
+    asked = threading.Event()
+    seen: set[int] = set()
+
+    def ask(number: int) -> None:
         if number in seen:
             raise KeyboardInterrupt
         seen.add(number)
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    except PeerLost:
-        before[signal.SIGTERM] = signal.SIG_IGN  # a launcher ends this process too: what is to be said comes first
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_stop_signal(ask) as before:
+        try:
+            yield asked
+        except PeerLost:
+            if before:
+                before[signal.SIGTERM] = signal.SIG_IGN  # the launcher ends this process too, which must report first
+            raise
