@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from attnlab.cli import main as cli
 from attnlab.costs.sharding import PLAIN, find_sharding
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json, write_bytes, write_json
@@ -200,6 +201,10 @@ def test_a_file_system_without_locks_is_said_and_used(
     monkeypatch.setattr(fcntl, "flock", none)
     with alone(tmp_path, "works in", patience=0.0):
         assert "cannot be locked (No locks available): let no second process in" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("to be or not to be " * 40)
+    words = ["prepare", f"text:{tmp_path / 'text.txt'}", "--tokenizer", "char", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert "out.unfinished cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

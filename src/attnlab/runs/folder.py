@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .. import data
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..files import disk_errors, read_json, write_bytes, write_json
+from ..files import checksum, disk_errors, read_json, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
 from .processes import ONE_PROCESS, Processes
@@ -370,12 +370,11 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
 
 def _compare(path: Path, about: Mapping[str, Any]) -> None:
     """ValueError unless the file is what was written."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != about["bytes"]:
-            raise ValueError(f"it has {size} bytes of {about['bytes']}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
-            raise ValueError("its checksum is wrong")
+    size = path.stat().st_size
+    if size != about["bytes"]:
+        raise ValueError(f"it has {size} bytes of {about['bytes']}")
+    if checksum(path).hexdigest() != about["sha256"]:
+        raise ValueError("its checksum is wrong")
 
 
 def _sync(folder: Path) -> None:
