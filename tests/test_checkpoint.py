@@ -192,8 +192,6 @@ def test_any_stretch_is_read_from_any_pieces(tmp_path, shape, cuts):
     else:
         files = cut(tmp_path / "cut", tensor, cuts)
     for each in (files, files[::-1]):
-        if cuts == [6, 6] and each is not files:
-            continue  # an empty piece that is named after the one it begins with
         stored = Stored(each)
         assert stored.names() == ["a"] and stored.shape("a") == shape and torch.equal(stored.read("a"), tensor)
         assert torch.equal(stored.all()["a"], tensor)
@@ -223,6 +221,14 @@ def test_pieces_that_are_missing_or_there_twice_are_noticed(tmp_path):
     longer = cut(tmp_path / "longer", torch.randn(5, 5), [3, 20])  # the last five begin where all of `tensor` ends
     for wrong in (files[:2], files[1:], files[::2], [*files, files[1]], [longer[2], *files], longer[1:]):
         with pytest.raises(ValueError, match="parts of a are missing"):
+            Stored(wrong)
+
+
+def test_pieces_that_name_different_shapes_are_refused(tmp_path):
+    """As many numbers, in another order: the file that is read last must not decide."""
+    one, other = cut(tmp_path / "one", torch.randn(4, 6), [9]), cut(tmp_path / "other", torch.randn(6, 4), [9])
+    for wrong in ([one[0], other[1]], [other[1], one[0]]):
+        with pytest.raises(ValueError, match="parts of a are missing: its pieces are of tensors of several shapes"):
             Stored(wrong)
 
 

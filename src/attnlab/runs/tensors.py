@@ -47,10 +47,11 @@ class Stored:
                 for name in opened.keys():
                     held = tuple(opened.get_slice(name).get_shape())
                     start, shape = pieces.get(name, (0, held))
-                    self._shapes[name] = tuple(shape)
+                    if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                        raise ValueError(f"parts of {name} are missing: its pieces are of tensors of several shapes")
                     self._places.setdefault(name, []).append(Place(file, start, math.prod(held)))
         for name, places in self._places.items():
-            places.sort(key=lambda place: place.start)
+            places.sort(key=lambda place: (place.start, place.length))  # an empty piece comes first
             ends = [0, *(place.start + place.length for place in places)]
             if [place.start for place in places] != ends[:-1] or ends[-1] != math.prod(self._shapes[name]):
                 raise ValueError(f"parts of {name} are missing")
