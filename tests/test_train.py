@@ -482,7 +482,9 @@ def test_a_scale_below_one_means_that_the_gradient_itself_is_not_finite(config, 
 
     def found(trainer: Trainer, step: int, *rest):
         done = honest(trainer, step, *rest)
-        trainer.scale.factor = factor if step == 4 else trainer.scale.factor
+        if step == 4:  # as after an overflow
+            trainer.scale.factor = factor
+            done = done._replace(applied=False)
         return done
 
     monkeypatch.setattr(module, "train_step", found)
@@ -492,6 +494,27 @@ def test_a_scale_below_one_means_that_the_gradient_itself_is_not_finite(config, 
     else:
         with pytest.raises(Diverged, match="gradient norm became inf at step 5 of 12"):
             train(config, tmp_path)
+
+
+def test_a_scale_below_one_is_no_fault_of_steps_that_are_applied(config, tmp_path, monkeypatch):
+    """One step overflows and brings the scale below 1; those after it are applied, and are not counted as skipped."""
+    from attnlab.training import train as module
+
+    honest, seen = module.train_step, []
+
+    def found(trainer: Trainer, step: int, *rest):
+        done = honest(trainer, step, *rest)
+        if step == 4:
+            trainer.scale.factor = 0.5
+            done = done._replace(applied=False)
+        seen.append(done.applied)
+        return done
+
+    monkeypatch.setattr(module, "train_step", found)
+    result = train(with_train(config, precision="fp16", guard="skip"), tmp_path)
+    assert seen.count(False) == 1 and result.status == "done" and result.skipped == 1
+    records = [record for record in RunFolder.open(tmp_path).metrics() if "skipped" in record]
+    assert [record["step"] for record in records] == [5] and "gradient norm became inf" in records[0]["skipped"]
 
 
 def test_validation_is_the_mean_over_fixed_windows(config):

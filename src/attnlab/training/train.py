@@ -283,6 +283,7 @@ class Run:
         losses = trainer.processes.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
         norms = torch.stack([step.norm for step in self.fresh]).tolist()
         steps, self.fresh = self.fresh, []
+        overflowed = False
         for step, (loss, norm, done) in enumerate(zip(losses, norms, steps, strict=True), first):
             overflow = trainer.scale.used and not done.applied and math.isfinite(loss)  # float16 will find its scale
             if not math.isfinite(loss):
@@ -292,11 +293,12 @@ class Run:
             elif not math.isfinite(norm) and not overflow:
                 self.wrong("gradient norm", norm, step)
             else:
+                overflowed = overflowed or overflow
                 log.interval.append(loss)
                 log.usual = [*log.usual, loss][-USUAL:] if trainer.config.train.spike else []
                 log.norm = norm if math.isfinite(norm) else log.norm
         log.scale = (trainer.scale.factor, trainer.scale.good)
-        if trainer.scale.used and trainer.scale.factor < 1:
+        if overflowed and trainer.scale.factor < 1:  # no scale helps
             self.wrong("gradient norm", math.inf, log.step)
 
     def wrong(self, what: str, value: float, step: int) -> None:
