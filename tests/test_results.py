@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from attnlab.cli import main as cli
-from attnlab.costs.sharding import PLAIN, find_sharding
+from attnlab.costs.sharding import find_sharding
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json, write_bytes, write_json
 from attnlab.results import (
@@ -35,6 +35,7 @@ from attnlab.results import (
     environment,
 )
 from attnlab.runs.launcher import lasting_store, launched, rank, restarted
+from attnlab.training import strategies
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ def test_what_a_launcher_says(said: dict[str, str], found: tuple[Any, ...], monk
 
 def test_what_each_strategy_shards(tmp_path: Path) -> None:
     everything = ["optimizer", "gradients", "weights"]
-    assert find_sharding("ddp") is PLAIN["ddp"] and not PLAIN["ddp"].sharded and str(PLAIN["ddp"]) == "ddp"
+    plain = find_sharding("ddp")
+    assert plain is strategies.strategy("ddp").sharding and not plain.sharded and str(plain) == "ddp"
     assert find_sharding("fsdp").sharded == set(everything) and str(find_sharding("fsdp")) == "fsdp"
     assert [(each.by_rows, each.buckets) for each in map(find_sharding, ("ddp", "fsdp", "deepspeed"))] == [
         (False, True),

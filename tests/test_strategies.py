@@ -19,12 +19,15 @@ import pytest
 import torch
 
 from attnlab import pretrained
+from attnlab.cli.plan import plan as plan_help
+from attnlab.cli.train import train as train_help
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
+from attnlab.training import strategies as registry
 from attnlab.training.train import Trainer, dealt, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
@@ -291,6 +294,16 @@ def test_what_a_strategy_refuses(home: Path, strategy: str, fields: dict[str, An
     with pytest.raises(UserError, match=said):
         train(config_of(home, "mha", **fields), out, how=Execution(strategy=strategy.format(home=home)))
     assert not torch.distributed.is_initialized()
+
+
+def test_the_listing_of_the_folder_is_the_registry() -> None:
+    """Every file is a strategy that says about itself how it shards, and the help of both commands names it."""
+    assert registry.names() == ["single", "ddp", "fsdp", "deepspeed"]
+    assert registry.of_several() == ["ddp", "fsdp", "deepspeed"]
+    assert [name for name in registry.names() if registry.strategy(name).takes_settings] == ["deepspeed"]
+    for name in registry.of_several():
+        assert name in (train_help.__doc__ or "") and name in (plan_help.__doc__ or "")
+        assert registry.strategy(name).shards("") == registry.strategy(name).sharding
 
 
 @pytest.mark.parametrize("name", MODELS)
