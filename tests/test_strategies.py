@@ -272,6 +272,7 @@ def test_rows_are_dealt_out() -> None:
         ("deepspeed:none.json", {}, "no such file"),
         ("deepspeed:{home}/fp16.json", {}, "sets fp16, which is --train.precision here"),
         ("deepspeed:{home}/zero0.json", {}, "stage 0: give .* 1, 2 or 3, or --strategy ddp"),
+        ("deepspeed:{home}/bare.json", {}, "stage 2: give zero_optimization.stage 1, 2 or 3"),
         ("deepspeed:{home}/offload.json", {}, "offload_optimizer"),
         ("deepspeed:{home}/list.json", {}, "not a JSON object"),
         ("deepspeed", {"optimizer": "muon"}, "muon needs whole matrices"),
@@ -285,6 +286,7 @@ def test_what_a_strategy_refuses(home: Path, strategy: str, fields: dict[str, An
     for name, content in {
         "fp16": {"fp16": {"enabled": True}},
         "zero0": {"zero_optimization": {"stage": 0}},
+        "bare": {"zero_optimization": 2},
         "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         "list": [],
     }.items():

@@ -67,7 +67,7 @@ def settings_of(path: str) -> dict[str, Any]:
         raise UserError(f"{path} sets {taken[0]}, which is --{OURS[taken[0]]} here: remove it from the file")
     zero = found.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (1, 2, 3):
+    if not isinstance(zero, dict) or stage not in (1, 2, 3):
         raise UserError(
             f"{path} asks for ZeRO stage {json.dumps(stage)}: give zero_optimization.stage 1, 2 or 3, or --strategy ddp"
         )
