@@ -1,4 +1,4 @@
-"""The same run, shared out among processes in every way there is: the same numbers, and it goes on under any other.
+"""The same run under every strategy: it has the same numbers, and goes on under any other strategy.
 
 Launches are few, because a process takes seconds to start: each does a list of jobs (`process_worker.py`).
 """
@@ -28,7 +28,7 @@ from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.training import strategies as registry
-from attnlab.training.train import Trainer, dealt, resolve, train, train_step
+from attnlab.training.train import Trainer, part_sizes, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
 WORKER = Path(__file__).parent / "process_worker.py"
@@ -112,7 +112,7 @@ def alone(home: Path) -> Results:
     [(1, ("fsdp", "zero1")), (2, ("ddp", "fsdp", "zero1", "zero2", "zero3")), (4, ("ddp", "fsdp", "zero2"))],
 )
 def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tuple[str, ...]) -> None:
-    """The same global batch gives the same losses, however many processes read it and whoever holds what."""
+    """The same global batch gives the same losses, whatever the number of processes and the strategy."""
     jobs = {
         f"{name} {strategy}": [
             to_dict(config_of(home, name)),
@@ -135,16 +135,16 @@ def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tup
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mla", "moe-bias"])
 def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Path, name: str) -> None:
-    """Eight sittings, across the edge of an epoch (200 windows, 50 steps)."""
+    """Eight launches, across the edge of an epoch (200 windows, 50 steps)."""
     config = config_of(home, name, steps=60, eval_every=20, log_every=3)
     whole = train(config, home / f"whole-{name}")
     out, ways = home / f"travelling-{name}", strategies(home)
-    sittings = [
+    launches = [
         (0, [("single", 6)]),
         (2, [("fsdp", 15), ("zero1", 21), ("zero3", 27), ("ddp", 33)]),
         (4, [("zero2", 42), ("fsdp", 54)]),
     ]
-    for processes, stops in sittings:
+    for processes, stops in launches:
         jobs = {
             stop: [
                 to_dict(config),
@@ -156,7 +156,7 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Pa
         for stop, result in launch(home, processes, jobs).items():
             assert f"stopped after step {stop};" in result.get("stopped", ""), result
         assert RunFolder.open(out).newest() == stops[-1][1]
-        model, _ = run_folder.load_model(out)  # by one process, whoever wrote it
+        model, _ = run_folder.load_model(out)  # by one process, whatever wrote it
         assert sum(p.numel() for p in model.parameters()) == whole.parameters
     result = train(config, out, resume=True)
     assert result.status == "done" and [step for step, _ in result.curve] == [20, 40, 60]
@@ -242,7 +242,7 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
             "commit.json",
         }
         sizes = [(place / file).stat().st_size for file in held["optimizer"]]
-        assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
+        assert max(sizes) < 1.5 * min(sizes), "the state is sharded"
         assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
         exported = pretrained.save(pretrained.load(folder.path), home / f"exported-{way}")
@@ -256,12 +256,12 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
             run_folder.load_model(folder.path)
 
 
-def test_rows_are_dealt_out() -> None:
+def test_rows_are_divided_among_processes() -> None:
     train = TrainConfig(batch_size=4, accumulate=6)
-    assert dealt(train, 1) == [4] * 6 and dealt(train, 2) == [4] * 3 and dealt(train, 3) == [4, 4]
-    assert dealt(train, 4) == [3, 3] and dealt(train, 8) == [3] and dealt(train, 12) == [2]
+    assert part_sizes(train, 1) == [4] * 6 and part_sizes(train, 2) == [4] * 3 and part_sizes(train, 3) == [4, 4]
+    assert part_sizes(train, 4) == [3, 3] and part_sizes(train, 8) == [3] and part_sizes(train, 12) == [2]
     with pytest.raises(UserError, match=r"24 sequences a step .* among 5 processes: make one of them a multiple of 5"):
-        dealt(train, 5)
+        part_sizes(train, 5)
 
 
 @pytest.mark.parametrize(

@@ -527,7 +527,7 @@ def test_validation_is_the_mean_over_fixed_windows(config):
 
 
 class Apart(Processes):
-    """One of several processes, that hears nothing of the others."""
+    """One of several processes, which gets nothing from the others."""
 
     def sum(self, *numbers: float) -> list[float]:
         return list(numbers)
@@ -535,7 +535,7 @@ class Apart(Processes):
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_processes_share_the_windows_of_a_validation(config, processes):
-    """Each batch of three is dealt out, none is read twice, and everyone takes part in every one."""
+    """Each batch of three is divided, no row is read twice, and every process reads some of each."""
     trainer = Trainer.of(*resolve(with_train(config, batch_size=3)))
     expected, strategy, shares = validate(trainer), trainer.strategy, []
     for rank in range(processes):

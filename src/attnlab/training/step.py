@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model, objective = processes.agree(lambda: cls._model(config, device, weights))
         model.recompute = how.recompute
-        parts = len(dealt(config.train, processes.size))
+        parts = len(part_sizes(config.train, processes.size))
         strategy = kind(model, objective, make_optimizers, config.train, processes, device, parts, settings)
         return cls(config, corpus, strategy, processes, precision, device, Scale(precision == "fp16"))
 
@@ -114,7 +114,7 @@ class Trainer:
         whole = self.corpus.batch(
             self.config.seed, step, size, self.config.model.context, processes.rank, processes.size
         )
-        ends = list(accumulate(dealt(train, processes.size)))
+        ends = list(accumulate(part_sizes(train, processes.size)))
         return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
 
 
@@ -126,7 +126,7 @@ def _device(given: str, processes: Processes) -> torch.device:
     return device
 
 
-def dealt(train: TrainConfig, processes: int) -> list[int]:
+def part_sizes(train: TrainConfig, processes: int) -> list[int]:
     """Return the rows of each part of a step that one process reads.
 
     Processes share whole parts if their number allows it, else the rows of each part. Raises `UserError` when the rows

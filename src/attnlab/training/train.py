@@ -38,7 +38,7 @@ from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
-from .step import HOW, Step, Trainer, dealt, train_step, validate
+from .step import HOW, Step, Trainer, part_sizes, train_step, validate
 from .summary import summary
 from .trackers import Trackers, check_trackers, open_trackers
 
@@ -89,7 +89,7 @@ def _train(
     stop: threading.Event,
 ) -> RunResult:
     config, corpus = processes.agree(lambda: resolve(config))
-    dealt(config.train, processes.size)
+    part_sizes(config.train, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
         folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
@@ -181,9 +181,9 @@ class Run:
         """Begin the measurements of a trainer."""
         trainer = self.trainer
         self.account = Account(trainer.config, self.peak, trainer.device, recompute=trainer.model.recompute)
-        self.heart = Heartbeat(self.folder.path, trainer.processes.rank, trainer.processes.size)
+        self.heartbeat = Heartbeat(self.folder.path, trainer.processes.rank, trainer.processes.size)
         self.laggards = Laggards()
-        self.fresh: list[Step] = []  # steps whose numbers have not been looked at
+        self.unchecked: list[Step] = []  # steps whose numbers have not been checked
 
     def to_end(self) -> bool:
         """Make the steps that are left, and rewind when `train.guard` says so. Returns what `go` returns."""
@@ -222,7 +222,7 @@ class Run:
         if going:
             self.save()
             return True
-        self.look()
+        self.check()
         self.log.seconds = time.perf_counter() - self.began
         self.save()
         return self.log.step == self.trainer.config.train.steps and not self.owed()
@@ -230,7 +230,7 @@ class Run:
     def advance(self) -> bool:
         """Make one step; then report, validate and save if these are due.
 
-        Returns False when a request to stop cut the validation short. It is then owed, and the step is not saved.
+        Returns False when a request to stop cut the validation short, which is then still owed.
         """
         trainer = self.trainer
         log = self.log
@@ -239,16 +239,16 @@ class Run:
         reports = _due(log.step + 1, config.log_every, config.steps)
         with record_losses() if reports else nullcontext({}) as auxiliary:
             done = train_step(trainer, log.step, log.step + log.shift, self.limit())
-        self.fresh.append(done)
+        self.unchecked.append(done)
         log.step += 1
         log.tokens += done.tokens
         log.working += done.working
-        self.heart.beat(log.step)
+        self.heartbeat.beat(log.step)
         validates = self.validation_due()
         saves = _due(log.step, config.save_every, config.steps)
         watchful = config.guard != "stop" or config.spike > 0
         if reports or validates or saves or watchful:
-            self.look()
+            self.check()
         seconds = time.perf_counter() - started
         self.account.step(tokens=done.own, seconds=seconds, waited=done.waited, lengths=done.lengths)
         if reports:
@@ -262,7 +262,7 @@ class Run:
 
     def stopped(self) -> bool:
         """Return whether any process was asked to stop."""
-        return self.trainer.processes.sum(self.stop.is_set())[0] > 0
+        return self.trainer.processes.sum(int(self.stop.is_set()))[0] > 0
 
     def validation_due(self) -> bool:
         """Return whether the model is validated at the step that it has reached."""
@@ -282,7 +282,7 @@ class Run:
         if loss is None:
             return False
         if not math.isfinite(loss):
-            self.wrong("validation loss", loss, self.log.step)
+            self.fault("validation loss", loss, self.log.step)
         self.note({"tokens": self.log.tokens, "val_loss": loss})
         self.tell({"step": self.log.step, "val_loss": loss})
         return True
@@ -305,28 +305,28 @@ class Run:
         """Return the loss above which a step is a spike; infinite when spikes are not looked for, or not yet."""
         return spike_limit(self.trainer.config.train.spike, self.log.usual)
 
-    def look(self) -> None:
-        """Read the numbers of the fresh steps, which waits for the GPU, and check them.
+    def check(self) -> None:
+        """Read the numbers of the unchecked steps, which waits for the GPU, and check them.
 
         This comes before anything is reported or saved.
         """
-        if not self.fresh:
+        if not self.unchecked:
             return
         trainer = self.trainer
         log = self.log
-        first = log.step - len(self.fresh) + 1
-        losses = trainer.processes.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
-        norms = torch.stack([step.norm for step in self.fresh]).tolist()
-        steps, self.fresh = self.fresh, []
+        first = log.step - len(self.unchecked) + 1
+        losses = trainer.processes.sum(*torch.stack([step.loss for step in self.unchecked]).tolist())
+        norms = torch.stack([step.norm for step in self.unchecked]).tolist()
+        steps, self.unchecked = self.unchecked, []
         overflowed = False
         for step, (loss, norm, done) in enumerate(zip(losses, norms, steps, strict=True), first):
             overflow = trainer.scale.used and not done.applied and math.isfinite(loss)  # the scale is then halved
             if not math.isfinite(loss):
-                self.wrong("loss", loss, step)
+                self.fault("loss", loss, step)
             elif loss > self.limit():
-                self.wrong("loss", loss, step)
+                self.fault("loss", loss, step)
             elif not math.isfinite(norm) and not overflow:
-                self.wrong("gradient norm", norm, step)
+                self.fault("gradient norm", norm, step)
             else:
                 overflowed = overflowed or overflow
                 log.interval.append(loss)
@@ -334,9 +334,9 @@ class Run:
                 log.norm = norm if math.isfinite(norm) else log.norm
         log.scale = (trainer.scale.factor, trainer.scale.good)
         if overflowed and trainer.scale.factor < 1:  # no scale helps
-            self.wrong("gradient norm", math.inf, log.step)
+            self.fault("gradient norm", math.inf, log.step)
 
-    def wrong(self, what: str, value: float, step: int) -> None:
+    def fault(self, what: str, value: float, step: int) -> None:
         """Act on a fault as `train.guard` says: count the step as skipped, or raise `Rewind` or `Diverged`."""
         train, log = self.trainer.config.train, self.log
         reason = f"the {what} became {value:.6g} at step {step} of {train.steps}"
