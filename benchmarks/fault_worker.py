@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from attnlab.cli import main as cli
+from attnlab.runs import checkpoint
 from attnlab.runs import folder as run_folder
 from attnlab.runs.launcher import rank, restarted
 from attnlab.training import train
@@ -142,7 +143,7 @@ def at_write(tick: Act, fault: dict[str, Any]) -> None:
 
 
 def at_half(tick: Act, fault: dict[str, Any]) -> None:
-    honest = run_folder._write
+    honest = checkpoint.write_file
 
     def write(path: Path, content: bytes) -> dict[str, Any]:
         with open(path, "wb") as file:
@@ -151,7 +152,7 @@ def at_half(tick: Act, fault: dict[str, Any]) -> None:
             tick()
         return honest(path, content)
 
-    run_folder._write = write
+    checkpoint.write_file = write
 
 
 def at_half_line(tick: Act, fault: dict[str, Any]) -> None:
@@ -202,7 +203,7 @@ PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {
     "step": lambda tick, _: before(train.Trainer, "batch", tick),
     "evaluation": lambda tick, _: before(single.Strategy, "__call__", tick, lambda *_, plain=False, **__: plain),
     "compilation": at_compilation,
-    "saving": lambda tick, _: before(run_folder, "_write", tick),
+    "saving": lambda tick, _: before(checkpoint, "write_file", tick),
     "write": at_write,
     "half": at_half,
     "half line": at_half_line,
@@ -265,14 +266,14 @@ def serve(words: list[str], fault: dict[str, Any], processes: int, log: str, tim
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    crew = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pids = []
     for number in range(processes):
         sys.stdout.flush()
         if (pid := os.fork()) == 0:
             if processes > 1:
                 os.environ |= {
-                    name: str(value) for name, value in (crew | {"RANK": number, "LOCAL_RANK": number}).items()
+                    name: str(value) for name, value in (group | {"RANK": number, "LOCAL_RANK": number}).items()
                 }
             child(words, fault, log)
         pids.append(pid)

@@ -20,9 +20,10 @@ from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
 from attnlab.model import Decoder
 from attnlab.results import RunResult
+from attnlab.runs import checkpoint
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
-from attnlab.runs.processes import Crew
+from attnlab.runs.processes import Processes
 from attnlab.runs.tensors import Piece, Stored, load_weights, weights, whole
 
 CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
@@ -156,7 +157,7 @@ def test_tensors_in_pieces(tmp_path):
         for number, (start, stop) in enumerate(pairwise(ends)):
             held = {"a": Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
             held |= {name: whole(tensors[name]) for name in "bcd"} if number == 0 else {}
-            run_folder._write_pieces(place, held, {}, Crew(rank=number, size=len(ends) - 1))
+            checkpoint.write_pieces(place, held, {}, Processes(rank=number, size=len(ends) - 1))
             files.append(place / (f"model.rank-{number:05d}.safetensors" if number else "model.safetensors"))
         stored = Stored(files)
         assert sorted(stored.names()) == [*"abcd"] and stored.shape("a") == (7, 3, 2)
@@ -176,7 +177,7 @@ def cut(folder: Path, tensor: torch.Tensor, cuts: list[int], name: str = "a") ->
     ends = [0, *cuts, tensor.numel()]
     for number, (start, stop) in enumerate(pairwise(ends)):
         held = {name: Piece(tensor.flatten()[start:stop], start, tuple(tensor.shape))}
-        run_folder._write_pieces(folder, held, {}, Crew(rank=number, size=len(ends) - 1))
+        checkpoint.write_pieces(folder, held, {}, Processes(rank=number, size=len(ends) - 1))
     others = [folder / f"model.rank-{number:05d}.safetensors" for number in range(1, len(ends) - 1)]
     return [folder / "model.safetensors", *others]
 
@@ -192,8 +193,6 @@ def test_any_stretch_is_read_from_any_pieces(tmp_path, shape, cuts):
     else:
         files = cut(tmp_path / "cut", tensor, cuts)
     for each in (files, files[::-1]):
-        if cuts == [6, 6] and each is not files:
-            continue  # an empty piece that is named after the one it begins with
         stored = Stored(each)
         assert stored.names() == ["a"] and stored.shape("a") == shape and torch.equal(stored.read("a"), tensor)
         assert torch.equal(stored.all()["a"], tensor)
@@ -226,13 +225,21 @@ def test_pieces_that_are_missing_or_there_twice_are_noticed(tmp_path):
             Stored(wrong)
 
 
+def test_pieces_that_name_different_shapes_are_refused(tmp_path):
+    """As many numbers, in another order: the file that is read last must not decide."""
+    one, other = cut(tmp_path / "one", torch.randn(4, 6), [9]), cut(tmp_path / "other", torch.randn(6, 4), [9])
+    for wrong in ([one[0], other[1]], [other[1], one[0]]):
+        with pytest.raises(ValueError, match="parts of a are missing: its pieces are of tensors of several shapes"):
+            Stored(wrong)
+
+
 def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
     """The first one's files are there though empty; a whole tensor needs no word on where it begins."""
-    crew, piece = Crew(rank=2, size=3), whole(nn.Linear(3, 2).weight)
+    processes, piece = Processes(rank=2, size=3), whole(nn.Linear(3, 2).weight)
     assert not piece.data.requires_grad and piece.start == 0 and piece.shape == (2, 3)
     part = Piece(torch.arange(5.0), 4, (3, 3))
-    assert run_folder._write_pieces(tmp_path, {}, {}, crew) == {} and not names(tmp_path)
-    written = run_folder._write_pieces(tmp_path, {}, {"b": part, "a": piece}, crew)
+    assert checkpoint.write_pieces(tmp_path, {}, {}, processes) == {} and not names(tmp_path)
+    written = checkpoint.write_pieces(tmp_path, {}, {"b": part, "a": piece}, processes)
     assert set(written) == names(tmp_path) == {"optimizer.rank-00002.safetensors"}
     content = (tmp_path / "optimizer.rank-00002.safetensors").read_bytes()
     about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -240,7 +247,7 @@ def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
     with safe_open(tmp_path / "optimizer.rank-00002.safetensors", "pt") as opened:
         assert json.loads(opened.metadata()["pieces"]) == {"b": [4, [3, 3]]}
         assert torch.equal(opened.get_tensor("b"), part.data) and torch.equal(opened.get_tensor("a"), piece.data)
-    assert set(run_folder._write_pieces(tmp_path, {"a": piece}, {}, Crew())) == {
+    assert set(checkpoint.write_pieces(tmp_path, {"a": piece}, {}, Processes())) == {
         "model.safetensors",
         "optimizer.safetensors",
     }
@@ -355,18 +362,18 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_way_out(folder, file, damag
 
 def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
     fill(folder, 5)
-    write = run_folder._write
+    write = checkpoint.write_file
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "state.json":
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(run_folder, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_file", full)
     with pytest.raises(UserError, match=r"cannot write .*step-00000010: the disk is full; free space"):
         fill(folder, 10)
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}
-    monkeypatch.setattr(run_folder, "_write", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint, "write_file", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fill(folder, 10)
     assert names(folder.path) == {"run.json", "tokenizer.json", "step-00000005"}

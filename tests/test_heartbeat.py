@@ -38,7 +38,7 @@ def test_who_has_not_been_heard_from_is_told(tmp_path):
     assert stale(tmp_path, after=60) == [1, 2] and stale(tmp_path, after=200) == [2]
 
 
-def test_ranks_of_an_earlier_sitting_are_not_missed(tmp_path):
+def test_ranks_of_an_earlier_launch_are_not_missed(tmp_path):
     for rank in range(4):
         Heartbeat(tmp_path, rank, 4).beat(1)
         path = tmp_path / FOLDER / f"rank-{rank:05d}.json"

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from attnlab.costs.sharding import PLAIN, find_sharding
+from attnlab.cli import main as cli
+from attnlab.costs.sharding import find_sharding
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json, write_bytes, write_json
 from attnlab.results import (
@@ -34,6 +35,7 @@ from attnlab.results import (
     environment,
 )
 from attnlab.runs.launcher import lasting_store, launched, rank, restarted
+from attnlab.training import strategies
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,10 @@ def test_a_file_system_without_locks_is_said_and_used(
     monkeypatch.setattr(fcntl, "flock", none)
     with alone(tmp_path, "works in", patience=0.0):
         assert "cannot be locked (No locks available): let no second process in" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("to be or not to be " * 40)
+    words = ["prepare", f"text:{tmp_path / 'text.txt'}", "--tokenizer", "char", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert "out.unfinished cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -224,7 +230,8 @@ def test_what_a_launcher_says(said: dict[str, str], found: tuple[Any, ...], monk
 
 def test_what_each_strategy_shards(tmp_path: Path) -> None:
     everything = ["optimizer", "gradients", "weights"]
-    assert find_sharding("ddp") is PLAIN["ddp"] and not PLAIN["ddp"].sharded and str(PLAIN["ddp"]) == "ddp"
+    plain = find_sharding("ddp")
+    assert plain is strategies.strategy("ddp").sharding and not plain.sharded and str(plain) == "ddp"
     assert find_sharding("fsdp").sharded == set(everything) and str(find_sharding("fsdp")) == "fsdp"
     assert [(each.by_rows, each.buckets) for each in map(find_sharding, ("ddp", "fsdp", "deepspeed"))] == [
         (False, True),

@@ -1,6 +1,6 @@
-"""The same run, shared out among processes in every way there is: the same numbers, and it goes on under any other.
+"""The same run under every strategy: it has the same numbers, and goes on under any other strategy.
 
-Launches are few, because a process takes seconds to start: each does a list of jobs (`crew_worker.py`).
+Launches are few, because a process takes seconds to start: each does a list of jobs (`process_worker.py`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import pytest
 import torch
 
 from attnlab import pretrained
+from attnlab.cli.plan import plan as plan_help
+from attnlab.cli.train import train as train_help
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
-from attnlab.training.train import Trainer, dealt, resolve, train, train_step
+from attnlab.training import strategies as registry
+from attnlab.training.train import Trainer, part_sizes, resolve, train, train_step
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
-WORKER = Path(__file__).parent / "crew_worker.py"
+WORKER = Path(__file__).parent / "process_worker.py"
 MODELS: dict[str, dict[str, Any]] = {
     "mha": {},
     "mla": {"mechanisms": ("mla",)},
@@ -109,7 +112,7 @@ def alone(home: Path) -> Results:
     [(1, ("fsdp", "zero1")), (2, ("ddp", "fsdp", "zero1", "zero2", "zero3")), (4, ("ddp", "fsdp", "zero2"))],
 )
 def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tuple[str, ...]) -> None:
-    """The same global batch gives the same losses, however many processes read it and whoever holds what."""
+    """The same global batch gives the same losses, whatever the number of processes and the strategy."""
     jobs = {
         f"{name} {strategy}": [
             to_dict(config_of(home, name)),
@@ -132,16 +135,16 @@ def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tup
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mla", "moe-bias"])
 def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Path, name: str) -> None:
-    """Eight sittings, across the edge of an epoch (200 windows, 50 steps)."""
+    """Eight launches, across the edge of an epoch (200 windows, 50 steps)."""
     config = config_of(home, name, steps=60, eval_every=20, log_every=3)
     whole = train(config, home / f"whole-{name}")
     out, ways = home / f"travelling-{name}", strategies(home)
-    sittings = [
+    launches = [
         (0, [("single", 6)]),
         (2, [("fsdp", 15), ("zero1", 21), ("zero3", 27), ("ddp", 33)]),
         (4, [("zero2", 42), ("fsdp", 54)]),
     ]
-    for processes, stops in sittings:
+    for processes, stops in launches:
         jobs = {
             stop: [
                 to_dict(config),
@@ -153,7 +156,7 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Pa
         for stop, result in launch(home, processes, jobs).items():
             assert f"stopped after step {stop};" in result.get("stopped", ""), result
         assert RunFolder.open(out).newest() == stops[-1][1]
-        model, _ = run_folder.load_model(out)  # by one process, whoever wrote it
+        model, _ = run_folder.load_model(out)  # by one process, whatever wrote it
         assert sum(p.numel() for p in model.parameters()) == whole.parameters
     result = train(config, out, resume=True)
     assert result.status == "done" and [step for step, _ in result.curve] == [20, 40, 60]
@@ -239,7 +242,7 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
             "commit.json",
         }
         sizes = [(place / file).stat().st_size for file in held["optimizer"]]
-        assert max(sizes) < 1.5 * min(sizes), "the state is shared out"
+        assert max(sizes) < 1.5 * min(sizes), "the state is sharded"
         assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
         exported = pretrained.save(pretrained.load(folder.path), home / f"exported-{way}")
@@ -253,12 +256,12 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
             run_folder.load_model(folder.path)
 
 
-def test_rows_are_dealt_out() -> None:
+def test_rows_are_divided_among_processes() -> None:
     train = TrainConfig(batch_size=4, accumulate=6)
-    assert dealt(train, 1) == [4] * 6 and dealt(train, 2) == [4] * 3 and dealt(train, 3) == [4, 4]
-    assert dealt(train, 4) == [3, 3] and dealt(train, 8) == [3] and dealt(train, 12) == [2]
+    assert part_sizes(train, 1) == [4] * 6 and part_sizes(train, 2) == [4] * 3 and part_sizes(train, 3) == [4, 4]
+    assert part_sizes(train, 4) == [3, 3] and part_sizes(train, 8) == [3] and part_sizes(train, 12) == [2]
     with pytest.raises(UserError, match=r"24 sequences a step .* among 5 processes: make one of them a multiple of 5"):
-        dealt(train, 5)
+        part_sizes(train, 5)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +272,7 @@ def test_rows_are_dealt_out() -> None:
         ("deepspeed:none.json", {}, "no such file"),
         ("deepspeed:{home}/fp16.json", {}, "sets fp16, which is --train.precision here"),
         ("deepspeed:{home}/zero0.json", {}, "stage 0: give .* 1, 2 or 3, or --strategy ddp"),
+        ("deepspeed:{home}/bare.json", {}, "stage 2: give zero_optimization.stage 1, 2 or 3"),
         ("deepspeed:{home}/offload.json", {}, "offload_optimizer"),
         ("deepspeed:{home}/list.json", {}, "not a JSON object"),
         ("deepspeed", {"optimizer": "muon"}, "muon needs whole matrices"),
@@ -282,6 +286,7 @@ def test_what_a_strategy_refuses(home: Path, strategy: str, fields: dict[str, An
     for name, content in {
         "fp16": {"fp16": {"enabled": True}},
         "zero0": {"zero_optimization": {"stage": 0}},
+        "bare": {"zero_optimization": 2},
         "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         "list": [],
     }.items():
@@ -291,6 +296,16 @@ def test_what_a_strategy_refuses(home: Path, strategy: str, fields: dict[str, An
     with pytest.raises(UserError, match=said):
         train(config_of(home, "mha", **fields), out, how=Execution(strategy=strategy.format(home=home)))
     assert not torch.distributed.is_initialized()
+
+
+def test_the_listing_of_the_folder_is_the_registry() -> None:
+    """Every file is a strategy that says about itself how it shards, and the help of both commands names it."""
+    assert registry.names() == ["single", "ddp", "fsdp", "deepspeed"]
+    assert registry.of_several() == ["ddp", "fsdp", "deepspeed"]
+    assert [name for name in registry.names() if registry.strategy(name).takes_settings] == ["deepspeed"]
+    for name in registry.of_several():
+        assert name in (train_help.__doc__ or "") and name in (plan_help.__doc__ or "")
+        assert registry.strategy(name).shards("") == registry.strategy(name).sharding
 
 
 @pytest.mark.parametrize("name", MODELS)

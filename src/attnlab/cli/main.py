@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import json
@@ -17,6 +16,7 @@ import tyro
 
 from .. import __version__, presets
 from ..errors import UserError, choose
+from ..files import DISK_FULL
 from ..runs.launcher import launched, rank
 from . import COMMANDS
 from .options import options_of_mechanisms, with_choices
@@ -177,7 +177,7 @@ def overview() -> str:
 def sentence(error: UserError | OSError) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return "the disk is full: free space and run the same command again; nothing half-written was kept"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; --debug shows where"

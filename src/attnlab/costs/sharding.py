@@ -1,47 +1,22 @@
-"""What each of several GPUs keeps only a part of, by strategy."""
+"""The sharding of a strategy, by its name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..errors import UserError, choose
-from ..training.strategies.deepspeed import settings_of
-
-STAGES: dict[int, frozenset[str]] = {  # of ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054): what is sharded
-    0: frozenset(),
-    1: frozenset({"optimizer"}),
-    2: frozenset({"optimizer", "gradients"}),
-    3: frozenset({"optimizer", "gradients", "weights"}),
-}
-
-
-@dataclass(frozen=True)
-class Sharding:
-    name: str
-    stage: int  # of ZeRO, or what equals it
-    by_rows: bool = False  # each tensor is cut between rows, as torch does; else all are cut as if they were one
-    buckets: bool = False  # gradients lie where they are sent from, all the time
-
-    @property
-    def sharded(self) -> frozenset[str]:
-        return STAGES[self.stage]
-
-    def __str__(self) -> str:
-        return f"{self.name}, ZeRO stage {self.stage}" if self.name == "deepspeed" else self.name
-
-
-PLAIN = {
-    "ddp": Sharding("ddp", 0, buckets=True),
-    "fsdp": Sharding("fsdp", 3, by_rows=True),
-}
+from ..training import strategies
+from ..training.sharding import STAGES as STAGES
+from ..training.sharding import Sharding as Sharding
 
 
 def find_sharding(text: str) -> Sharding:
-    """ "ddp", "fsdp" or "deepspeed[:FILE.json]", as `attnlab train` takes them."""
+    """Return how a strategy shards: "ddp", "fsdp" or "deepspeed[:FILE.json]", as `attnlab train` takes them.
+
+    Raises `UserError` for an unknown strategy, and for a file that it does not read.
+    """
     name, _, file = text.partition(":")
-    choose("strategy", name, (*PLAIN, "deepspeed"))
-    if name == "deepspeed":
-        return Sharding(name, settings_of(file)["zero_optimization"]["stage"])
-    if file:
-        raise UserError(f"the strategy {text!r} has a file, which deepspeed alone reads: give {name}")
-    return PLAIN[name]
+    several = strategies.of_several()
+    kind = strategies.strategy(choose("strategy", name, several))
+    if file and not kind.takes_settings:
+        readers = " and ".join(each for each in several if strategies.strategy(each).takes_settings)
+        raise UserError(f"the strategy {text!r} has a file, which {readers} alone reads: give {name}")
+    return kind.shards(file)

@@ -10,7 +10,6 @@ documents validate, or of the tokens where there is one document. The manifest s
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,18 +26,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import checksum, full_disk, locked, read_json, write_json
 from ..results import environment
 from . import sources
 from .nanogpt import write_meta
-from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, checksum, dtype_of
+from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Block, Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
 
 PIECE = 1 << 16  # characters of a long document that are encoded at once
 UNIT = 1 << 18  # characters that a worker takes at once
-LOCK = ".lock"
 EVERY = 10.0  # seconds between two states on the disk
 COPY = 1 << 20  # tokens
 
@@ -93,7 +91,9 @@ def prepare(
         raise UserError(f"{out} exists and is not a prepared corpus; name a new or an empty folder")
     folder = out.with_name(out.name + UNFINISHED)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), _full_disk(folder):
+    busy = f"another attnlab prepare is at work in {folder}; wait for it, or end it first"
+    full = f"the disk is full: free space and run the same command again, which goes on from what {folder} holds"
+    with locked(folder, busy, patience=0.0), full_disk(full):
         if not (folder / "manifest.json").exists():
             try:
                 _Work(folder, plan, workers or os.cpu_count() or 1, progress).run(command)
@@ -408,34 +408,3 @@ def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahe
     finally:
         for future in waiting:
             future.cancel()
-
-
-# one at a time, and a full disk
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else writes here at the same time; the lock goes with the process, however it ends."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with open(folder / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another attnlab prepare is at work in {folder}; wait for it, or end it first") from None
-        yield
-
-
-@contextmanager
-def _full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"the disk is full: free space and run the same command again, which goes on from what {folder} holds"
-        ) from None

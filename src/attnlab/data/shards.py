@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError, choose
-from ..files import read_json
+from ..files import checksum, read_json
 from . import nanogpt
 from .tokenizer import Tokenizer, tokenizer
 from .tokens import Tokens
@@ -138,14 +138,6 @@ class Prepared:
                     why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"
                     raise UserError(f"{self.path / file} {why}; bring the whole file back, or prepare the folder again")
         self.tokenizer  # noqa: B018
-
-
-def checksum(path: Path) -> Any:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest
 
 
 def _starts_after(parts: list[np.ndarray], end: int | None) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Instruments: time, memory and FLOPs of a call, the peaks of GPUs, the throughput of a training run."""
+"""Instruments: time, memory and FLOPs of a call, the peak rates of GPUs, the throughput of a training run."""

@@ -1,4 +1,4 @@
-"""Time, memory and FLOPs of a call, measured."""
+"""Measurements of a call: its time, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: int = 1) -> dict[K, list[float]]:
-    """Seconds of `repeats` calls of each, in turns (A B C A B C ...), so that a slow moment hits all alike.
+    """Return the seconds of `repeats` calls of each, made in turns (A B C A B C ...).
 
-    Each callable measures itself, so that what it prepares is not counted.
+    A slow moment of the machine then affects all alike. Each callable measures itself, so that its preparation is not
+    counted.
     """
     for call in timed.values():
         for _ in range(warm_up):
@@ -39,8 +40,10 @@ def interleaved(timed: Mapping[K, Callable[[], float]], repeats: int, warm_up: i
 
 
 def read_speed(repeats: int = 5) -> float:
-    """Bytes per second that the processor reads from memory, all threads together: the fastest sum over a buffer that
-    no cache holds."""
+    """Return the bytes per second that the processor reads from memory, with all threads together.
+
+    It is the fastest sum over a buffer that is too large for any cache.
+    """
     buffer = torch.ones(2**26)
 
     def seconds() -> float:
@@ -52,12 +55,12 @@ def read_speed(repeats: int = 5) -> float:
 
 
 def matrix_size(device: torch.device) -> int:
-    """Of the square matrices whose product `matrix_rate` times."""
+    """Return the rows of the square matrices whose product `matrix_rate` measures."""
     return 1024 if device.type == "cpu" else 8192
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOPs per second of a product of two square matrices: the median of as many as fit into `seconds`."""
+    """Return the FLOPs per second of a product of two square matrices: the median of all products in `seconds`."""
     size = matrix_size(device)
     a = torch.ones(size, size, dtype=dtype, device=device)
     times: list[float] = []
@@ -72,14 +75,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def counted_flops(call: Callable[[], object]) -> int:
-    """FLOPs of the matrix products that `call` makes, backward passes included; a causal mask saves nothing."""
+    """Return the FLOPs of the matrix products in `call`, backward passes included; a causal mask saves nothing."""
     with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context that counts as `counted_flops` does."""
+    """Return a context that counts as `counted_flops` does."""
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # its hooks break on a module called without gradients
     return counter
@@ -105,7 +108,7 @@ def _add_product(into: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, *
     return 2 * math.prod(a) * b[-1]
 
 
-_CPU_KERNELS: dict[Any, Any] = {  # PyTorch's counter knows what runs on a GPU only, and of products none in place
+_CPU_KERNELS: dict[Any, Any] = {  # PyTorch's counter lacks the kernels of the CPU, and products in place
     torch.ops.aten.baddbmm_: _add_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
@@ -115,15 +118,15 @@ if torch.backends.mkldnn.is_available():
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the memory behind them, each piece counted once."""
+    """Return the bytes of the memory behind the tensors; memory that several share counts once."""
     return sum({_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors alive at the worst moment of `call`, beyond those alive before it.
+    """Return the most bytes of tensors during `call`, beyond those that were there before it.
 
-    On a GPU the allocator knows. On a CPU every operation's results are followed until they are freed: exact for
-    tensors, blind to scratch memory inside a kernel, and free of what the process holds besides.
+    On a GPU the allocator tells. On a CPU the results of every operation are followed until they are freed. That is
+    exact for tensors, without the scratch memory inside a kernel, and without anything else that the process holds.
     """
     gc.collect()
     if device.type == "cuda":
@@ -139,7 +142,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
 
 
 def reset_peak() -> None:
-    """`peak_bytes` counts from here."""
+    """Make `peak_bytes` count from here."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -150,7 +153,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held at once: of the GPU by its tensors, or resident of this process."""
+    """Return the most bytes held at once since `reset_peak`: by tensors on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -164,7 +167,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Follow(TorchDispatchMode):
-    """Counts the bytes of storages that come and go inside it."""
+    """A context that counts the bytes of the storages made in it, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +190,7 @@ class Follow(TorchDispatchMode):
         for value in tree_iter(values):
             if isinstance(value, Tensor) and (key := _key(value)) not in self.known:
                 storage = value.untyped_storage()
-                size = storage.nbytes() if new else 0  # what comes in from outside was there before
+                size = storage.nbytes() if new else 0  # arguments from outside were there before
                 self.now += size
                 self.known.add(key)
                 weakref.finalize(storage, self._forget, key, size)

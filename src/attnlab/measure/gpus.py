@@ -1,11 +1,11 @@
-"""GPUs by name, and the peak that a share of it (MFU) is relative to."""
+"""GPUs by name, as their datasheets describe them, and the peak rate that MFU is relative to."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,17 +14,62 @@ import torch
 from ..errors import UserError, choose
 from .counters import matrix_rate, matrix_size
 
-DATASHEETS = {  # words of its name: NVIDIA's dense products per second, in 16 bits and in float32 without TF32
-    "H100 HBM3": (989.5e12, 67e12),
-    "H100 PCIe": (756.5e12, 51e12),
-    "H200": (989.5e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTIAL = {"MIG", "NVL"}  # a slice of a GPU, and the slower cards of a pair
+PARTIAL = {"MIG", "NVL"}  # words in the name of a slice of a GPU, and of the slower cards of a pair
+PLANNED = ("memory", "flops", "bandwidth")  # the numbers of a GPU that a plan needs
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, as its datasheet describes it."""
+
+    name: str  # as attnlab plan --gpu takes it
+    memory: float  # bytes; a GB is taken as 10^9
+    flops: float  # per second, of dense matrix products in bfloat16 or float16
+    bandwidth: float  # of its memory, bytes per second
+    fp32_flops: float = math.nan  # per second, in float32 without TF32; NaN: not looked up
+    words: frozenset[str] = frozenset()  # in the name that the driver gives; empty: its rate is measured instead
+    planned: bool = True  # whether attnlab plan --gpu takes it
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", name))
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA H100 datasheet, SXM: 80GB, 1,979 teraFLOPS of BFLOAT16 with sparsity, which is half without, 3.35TB/s
+        Gpu("h100", 80e9, 989.5e12, 3.35e12, 67e12, _words("H100 HBM3")),
+        # NVIDIA H100 datasheet, PCIe: 80GB, 1,513 teraFLOPS of BFLOAT16 with sparsity, 2TB/s
+        Gpu("h100-pcie", 80e9, 756.5e12, 2e12, 51e12, _words("H100 PCIe"), planned=False),
+        # NVIDIA H200 datasheet, SXM: 141GB, 1,979 teraFLOPS with sparsity, 4.8TB/s
+        Gpu("h200", 141e9, 989.5e12, 4.8e12, 67e12, _words("H200")),
+        # NVIDIA A100 datasheet, 80GB SXM: 312 TFLOPS of BFLOAT16, 624 with sparsity, 2,039GB/s
+        Gpu("a100", 80e9, 312e12, 2.039e12, 19.5e12, _words("A100")),
+        # AMD Instinct MI300X datasheet: 192 GB HBM3, 1,307.4 TFLOPS of bfloat16 without sparsity, 5.3 TB/s
+        Gpu("mi300", 192e9, 1307.4e12, 5.3e12),
+    )
+}
+
+
+def find_gpu(given: str | Mapping[str, Any]) -> Gpu:
+    """Return a GPU by its name, or one of numbers: {"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}.
+
+    Raises `UserError` for an unknown name, and unless each number is there and above 0.
+    """
+    if isinstance(given, str):
+        return GPUS[choose("GPU", given, [gpu.name for gpu in GPUS.values() if gpu.planned])]
+    numbers = [given.get(name) for name in PLANNED]
+    known = not set(given) - {"name", *PLANNED}
+    if not known or not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
+        raise UserError(f"the GPU {dict(given)} is not known: give a number above 0 for each of {', '.join(PLANNED)}")
+    return Gpu(str(given.get("name", "own")), *map(float, numbers))  # type: ignore[arg-type]
 
 
 class Peak(NamedTuple):
+    """The rate that a share of it (MFU) is relative to."""
+
     rate: float  # FLOPs per second of one device
     source: str  # in words
 
@@ -33,9 +78,9 @@ class Peak(NamedTuple):
 
 
 def find_peak(device: torch.device, precision: str, given: float | None = None) -> Peak:
-    """What MFU is relative to: as given, else by the GPU's datasheet, else measured, in half a second.
+    """Return the peak as given, else by the GPU's datasheet, else measured, which takes half a second.
 
-    `precision`: fp32, bf16 or fp16. Raises `UserError` for a rate that is none.
+    `precision`: fp32, bf16 or fp16. Raises `UserError` unless `given` is finite and above 0.
     """
     if given is not None:
         if not (given > 0 and math.isfinite(given)):
@@ -45,61 +90,26 @@ def find_peak(device: torch.device, precision: str, given: float | None = None) 
     return known or measured_peak(device, precision, torch.get_num_threads())
 
 
-def datasheet(gpu: str, precision: str) -> Peak | None:
-    """By the name that the driver gives; None for a GPU not listed."""
-    words = set(re.findall(r"\w+", gpu))
-    for name, (half, single) in DATASHEETS.items():
-        if set(name.split()) <= words and not words & PARTIAL:
-            return Peak(single if precision == "fp32" else half, f"datasheet of the {gpu}, dense {_kind(precision)}")
+def datasheet(name: str, precision: str) -> Peak | None:
+    """Return the peak of the GPU that the driver calls `name`; None when no datasheet is known."""
+    words = _words(name)
+    for gpu in GPUS.values():
+        if gpu.words and gpu.words <= words and not words & PARTIAL:
+            rate = gpu.fp32_flops if precision == "fp32" else gpu.flops
+            return Peak(rate, f"datasheet of the {name}, dense {_dtype_name(precision)}")
     return None
 
 
 @lru_cache
 def measured_peak(device: torch.device, precision: str, threads: int) -> Peak:
-    """Once in a process, which trains with `threads`."""
-    size, where = matrix_size(device), device.type
+    """Measure the peak, once in a process that computes with `threads` threads."""
+    size = matrix_size(device)
+    where = device.type
     if device.type == "cpu":
-        where += f", {threads} thread{'s' * (threads != 1)}"
-    product = f"product of two {size}x{size} {_kind(precision)} matrices"
+        where += f", {threads} thread" if threads == 1 else f", {threads} threads"
+    product = f"product of two {size}x{size} {_dtype_name(precision)} matrices"
     return Peak(matrix_rate(device, DTYPES[precision]), f"measured: {product} on {where}")
 
 
-def _kind(precision: str) -> str:
+def _dtype_name(precision: str) -> str:
     return str(DTYPES[precision]).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """As its datasheet says, in bytes (a GB taken as 10^9), FLOPs per second of dense bfloat16 matrix products, and
-    bytes per second."""
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # NVIDIA H100 datasheet, SXM: 80GB, 1,979 teraFLOPS of BFLOAT16 with sparsity, which is half without, 3.35TB/s
-        Gpu("h100", 80e9, 989.5e12, 3.35e12),
-        # NVIDIA H200 datasheet, SXM: 141GB, 1,979 teraFLOPS with sparsity, 4.8TB/s
-        Gpu("h200", 141e9, 989.5e12, 4.8e12),
-        # NVIDIA A100 datasheet, 80GB SXM: 312 TFLOPS of BFLOAT16, 624 with sparsity, 2,039GB/s
-        Gpu("a100", 80e9, 312e12, 2.039e12),
-        # AMD Instinct MI300X datasheet: 192 GB HBM3, 1,307.4 TFLOPS of bfloat16 without sparsity, 5.3 TB/s
-        Gpu("mi300", 192e9, 1307.4e12, 5.3e12),
-    )
-}
-
-
-def find_gpu(given: str | Mapping[str, Any]) -> Gpu:
-    """By name, or of numbers: {"memory": 80e9, "flops": 989e12, "bandwidth": 3.35e12}."""
-    if isinstance(given, str):
-        return GPUS[choose("GPU", given, GPUS)]
-    wanted = [f.name for f in fields(Gpu) if f.name != "name"]
-    numbers = [given.get(name) for name in wanted]
-    if set(given) - {"name", *wanted} or not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
-        raise UserError(f"the GPU {dict(given)} is not known: give a number above 0 for each of {', '.join(wanted)}")
-    return Gpu(str(given.get("name", "own")), *map(float, numbers))  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk, and the processes that leave it."""
+"""A run: its folder on the disk, and the processes that train it."""

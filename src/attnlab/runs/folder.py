@@ -1,33 +1,29 @@
-"""A run folder: its only reader and writer. Files are safetensors and JSON, so opening one runs no foreign code.
+"""A run folder: what training writes, and what everything that uses a trained model reads.
 
     run.json               what the run is: format, config, key, data fingerprint, environment
-    tokenizer.json         how its text became ids
-    metrics.jsonl          one record per line, as training goes
-    step-00000500/         model.safetensors, optimizer.safetensors, state.json; where several processes hold parts of
-                           them, model.rank-00001.safetensors and so on too; and commit.json, written last: what
-                           belongs to the checkpoint, with sizes and checksums
-    result.json            what came of it
+    tokenizer.json         the tokenizer of its text
+    metrics.jsonl          one record per line, written during training
+    step-00000500/         a checkpoint (`checkpoint.py`)
+    result.json            the result, once training has ended
 
-A checkpoint is there when its commit.json is, and is checked against it when it is read; what is wrong is a `UserError`
-that names the file. A file holds whole tensors, or stretches of flattened ones (`Piece`); `Stored` puts either
-together again, for one process or for many that hold other stretches than those that were written.
+Files are safetensors and JSON, so that opening one runs no foreign code. `RunFolder` is the only writer of these files.
+Others write beside them: `heartbeat.py` heartbeat/, `training/trackers.py` track/, a comparison task.json, and
+`files.alone` .lock. Others also read them: the report reads result.json without torch, and the engines of a comparison
+read the lines that are added to metrics.jsonl.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import data
@@ -36,37 +32,32 @@ from ..errors import UserError
 from ..files import disk_errors, read_json, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
-from .processes import ALONE, Crew
-from .tensors import Piece, Stored, load_weights, on_host, weights, whole
+from .checkpoint import COMMIT, Checkpoint, check_file, commit, drop, make_anew, write_pieces
+from .processes import ONE_PROCESS, Processes
+from .tensors import Piece, Stored, load_weights, weights, whole
 
 T = TypeVar("T")
 
 
-COMMIT = "commit.json"
-
-
-class Checkpoint(NamedTuple):
-    step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]  # "<optimizer>/<parameter>/<field>" -> tensor
-    state: dict[str, Any]
-
-
 class RunFolder:
-    """`create` or `open` one; nothing is written but by the methods below."""
+    """One run folder; `create`, `open` or `resume` returns it."""
 
-    def __init__(self, path: str | Path, config: RunConfig, about: Mapping[str, Any], crew: Crew = ALONE):
+    def __init__(
+        self, path: str | Path, config: RunConfig, about: Mapping[str, Any], processes: Processes = ONE_PROCESS
+    ):
         self.path = Path(path)
         self.config = config
         self.about = about  # run.json
-        self.crew = crew  # whose first process writes what is not shared out
+        self.processes = processes  # of the run; the first one writes what is not divided among them
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
-        """Make the folder, with run.json and tokenizer.json in it. UserError where it holds anything else already."""
+    def create(
+        cls, path: str | Path, config: RunConfig, corpus: data.Corpus, processes: Processes = ONE_PROCESS
+    ) -> RunFolder:
+        """Make the folder, with run.json and tokenizer.json in it. `UserError` when it holds anything else already."""
         path = Path(path)
-        crew.agree(lambda: cls._create(path, config, corpus) if crew.first else None)
-        return cls.open(path, crew)
+        processes.agree(lambda: cls._create(path, config, corpus) if processes.first else None)
+        return cls.open(path, processes)
 
     @classmethod
     def _create(cls, path: Path, config: RunConfig, corpus: data.Corpus) -> None:
@@ -101,8 +92,8 @@ class RunFolder:
             raise
 
     @classmethod
-    def open(cls, path: str | Path, crew: Crew = ALONE) -> RunFolder:
-        """UserError where there is no run, or one that another version wrote."""
+    def open(cls, path: str | Path, processes: Processes = ONE_PROCESS) -> RunFolder:
+        """Return the folder of an existing run. `UserError` when there is none, or another version wrote it."""
         path = Path(path)
         if not (path / "run.json").is_file():
             why = "has no run.json" if path.is_dir() else "does not exist"
@@ -118,14 +109,16 @@ class RunFolder:
             config = from_dict(RunConfig, about["config"])
         except (KeyError, TypeError):
             raise UserError(f"{path / 'run.json'} lacks parts of the config; train again into another folder") from None
-        return cls(path, config, about, crew)
+        return cls(path, config, about, processes)
 
     @classmethod
-    def resume(cls, path: str | Path, config: RunConfig, corpus: data.Corpus, crew: Crew = ALONE) -> RunFolder:
-        """`open` the folder if it holds this very run, `create` it if it holds none."""
-        if not any(crew.gather((Path(path) / "run.json").exists())):
-            return cls.create(path, config, corpus, crew)
-        folder = cls.open(path, crew)
+    def resume(
+        cls, path: str | Path, config: RunConfig, corpus: data.Corpus, processes: Processes = ONE_PROCESS
+    ) -> RunFolder:
+        """`open` the folder if it holds this run, `create` it if it holds none. `UserError` if it holds another."""
+        if not any(processes.gather((Path(path) / "run.json").exists())):
+            return cls.create(path, config, corpus, processes)
+        folder = cls.open(path, processes)
         if folder.config.key != config.key:
             raise UserError(
                 f"{path} holds another run ({_difference(folder.config, config)}); "
@@ -139,11 +132,12 @@ class RunFolder:
         return folder
 
     def tokenizer(self) -> data.Tokenizer:
+        """Return the tokenizer of the run's text."""
         return data.from_json(read_json(self.path / "tokenizer.json"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; a number that is not finite becomes null."""
-        if not self.crew.first:
+        """Add one line to metrics.jsonl; a number that is not finite becomes null. Only the first process writes."""
+        if not self.processes.first:
             return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
@@ -151,22 +145,26 @@ class RunFolder:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every whole record; a last line that a crash cut short does not count."""
+        """Return every whole record; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text("utf-8").split("\n")[:-1]  # what follows the last newline is empty or cut short
+        lines = path.read_text("utf-8").split("\n")[
+            :-1
+        ]  # after the last newline: nothing, or a line that was cut short
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError:
             raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps after `step`, which a resumed run does again, and what a crash left half-made or
-        did not come to drop."""
-        if self.crew.first:
+        """Drop the records of steps after `step`, which a resumed run makes again.
+
+        Files that a crash left incomplete are dropped too, and old checkpoints that it left.
+        """
+        if self.processes.first:
             self._forget_after(step)
-        self.crew.wait()
+        self.processes.wait()
 
     def _forget_after(self, step: int) -> None:
         half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
@@ -179,7 +177,7 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
     def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """`save_pieces` of one process that holds everything."""
+        """Write the checkpoint of `step`, when one process holds everything. Returns its folder."""
         pieces = {name: whole(tensor) for name, tensor in weights(model).items()}
         return self.save_pieces(step, pieces, {name: whole(tensor) for name, tensor in optimizer.items()}, state)
 
@@ -190,79 +188,77 @@ class RunFolder:
         optimizer: Mapping[str, Piece],
         state: Mapping[str, Any],
     ) -> Path:
-        """Write the checkpoint of `step`, whole or not at all, then drop old ones: all but the newest `train.keep` and
-        the `best`. Each process of the crew gives what it holds."""
-        crew, place = self.crew, self._place(step)
-        half = self.path / f".{place.name}"  # a name that `steps` does not see until all of it is on the disk
+        """Write the checkpoint of `step`, whole or not at all. Returns its folder.
+
+        Each process gives the pieces that it holds. Old checkpoints are then dropped: all but the newest `train.keep`
+        and the `best`.
+        """
+        processes = self.processes
+        place = self._place(step)
+        half = self.path / f".{place.name}"  # a name that `steps` does not list, until all of it is on the disk
         try:
             with disk_errors(place):
-                crew.agree(lambda: _make_anew(half) if crew.first else None)
-                own = crew.agree(lambda: _write_pieces(half, model, optimizer, crew))
-                files = {name: about for each in crew.gather(own) for name, about in each.items()}
-                crew.agree(lambda: self._commit(half, place, step, state, files) if crew.first else None)
+                processes.agree(lambda: make_anew(half) if processes.first else None)
+                own = processes.agree(lambda: write_pieces(half, model, optimizer, processes))
+                files = {name: about for each in processes.gather(own) for name, about in each.items()}
+                processes.agree(lambda: commit(half, place, step, state, files) if processes.first else None)
         finally:
-            if crew.first:
+            if processes.first:
                 shutil.rmtree(half, ignore_errors=True)
-        if crew.first:
+        if processes.first:
             self._tidy()
         return place
 
-    def _commit(
-        self, half: Path, place: Path, step: int, state: Mapping[str, Any], files: dict[str, dict[str, Any]]
-    ) -> None:
-        files["state.json"] = _write(half / "state.json", _line({"step": step, **state}))
-        _write(half / COMMIT, _line({"step": step, "files": files}))
-        _sync(half)
-        _drop(place)
-        os.replace(half, place)
-        _sync(self.path)
-
     def _tidy(self) -> None:
-        """Drop the checkpoints that need not stay."""
+        """Drop the checkpoints that `train.keep` does not keep."""
         keep = self.config.train.keep
         spare = self.steps()[:-keep] if keep else []
         best = self.best() if spare else None
         for step in spare:
             if step != best:
-                _drop(self._place(step))
+                drop(self._place(step))
 
     def best(self) -> int | None:
-        """The step, of those with a checkpoint and, on record, a validation at that very step, with the least loss."""
+        """Return the step with the least validation loss, of those with a checkpoint; None without such a step."""
         losses = {record["step"]: record["val_loss"] for record in self.metrics() if record.get("val_loss") is not None}
         return min(
             (step for step in self.steps() if step in losses), key=lambda step: (losses[step], step), default=None
         )
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, in ascending order."""
+        """Return the steps of the checkpoints, in ascending order."""
         names = (found.parent.name.removeprefix("step-") for found in self.path.glob(f"step-*/{COMMIT}"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def newest(self) -> int | None:
+        """Return the step of the newest checkpoint; None without one."""
         return max(self.steps(), default=None)
 
     def load(self, step: int | None = None, device: str | torch.device = "cpu") -> Checkpoint:
-        """The checkpoint of `step` (None: the newest). UserError names the file that is damaged."""
+        """Return the checkpoint of `step` (None: the newest). `UserError` names the file that is damaged."""
         step = self._known(step)
-        model, optimizer = self.stored(step, "model"), self.stored(step, "optimizer")
+        model = self.stored(step, "model")
+        optimizer = self.stored(step, "optimizer")
         return Checkpoint(step, model.all(device), optimizer.all(device), self.state(step))
 
     def load_weights(self, step: int | None = None, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Return the weights of the checkpoint of `step` (None: the newest), by name."""
         return self.stored(step, "model").all(device)
 
     def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return what state.json of the checkpoint of `step` (None: the newest) says."""
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
         return self._whole(step, path, lambda: json.loads(path.read_bytes()))
 
     def stored(
-        self, step: int | None = None, what: Literal["model", "optimizer"] = "model", crew: Crew = ALONE
+        self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
     ) -> Stored:
-        """The tensors of a checkpoint, their checksums found right; a crew shares the checking out."""
+        """Return the tensors of a checkpoint, unread. Their checksums are verified; several processes share this."""
         step = self._known(step)
         names = [name for name in self._files(step) if name.startswith(f"{what}.")]
-        crew.agree(lambda: self._check(step, names[crew.rank :: crew.size]))
+        processes.agree(lambda: self._check(step, names[processes.rank :: processes.size]))
         files = [self._place(step) / name for name in names]
         return self._whole(step, files[0], lambda: Stored(files))
 
@@ -274,13 +270,15 @@ class RunFolder:
         files = self._files(step)
         for name in names:
             path = self._place(step) / name
-            self._whole(step, path, partial(_compare, path, files[name]))
+            self._whole(step, path, partial(check_file, path, files[name]))
 
     def write_result(self, result: RunResult) -> None:
-        if self.crew.first:
+        """Write result.json. Only the first process writes."""
+        if self.processes.first:
             write_json(self.path / "result.json", result.to_dict())
 
     def result(self) -> RunResult | None:
+        """Return the result of the run; None before there is one."""
         path = self.path / "result.json"
         return RunResult.from_dict(read_json(path)) if path.exists() else None
 
@@ -288,6 +286,7 @@ class RunFolder:
         return self.path / f"step-{step:08d}"
 
     def _known(self, step: int | None) -> int:
+        """Return `step`, or the newest one for None. `UserError` when it has no checkpoint."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.path} has no checkpoint yet; train it for train.save_every steps first")
@@ -296,6 +295,7 @@ class RunFolder:
         return steps[-1] if step is None else step
 
     def _whole(self, step: int, path: Path, read: Callable[[], T]) -> T:
+        """Return what `read` returns. `UserError` when it finds that the file `path` is damaged."""
         try:
             return read()
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -312,74 +312,15 @@ class RunFolder:
 def load_model(
     path: str | Path, step: int | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, RunConfig]:
-    """The trained model of a run folder, in evaluation mode, with float32 weights, and the config of its run."""
+    """Return the trained model of a run folder and the config of its run.
+
+    The model is in evaluation mode, with float32 weights. `step` None: of the newest checkpoint.
+    """
     folder = RunFolder.open(path)
-    with torch.random.fork_rng(
-        []
-    ):  # the weights it is born with are overwritten, so the caller's numbers stay as they were
+    with torch.random.fork_rng([]):  # initial weights are overwritten; the caller's random state stays as it was
         model = Decoder(folder.config.model)
     load_weights(model, folder.load_weights(step))
     return model.to(device).eval(), folder.config
-
-
-def _drop(place: Path) -> None:
-    """Remove a checkpoint: first what says that it is one."""
-    (place / COMMIT).unlink(missing_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
-
-
-def _line(value: Any) -> bytes:
-    return (json.dumps(value) + "\n").encode()
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-
-def _write_pieces(
-    folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], crew: Crew
-) -> dict[str, dict[str, Any]]:
-    """The files of one process, and what the commit says of them. The first one's are there even if they are empty."""
-    written = {}
-    for what, pieces in (("model", model), ("optimizer", optimizer)):
-        if crew.first or pieces:
-            name = f"{what}.safetensors" if crew.first else f"{what}.rank-{crew.rank:05d}.safetensors"
-            parts = {key: (p.start, p.shape) for key, p in pieces.items() if tuple(p.data.shape) != p.shape}
-            content = save(
-                {k: on_host(p.data) for k, p in pieces.items()}, {"pieces": json.dumps(parts)} if parts else None
-            )
-            written[name] = _write(folder / name, content)
-    return written
-
-
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """To the disk; its size and checksum."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _compare(path: Path, about: Mapping[str, Any]) -> None:
-    """ValueError unless the file is what was written."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != about["bytes"]:
-            raise ValueError(f"it has {size} bytes of {about['bytes']}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
-            raise ValueError("its checksum is wrong")
-
-
-def _sync(folder: Path) -> None:
-    """The rename itself must reach the disk; only POSIX lets a folder be opened for that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _finite(value: Any) -> Any:
@@ -387,12 +328,12 @@ def _finite(value: Any) -> Any:
 
 
 def _foreign(file: Path) -> bool:
-    """Whether a file keeps a folder from becoming a run's: not what a run that was killed at once left there."""
+    """Return whether a file is of no run, so that the folder cannot become one; a killed run may leave the others."""
     return not file.name.startswith(".") and file.name != "tokenizer.json"
 
 
 def _difference(held: RunConfig, given: RunConfig) -> str:
-    """The fields in which two configs differ, as the user would name them."""
+    """Return the fields in which two configs differ, as the user would name them."""
     pairs = zip(_leaves(to_dict(held)), _leaves(to_dict(given)), strict=False)
     found = [f"{name} {old!r} there, {new!r} given" for (name, old), (_, new) in pairs if old != new and name != "name"]
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,4 +1,4 @@
-"""Signs of life: each rank writes a small file, at most once a second, and anyone can tell who is not heard from.
+"""Heartbeats: each rank writes a small file, at most once a second, so that a rank that hangs can be found.
 
 `heartbeat/rank-00003.json` in the run folder holds the time in seconds since 1970, step, rank, number of ranks, host
 and pid.
@@ -19,15 +19,16 @@ FOLDER = "heartbeat"
 
 
 class Heartbeat:
-    """Of one rank. A beat that cannot be written is one that is not heard; it stops no run."""
+    """The heartbeat of one rank. A file that cannot be written stops no run."""
 
     def __init__(self, run: str | Path, rank: int = 0, ranks: int = 1, every: float = 1.0) -> None:
         self.path = Path(run) / FOLDER / f"rank-{rank:05d}.json"
         self.about = {"rank": rank, "ranks": ranks, "host": socket.gethostname(), "pid": os.getpid()}
-        self.every, self.last = every, -float("inf")
+        self.every = every  # seconds
+        self.last = -float("inf")  # when it was written, by the monotonic clock; -inf: never
 
     def beat(self, step: int) -> None:
-        """Called as often as one likes."""
+        """Write the file, unless it was written less than `every` seconds ago."""
         now = time.monotonic()
         if now - self.last < self.every:
             return
@@ -40,7 +41,10 @@ class Heartbeat:
 
 
 def beats(run: str | Path) -> list[dict[str, Any] | None]:
-    """The last sign of life of each rank of the sitting that was heard last; None of one that has not been heard."""
+    """Return the last heartbeat of each rank; None for a rank without one.
+
+    The number of ranks is that of the newest heartbeat, because a run may go on with fewer processes.
+    """
     found = [read_json(path) for path in sorted((Path(run) / FOLDER).glob("rank-*.json"))]
     if not found:
         return []
@@ -49,6 +53,6 @@ def beats(run: str | Path) -> list[dict[str, Any] | None]:
 
 
 def stale(run: str | Path, after: float = 60.0) -> list[int]:
-    """The ranks that have not been heard from for `after` seconds, or never, by this machine's clock."""
+    """Return the ranks without a heartbeat in the last `after` seconds, by this machine's clock."""
     since = time.time() - after
     return [rank for rank, beat in enumerate(beats(run)) if beat is None or beat["time"] < since]

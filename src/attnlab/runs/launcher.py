@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate, deepspeed) tells a process that it started, by environment variables."""
+"""The environment variables by which a launcher (torchrun, accelerate, deepspeed) informs a process."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 
 
 def launched() -> int:
-    """How many processes there are; 1 where no launcher is."""
+    """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def restarted() -> bool:
-    """Whether this process stands in the place of one that failed (torchrun --max-restarts)."""
+    """Return whether this process replaces one that failed (torchrun --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def lasting_store() -> bool:
-    """Whether processes find each other through a store of torchrun's own, which outlives them."""
+    """Return whether processes find each other through torchrun's own store, which stays when they end."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

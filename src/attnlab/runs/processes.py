@@ -1,5 +1,8 @@
-"""The processes that train one model together: this one, or as many as a launcher started (torchrun, accelerate,
-deepspeed, srun), each with a rank from 0 on. Joining them is Accelerate's work, sending PyTorch's."""
+"""The processes that train one model together: this one, or as many as a launcher started.
+
+Launchers are torchrun, accelerate, deepspeed and srun; each process has a rank from 0 on. Accelerate joins the
+processes, and PyTorch sends between them.
+"""
 
 from __future__ import annotations
 
@@ -20,37 +23,43 @@ from torch import distributed as dist
 
 from ..errors import UserError, need
 from .launcher import lasting_store, launched, rank
+from .signals import on_stop_signal
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds until processes that were started together must have found each other
-_joined = count()  # how often this process did
+_joined = count()  # calls of `_new_store` in this process
 
 
-class Alone(UserError):
-    """An error of this process, which the others do not know of."""
+class LocalError(UserError):
+    """An error of this process, unknown to the others."""
 
     shared = False
 
 
-class Lost(Alone):
-    """Another process of the crew is gone."""
+class PeerLost(LocalError):
+    """Another process of this run is gone."""
 
 
 @dataclass(frozen=True)
-class Crew:
-    """What is asked of all must be called by all, in the same order. `Lost` where another process is gone."""
+class Processes:
+    """The processes of one run, as one of them sees them.
+
+    Every process must call the methods that communicate, in the same order. They raise `PeerLost` when another process
+    is gone.
+    """
 
     rank: int = 0
     size: int = 1
-    host: Any = None  # the group that speaks over the network rather than between GPUs
+    host: Any = None  # the group that communicates over the network rather than between GPUs
     ours: bool = False  # whether the process group was made here, rather than by the caller
 
     @property
     def first(self) -> bool:
+        """Whether this is process 0, which writes and prints."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number, summed over all processes: exact for whole numbers up to 2^53."""
+        """Return each number, summed over all processes; exact for whole numbers up to 2^53."""
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -58,7 +67,7 @@ class Crew:
         return total.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, by rank; it must pickle, and only this crew's own processes send any."""
+        """Return the value of every process, by rank. It must pickle; only processes of this run send any."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -66,17 +75,17 @@ class Crew:
         return found
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         self.sum(0)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """In place: the sum over all processes, on the device it is on."""
+        """Add up `tensor` over all processes, in place and on its device; return it."""
         if self.size > 1:
             _sent(lambda: dist.all_reduce(tensor))
         return tensor
 
     def agree(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or the first error that it met in any process, in every process."""
+        """Return what `work` returns, unless any process failed: then all raise, their own error or the first one."""
         try:
             value, error = work(), None
         except (UserError, OSError) as caught:
@@ -87,22 +96,26 @@ class Crew:
         return value  # type: ignore[return-value]
 
 
-ALONE = Crew()
+ONE_PROCESS = Processes()
 
 
-def join(device: torch.device, grouped: bool = False) -> Crew:
-    """The crew of this process; `grouped` where a group is needed even of one. `leave` it in the end."""
+def join(device: torch.device, grouped: bool = False) -> Processes:
+    """Return the processes that the launcher started, joined; `leave` them in the end.
+
+    `grouped`: make a process group even of one process. Raises `UserError` when they cannot find each other.
+    """
     need("accelerate", "train")
     from accelerate import state
 
     state.AcceleratorState._reset_state(reset_partial_state=True)  # global: an earlier run's device
-    ours, cpu = not dist.is_initialized(), device.type == "cpu"
+    ours = not dist.is_initialized()
+    cpu = device.type == "cpu"
     if launched() == 1:
         if not grouped:
-            return ALONE
+            return ONE_PROCESS
         if ours:
             dist.init_process_group("gloo" if cpu else None, store=dist.HashStore(), rank=0, world_size=1)
-        return Crew(host=dist.group.WORLD, ours=ours)
+        return Processes(host=dist.group.WORLD, ours=ours)
     try:
         if ours and lasting_store():
             dist.init_process_group("gloo" if cpu else None, store=_new_store(), rank=rank(), world_size=launched())
@@ -113,13 +126,15 @@ def join(device: torch.device, grouped: bool = False) -> Crew:
             "check its address and port"
         ) from None
     host = dist.group.WORLD if cpu else dist.new_group(backend="gloo")
-    return Crew(known.process_index, known.num_processes, host, ours)
+    return Processes(known.process_index, known.num_processes, host, ours)
 
 
 def _new_store() -> dist.Store:
-    """A store in the first process. torchrun's own still holds what dead processes wrote, and new ones would wait for
-    those (pytorch/pytorch#135712); here it only says where the new store is."""
-    key, host, size = f"attnlab-{next(_joined)}", os.environ["MASTER_ADDR"], launched()
+    """Return a store in the first process. torchrun's own still holds what dead processes wrote, and new ones would
+    wait for those (pytorch/pytorch#135712); here it only tells the port of the new store."""
+    key = f"attnlab-{next(_joined)}"
+    host = os.environ["MASTER_ADDR"]
+    size = launched()
     old = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), size, is_master=False)
     if rank() == 0:
         new = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
@@ -130,7 +145,7 @@ def _new_store() -> dist.Store:
         port = int(old.get(key))
         try:
             new = dist.TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=5))
-        except RuntimeError:  # where that of an earlier first process was
+        except RuntimeError:  # the port is that of an earlier first process
             if time.monotonic() > last:
                 raise
             time.sleep(0.1)
@@ -139,52 +154,53 @@ def _new_store() -> dist.Store:
             return new
 
 
-def leave(crew: Crew) -> None:
-    if crew.ours and dist.is_initialized():
+def leave(processes: Processes) -> None:
+    """Destroy the process group that `join` made, if it made one."""
+    if processes.ours and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     return str(error).partition("\n")[0]
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether it is what gloo, NCCL or the store raise when a peer is gone."""
+    """Return whether gloo, NCCL or the store raise such an error when another process is gone."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
 
 
-def lost(error: BaseException) -> Lost:
-    return Lost(f"another process of this run is gone ({first_line(error)}); its own last words say why")
+def peer_lost(error: BaseException) -> PeerLost:
+    """Return the error for a user, made of the one that a library raised."""
+    return PeerLost(f"another process of this run is gone ({first_line(error)}); its own last words say why")
 
 
 def _sent(send: Callable[[], Any]) -> None:
     try:
         send()
     except RuntimeError as error:
-        raise (lost(error) if unreachable(error) else error) from None
+        raise (peer_lost(error) if unreachable(error) else error) from None
 
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; a second of the same kind interrupts at once (a launcher may add its SIGTERM
-    to a terminal's Ctrl-C). Elsewhere than in the main thread: never."""
-    asked, seen = threading.Event(), set[int]()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    """Yield an event that the first Ctrl-C or SIGTERM sets; it stays unset outside the main thread.
 
-    def ask(number: int, frame: object) -> None:
+    A second signal of the same kind raises KeyboardInterrupt: a launcher may add its SIGTERM to a terminal's Ctrl-C.
+    """
+    asked = threading.Event()
+    seen: set[int] = set()
+
+    def ask(number: int) -> None:
         if number in seen:
             raise KeyboardInterrupt
         seen.add(number)
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    except Lost:
-        before[signal.SIGTERM] = signal.SIG_IGN  # a launcher ends this process too: what is to be said comes first
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_stop_signal(ask) as before:
+        try:
+            yield asked
+        except PeerLost:
+            if before:
+                before[signal.SIGTERM] = signal.SIG_IGN  # the launcher ends this process too, which must report first
+            raise

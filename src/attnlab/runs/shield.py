@@ -1,8 +1,8 @@
-"""Compilers that do not hear the signal that asks a run to stop.
+"""Protection of a run's compilers from the signals that ask the run to stop.
 
-A terminal's Ctrl-C, Slurm and systemd send a signal to the compilers that a run has started too. One that dies of it
-takes the run along; and if it was looking for the instruction set (`torch._inductor.cpu_vec_isa`), the answer is "none"
-for the whole process, without a word: the same step then has other bits.
+A terminal's Ctrl-C, Slurm and systemd signal every process of a job, compilers included. A compiler that dies of it
+ends the run with an error. If it was testing instruction sets (`torch._inductor.cpu_vec_isa`), PyTorch silently assumes
+that there are none, for the rest of the process: the same step then has other bits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """What `subprocess` starts meanwhile, with all that it starts, hears no SIGINT and no SIGTERM; this process does.
+    """Protect processes that `subprocess` starts in this context from SIGINT and SIGTERM; this process still gets them.
 
-    It gets a session of its own, which a terminal's Ctrl-C does not reach, and is born with both signals blocked, for
+    Each gets a session of its own, which a terminal's Ctrl-C does not reach. It starts with both signals blocked, for
     those that are sent to every process of a job (a compiler that is a shell script may unblock them). SIGKILL ends it,
     which is what `subprocess.run` does when a second Ctrl-C interrupts it.
     """
@@ -28,14 +28,14 @@ def shielded() -> Iterator[None]:
         return
     start = subprocess.Popen.__init__
 
-    def deaf(self: subprocess.Popen[Any], *args: Any, **more: Any) -> None:
+    def start_shielded(self: subprocess.Popen[Any], *args: Any, **more: Any) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             start(self, *args, **{"start_new_session": True, **more})
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    subprocess.Popen.__init__ = deaf  # type: ignore[method-assign]
+    subprocess.Popen.__init__ = start_shielded  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Tensors on the disk: whole ones, or stretches of flattened ones, put together again for whoever reads them."""
+"""Tensors on the disk, stored whole or as pieces of flattened tensors."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from ..errors import UserError
 
 
 class Piece(NamedTuple):
-    """A stretch of a tensor; all of it, in its own shape, where `start` is 0 and nothing is left out."""
+    """A part of a flattened tensor, or all of a tensor in its own shape."""
 
-    data: Tensor  # one dimension, or `shape`
-    start: int  # in the flattened tensor
+    data: Tensor  # of one dimension; a whole tensor has `shape`
+    start: int  # first element, in the flattened tensor
     shape: tuple[int, ...]  # of the whole tensor
 
 
 def whole(tensor: Tensor) -> Piece:
+    """Return all of a tensor as one piece."""
     return Piece(tensor.detach(), 0, tuple(tensor.shape))
 
 
 class Place(NamedTuple):
-    """Where a piece lies."""
+    """A piece on the disk, unread."""
 
     file: Path
-    start: int
-    length: int
+    start: int  # first element, in the flattened tensor
+    length: int  # in elements
 
 
 class Stored:
-    """The tensors of some safetensors files, each in one piece or in several. Nothing is read but what is asked for."""
+    """The tensors of some safetensors files, each in one piece or in several; only what is asked for is read."""
 
     def __init__(self, files: Iterable[Path]):
+        """Raises `ValueError` when parts of a tensor are missing or do not fit each other."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[Place]] = {}
         for file in files:
@@ -47,40 +49,48 @@ class Stored:
                 for name in opened.keys():
                     held = tuple(opened.get_slice(name).get_shape())
                     start, shape = pieces.get(name, (0, held))
-                    self._shapes[name] = tuple(shape)
+                    if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                        raise ValueError(f"parts of {name} are missing: its pieces are of tensors of several shapes")
                     self._places.setdefault(name, []).append(Place(file, start, math.prod(held)))
         for name, places in self._places.items():
-            places.sort(key=lambda place: place.start)
+            places.sort(key=lambda place: (place.start, place.length))  # an empty piece comes first
             ends = [0, *(place.start + place.length for place in places)]
             if [place.start for place in places] != ends[:-1] or ends[-1] != math.prod(self._shapes[name]):
                 raise ValueError(f"parts of {name} are missing")
 
     def names(self) -> list[str]:
+        """Return the names of the tensors."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
         return self._shapes[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """All of a tensor, in its shape; or elements `start` to `stop` of it flattened."""
-        places, shape = self._places[name], self._shapes[name]
+        """Return elements `start` to `stop` of the flattened tensor. `stop` None: all of it, in its own shape."""
+        places = self._places[name]
+        shape = self._shapes[name]
         end = math.prod(shape) if stop is None else stop
         found = []
         for place in places:
-            first, last = max(start, place.start), min(end, place.start + place.length)
+            first = max(start, place.start)
+            last = min(end, place.start + place.length)
             if first < last:
                 found.append(_read(place, name, first - place.start, last - place.start))
         flat = found[0] if len(found) == 1 else torch.cat(found or [_read(places[0], name, 0, 0)])
         return flat.view(shape) if stop is None else flat
 
     def all(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Return every tensor, by name."""
         return {name: self.read(name).to(device) for name in self.names()}
 
     def states(
         self, optimizers: Mapping[str, Any], parameters: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, str, str, str]]:
-        """Every key of optimizers' memories, and its (optimizer, parameter, field). UserError for one of another
-        model."""
+        """Yield each key of the optimizers' states, and its optimizer, parameter and field.
+
+        Raises `UserError` for an optimizer or a parameter that this model lacks.
+        """
         for key in self.names():
             label, name, field = key.split("/")
             if label not in optimizers or name not in parameters:
@@ -92,18 +102,18 @@ class Stored:
 
 
 def _read(place: Place, name: str, start: int, stop: int) -> Tensor:
-    """Elements `start` to `stop` of what `place` holds, flattened."""
+    """Return elements `start` to `stop` of the piece at `place`, flattened."""
     with safe_open(place.file, "pt") as opened:
         if stop - start == place.length:
             return opened.get_tensor(name).flatten()
         held = opened.get_slice(name)
-        row = math.prod(held.get_shape()[1:])  # whole rows are read, and what is too much at the ends is cut off
+        row = math.prod(held.get_shape()[1:])  # whole rows are read, then cut at both ends
         first = start // row
         return held[first : -(-stop // row)].flatten()[start - first * row : stop - first * row]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, a tensor that has two names (tied weights) under its first name only."""
+    """Return the state dict, on the host; a tensor with two names (tied weights) has only its first name."""
     first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     state = model.state_dict()
     for name, tensor in state.items():
@@ -112,7 +122,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `weights`. UserError where names or shapes are not this model's."""
+    """Load what `weights` returned. `UserError` when names or shapes are not this model's."""
     expected = weights(model)
     wrong = sorted(set(expected) ^ set(tensors)) or [n for n, t in tensors.items() if t.shape != expected[n].shape]
     if wrong:
@@ -124,15 +134,16 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What the optimizers remember, flat and by the names of the parameters: "adamw/blocks.0.attention.q/exp_avg"."""
+    """Return the states of the optimizers, by "<optimizer>/<parameter>/<field>"."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{label}/{names[id(parameter)]}/{field}": torch.as_tensor(value)
-        for label, optimizer in optimizers.items()
-        for parameter, memory in optimizer.state.items()
-        for field, value in memory.items()
-    }
+    found = {}
+    for label, optimizer in optimizers.items():
+        for parameter, state in optimizer.state.items():
+            for field, value in state.items():
+                found[f"{label}/{names[id(parameter)]}/{field}"] = torch.as_tensor(value)
+    return found
 
 
 def on_host(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy in the memory of the host, or the tensor itself when it is one."""
     return tensor.detach().cpu().contiguous()

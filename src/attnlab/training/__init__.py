@@ -1,1 +1,1 @@
-"""Training: one step, the loop around it, and how a step is shared out among processes."""
+"""Training: the loop, its steps, and the strategies by which processes share them."""

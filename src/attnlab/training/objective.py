@@ -1,4 +1,7 @@
-"""Healing is training that starts from a converted model: what may move, and what the original still teaches."""
+"""The objective of healing, which is training that starts from a converted model.
+
+It says which parameters are trained, and what the original model teaches.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from ..runs.tensors import load_weights, weights
 
 
 def start_from(model: Decoder, source: str) -> None:
-    """Take over the weights of the model that `source` names. `UserError` unless it is of this very shape."""
+    """Load the weights of the model that `source` names. `UserError` unless it has the same shape."""
     load_weights(model, weights(pretrained.load(source).model))
 
 
 def freeze(model: Decoder, train: str) -> None:
-    """Leave only these to train: all; attention, its layers; new, what of those has no counterpart in multi-head
-    attention, by what each mechanism says that it carries."""
+    """Freeze all parameters but those of `train`: all, attention or new.
+
+    attention: those of the attention layers. new: those of them without a counterpart in multi-head attention, which
+    each mechanism's Config lists (`carries`). Raises `UserError` when nothing is new.
+    """
     if train == "all":
         return
     model.requires_grad_(False)
@@ -37,10 +43,14 @@ def freeze(model: Decoder, train: str) -> None:
 
 
 def distilled(model: Decoder, source: str, share: float, device: torch.device) -> Callable[..., Tensor]:
-    """(x, y, documents) -> (1 - share) cross entropy + share KL(teacher || model), both in nats per target that counts;
-    the teacher is the model that `source` names (Hinton et al. 2015, arXiv 1503.02531)."""
+    """Return the objective of a student: (x, y, documents) -> (1 - share) cross entropy + share KL(teacher || model).
+
+    Both are in nats per target that counts. The teacher is the model that `source` names (Hinton et al. 2015, arXiv
+    1503.02531). Raises `UserError` when its vocabulary is another one.
+    """
     teacher = pretrained.load(source).model.to(device).requires_grad_(False)
-    theirs, ours = teacher.config.vocab_size, model.config.vocab_size
+    theirs = teacher.config.vocab_size
+    ours = model.config.vocab_size
     if theirs != ours:
         raise UserError(f"the teacher {source} knows {theirs} tokens and the model {ours}: give the original")
 

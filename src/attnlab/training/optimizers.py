@@ -1,4 +1,4 @@
-"""The learning rate, the optimizers, and the scale of float16 gradients."""
+"""Optimizers, with the schedule of their learning rate and the scale of float16 gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then cosine to `min_lr`, or flat and a linear fall at the end."""
+    """Return the learning rate of step 0, 1, ...
+
+    It is a linear warm-up, then a cosine to `min_lr`, or a constant rate with a linear fall at the end.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)
     if config.schedule == "cosine":
@@ -24,9 +27,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizers(config: TrainConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name. Weight decay pulls on matrices, embeddings among them, not on norms and biases (nanoGPT's rule).
+    """Return the optimizers of a model, by name.
 
-    With Muon, it takes the matrices between embedding and head, and AdamW everything else.
+    Matrices have weight decay, embeddings among them; norms and biases have none (nanoGPT's rule). Muon takes the
+    matrices between embedding and head, and AdamW everything else.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -56,18 +60,22 @@ def make_optimizers(config: TrainConfig, model: nn.Module) -> dict[str, torch.op
 
 @dataclass
 class Scale:
-    """What float16 gradients are multiplied by so that small ones are not lost: halved when they overflow, doubled
-    after 2000 steps in which they did not (Micikevicius et al. 2018, arXiv 1710.03740)."""
+    """The factor of float16 gradients, so that small ones are not lost (Micikevicius et al. 2018, arXiv 1710.03740).
 
-    used: bool
+    It is halved when they overflow, and doubled after 2000 steps without an overflow.
+    """
+
+    used: bool  # whether gradients are float16
     factor: float = 2.0**16
-    good: int = 0
+    good: int = 0  # steps in a row without an overflow
 
     @property
     def now(self) -> float:
+        """The factor of this step; 1 unless gradients are float16."""
         return self.factor if self.used else 1.0
 
     def learn(self, applied: bool) -> None:
+        """Adapt the factor to a step, which was `applied` unless it overflowed."""
         self.good = self.good + 1 if applied else 0
         if not applied:
             self.factor /= 2

@@ -1,5 +1,8 @@
-"""One step of training: a pure function of (weights, optimizer state, config, number of the step), with no iterator and
-no random state of its own, in however many processes it is carried out."""
+"""One step of training, in one process or many.
+
+It is a pure function of weights, optimizer state, config and the number of the step: it has no iterator and no random
+state of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from ..errors import UserError
 from ..measure.throughput import document_lengths
 from ..model import Decoder
 from ..recording import part_of_step, scale_losses
-from ..runs.processes import ALONE, Crew
+from ..runs.processes import ONE_PROCESS, Processes
 from ..runs.tensors import load_weights
 from . import strategies
 from .objective import distilled, freeze, start_from
@@ -34,15 +37,15 @@ HOW = Execution()
 
 @dataclass
 class Trainer:
-    """What a step needs."""
+    """All that a step needs."""
 
     config: RunConfig
     corpus: data.Corpus
-    strategy: Strategy
-    crew: Crew
+    strategy: Strategy  # holds the model and its optimizers
+    processes: Processes
     precision: str  # fp32, bf16 or fp16
     device: torch.device
-    scale: Scale
+    scale: Scale  # of float16 gradients
 
     @classmethod
     def of(
@@ -50,13 +53,15 @@ class Trainer:
         config: RunConfig,
         corpus: data.Corpus,
         how: Execution = HOW,
-        crew: Crew = ALONE,
+        processes: Processes = ONE_PROCESS,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Trainer:
-        """Initial weights, where none are given, depend on the seed alone. Changes torch's global random state."""
-        device = find_device(config.train.device)
-        if device.index is None and device.type == "cuda" and crew.size > 1:
-            device = torch.device("cuda", torch.cuda.current_device())
+        """Return a trainer with these weights, or with initial ones that depend on the seed alone.
+
+        It changes torch's global random state. Raises `UserError` for a device, precision, strategy or teacher that
+        cannot be used.
+        """
+        device = _device(config.train.device, processes)
         kind, settings = strategies.find(how.strategy)
         precision = find_precision(config.train.precision, device)
         if not kind.careful and (config.train.guard == "skip" or precision == "fp16"):
@@ -65,25 +70,17 @@ class Trainer:
                 "and train.precision fp16 cannot be: give guard stop or rewind, and fp32 or bf16"
             )
         torch.manual_seed(config.seed)
-        model, objective = crew.agree(lambda: cls._model(config, device, weights))
+        model, objective = processes.agree(lambda: cls._model(config, device, weights))
         model.recompute = how.recompute
-        strategy = kind(
-            model,
-            objective,
-            make_optimizers,
-            config.train,
-            crew,
-            device,
-            len(dealt(config.train, crew.size)),
-            settings,
-        )
-        return cls(config, corpus, strategy, crew, precision, device, Scale(precision == "fp16"))
+        parts = len(part_sizes(config.train, processes.size))
+        strategy = kind(model, objective, make_optimizers, config.train, processes, device, parts, settings)
+        return cls(config, corpus, strategy, processes, precision, device, Scale(precision == "fp16"))
 
     @staticmethod
     def _model(
         config: RunConfig, device: torch.device, weights: Mapping[str, Tensor] | None
     ) -> tuple[Decoder, Callable[..., Tensor] | None]:
-        """The model on the host, and what its teacher makes of the loss, if it has one."""
+        """Return the model on the host, and the objective with its teacher (None: it has no teacher)."""
         if config.train.compile:
             check_compiler("train.compile", device)
         model = Decoder(config.model)
@@ -97,27 +94,44 @@ class Trainer:
 
     @property
     def model(self) -> Decoder:
+        """The model, as the strategy holds it."""
         return self.strategy.model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Weights stay float32; otherwise the matrix products read them rounded. Where layers are computed again, their
-        rounded weights are not kept in between."""
+        """Return a context in which matrix products read rounded weights; the weights themselves stay float32.
+
+        With `recompute` the rounded weights are not kept between a layer's two forward passes.
+        """
         if self.precision == "fp32":
             return nullcontext()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return torch.autocast(self.device.type, dtype, cache_enabled=not self.model.recompute)
 
     def batch(self, step: int) -> list[data.Batch]:
-        """The parts of step `step` that this process reads one by one, on the host."""
-        train, crew = self.config.train, self.crew
+        """Return the parts of step `step` that this process reads one by one, on the host."""
+        train, processes = self.config.train, self.processes
         size = train.batch_size * train.accumulate
-        whole = self.corpus.batch(self.config.seed, step, size, self.config.model.context, crew.rank, crew.size)
-        ends = list(accumulate(dealt(train, crew.size)))
+        whole = self.corpus.batch(
+            self.config.seed, step, size, self.config.model.context, processes.rank, processes.size
+        )
+        ends = list(accumulate(part_sizes(train, processes.size)))
         return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
 
 
-def dealt(train: TrainConfig, processes: int) -> list[int]:
-    """Rows of each part that a process reads one by one: whole parts where they can be dealt out, else their shares."""
+def _device(given: str, processes: Processes) -> torch.device:
+    """Return the device of this process; of several GPUs, the one that the launcher gave it."""
+    device = find_device(given)
+    if device.index is None and device.type == "cuda" and processes.size > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def part_sizes(train: TrainConfig, processes: int) -> list[int]:
+    """Return the rows of each part of a step that one process reads.
+
+    Processes share whole parts if their number allows it, else the rows of each part. Raises `UserError` when the rows
+    of a step cannot be divided among the processes.
+    """
     rows, rest = divmod(train.batch_size * train.accumulate, processes)
     if rest:
         raise UserError(
@@ -130,42 +144,47 @@ def dealt(train: TrainConfig, processes: int) -> list[int]:
 
 
 class Step(NamedTuple):
-    """What a step tells."""
+    """The numbers of one step."""
 
-    loss: Tensor  # mean over the targets of all processes, or this one's part of the sum that is
+    loss: Tensor  # summed over all processes, the mean over all targets that counted
     norm: Tensor  # of the gradient, before clipping
     tokens: int  # targets that counted, of all processes
-    applied: bool = True
-    own: int = 0  # targets that this process read
-    lengths: tuple[int, ...] = ()  # of the documents that it read, where rows hold whole ones
-    waited: float = 0.0  # seconds for data
-    alone: float = 0.0  # seconds of data and forward passes, in which a process does not wait for others but in fsdp
+    applied: bool = True  # whether the optimizer made the step
+    own: int = 0  # targets that counted, of this process
+    lengths: tuple[int, ...] = ()  # tokens of each document that this process read; empty unless rows hold whole ones
+    waited: float = 0.0  # for data, in seconds
+    working: float = 0.0  # on data and forward passes, in seconds; there a process waits for others under fsdp only
 
 
 def train_step(trainer: Trainer, step: int, place: int | None = None, limit: float = math.inf) -> Step:
-    """One optimizer step, number `step` from 0, on the data of step `place` (`step` unless given). Where `train.guard`
-    is to skip, it is not taken if its loss is above `limit` or anything is not finite."""
-    config, strategy, crew = trainer.config.train, trainer.strategy, trainer.crew
+    """Make one optimizer step, number `step` from 0, on the data of step `place` (None: `step`).
+
+    With `train.guard` skip it is not applied if its loss is above `limit`, or its gradient is not finite.
+    """
+    config = trainer.config.train
+    strategy = trainer.strategy
+    processes = trainer.processes
     place = step if place is None else place
-    seed_dropout(trainer.config.seed, place, trainer.device, crew.rank)
+    seed_dropout(trainer.config.seed, place, trainer.device, processes.rank)
     began = time.perf_counter()
     parts = trainer.batch(place)
     waited = time.perf_counter() - began
     counts = [part.counted() for part in parts]
-    everyone = int(crew.sum(sum(counts))[0])
-    total, alone = torch.zeros((), device=trainer.device), waited
+    everyone = int(processes.sum(sum(counts))[0])
+    total = torch.zeros((), device=trainer.device)
+    working = waited
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        share = count / everyone  # so that each part weighs as much as it has targets, wherever it is read
-        weight = share * crew.size * trainer.scale.now
+        share = count / everyone  # each part counts by its number of targets, whichever process reads it
+        weight = share * processes.size * trainer.scale.now
         with strategy.part(number + 1 == len(parts)), part_of_step(number), scale_losses(weight):
             began = time.perf_counter()
             with trainer.autocast():
                 loss = strategy(*part.to(trainer.device))
-            alone += time.perf_counter() - began
+            working += time.perf_counter() - began
             strategy.backward(loss * weight)
         total += loss.detach() * share
     skips = config.guard == "skip"
-    fine = not skips or crew.sum(total.item())[0] <= limit
+    fine = not skips or processes.sum(total.item())[0] <= limit
     rate = learning_rate(config, step)
     norm, applied = strategy.step(rate, config.clip, trainer.scale.now, skips or trainer.scale.used, fine)
     for experts in trainer.model.experts():
@@ -173,36 +192,36 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
     if trainer.scale.used and fine:
         trainer.scale.learn(applied)
     lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))
-    return Step(total, norm, everyone, applied, sum(counts), lengths, waited, alone)
+    return Step(total, norm, everyone, applied, sum(counts), lengths, waited, working)
 
 
 @torch.no_grad()
 def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean loss in nats over the targets of the fixed held-out rows; None where it was `stopped`."""
-    size, crew = trainer.config.train.batch_size, trainer.crew
+    """Return the mean loss in nats over the targets of the fixed held-out rows; None when it was `stopped`."""
+    size = trainer.config.train.batch_size
+    processes = trainer.processes
     whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
-    losses, counts = [], []
+    losses: list[Tensor] = []
+    counts: list[int] = []
     trainer.model.eval()
     try:
         for at in range(0, len(whole.x), size):
             if stopped():
                 return None
-            first, last = (at + size * part // crew.size for part in (crew.rank, crew.rank + 1))
-            part = whole.rows(first, max(last, first + 1))  # all processes work, if some for nothing
+            first, last = (at + size * part // processes.size for part in (processes.rank, processes.rank + 1))
+            part = whole.rows(first, max(last, first + 1))  # every process reads a row, even if it does not count
             with trainer.autocast():
                 losses.append(trainer.strategy(*part.to(trainer.device), plain=True).float())
             counts.append(part.counted() if last > first else 0)
     finally:
         trainer.model.train()
     total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True) if count)
-    return crew.sum(total)[0] / whole.counted()
+    return processes.sum(total)[0] / whole.counted()
 
 
 def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
-    """What is random within a step is a function of (seed, step), and of the process where there are several."""
+    """Seed the random numbers of a step: they depend on (seed, step), and on the rank of a process after the first."""
     number = int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])
-    torch.default_generator.manual_seed(
-        number
-    )  # torch.manual_seed would also note down a stack trace for each GPU kind
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would also record a stack trace per kind of GPU
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)

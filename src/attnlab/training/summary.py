@@ -1,4 +1,4 @@
-"""What a comparison needs to know about a run that has ended."""
+"""The result of a run that has ended, as a comparison needs it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from .step import Trainer
 
 
 def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: str, error: str = "") -> RunResult:
-    """Everything a comparison needs to know about a run."""
+    """Return the result of a run; `status`: done, interrupted or failed, with an `error` in one sentence."""
 
     def middle(name: str) -> float | None:
         values = [r[name] for r in timed if r.get(name) is not None]
         return statistics.median(values) if values else None
 
-    config, model, records = trainer.config, trainer.model, folder.metrics()
+    config = trainer.config
+    model = trainer.model
+    records = folder.metrics()
     curve = [[r["step"], r["val_loss"]] for r in records if "val_loss" in r]
     train_curve = [[r["step"], r["loss"]] for r in records if "loss" in r]
     every = [r for r in records if "tokens_per_s" in r]
@@ -55,7 +57,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: s
         peak=str(peak),
         data_wait=middle("data_wait"),
         strategy=trainer.strategy.name,
-        processes=trainer.crew.size,
+        processes=trainer.processes.size,
         skipped=log.skipped,
         rewinds=log.rewinds,
         seconds=log.seconds,

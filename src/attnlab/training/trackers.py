@@ -1,13 +1,15 @@
-"""Experiment trackers beside metrics.jsonl, by the libraries themselves. Accelerate's wrappers cannot take back steps
-that are done twice, and TensorBoard's one writes each sitting's hyperparameters into a run of its own.
+"""Experiment trackers beside metrics.jsonl, by the libraries themselves.
+
+Accelerate's wrappers cannot remove steps that are made twice. Its wrapper of TensorBoard writes the hyperparameters of
+each resumed run into a run of its own.
 
     track/ids.json         the id and the name that this run has in every tracker
     track/tensorboard      event files; tensorboard --logdir FOLDER
     track/wandb            Weights & Biases; without credentials, or with WANDB_MODE=offline, for wandb sync
     track/trackio          a database; TRACKIO_DIR=FOLDER/track/trackio trackio show
 
-A resumed run goes on in the same run of each. What TensorBoard and trackio have of steps that it does again is taken
-back; Weights & Biases takes no step that it has already.
+A resumed run goes on in the same run of each tracker. TensorBoard's and trackio's records of the steps that it makes
+again are removed; Weights & Biases ignores a step that it has already.
 """
 
 from __future__ import annotations
@@ -34,23 +36,24 @@ Write = Callable[[dict[str, float], int], None]  # numbers by name, and the step
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told at the start."""
+    """The run as a tracker gets it at the start."""
 
-    folder: Path  # its own
-    id: str
+    folder: Path  # of this tracker
+    id: str  # of the run, the same in all trackers
     name: str
     config: dict[str, Any]
-    after: int  # the last step whose records stay
+    after: int  # the last step whose records stay; -1: none do
 
 
 class Trackers:
-    """Those still open. One that fails is dropped, with one line; metrics.jsonl has everything."""
+    """The open trackers. One that fails is dropped with a message; metrics.jsonl has everything."""
 
     def __init__(self, say: Say) -> None:
         self.say = say
         self.open: dict[str, tuple[Write, ExitStack]] = {}
 
     def begin(self, name: str, run: Run) -> None:
+        """Open the tracker `name`."""
         stack = ExitStack()
         try:
             run.folder.mkdir(exist_ok=True)
@@ -59,7 +62,7 @@ class Trackers:
             self._drop(name, error)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """The numbers of a record of metrics.jsonl, as train/loss, val/loss, ...; what else is in it is left out."""
+        """Track the numbers of a record of metrics.jsonl, as train/loss, val/loss, ...; the rest of it is left out."""
         values = scalars(record)
         for name, (write, _) in list(self.open.items()) if values else []:
             try:
@@ -68,7 +71,7 @@ class Trackers:
                 self._drop(name, error)
 
     def end(self, error: BaseException | None) -> None:
-        """Close all; `error`: what ended the run."""
+        """Close all trackers; `error` is the one that ended the run, if any."""
         for name, (_, stack) in list(self.open.items()):
             try:
                 stack.__exit__(type(error) if error else None, error, None)
@@ -85,18 +88,18 @@ class Trackers:
             try:
                 stack.close()
             except Exception:
-                pass  # it was said that it fails
+                pass  # its failure was reported
 
 
 @contextmanager
 def open_trackers(
     names: Sequence[str], folder: str | Path, config: RunConfig, progress_step: int, say: Say | None = None
 ) -> Iterator[Trackers]:
-    """The trackers `names` of the run in `folder`, which exists.
+    """Open the trackers `names` of the run in `folder`, which exists. Yields them.
 
-    `progress_step` is the step of the checkpoint that the run goes on from, -1 where it begins: what was tracked of
-    later steps is done again. `say` gets the line about a tracker that fails; by default it goes to stderr. Raises
-    `UserError` for an unknown tracker and for one that is not installed.
+    `progress_step`: the step of the checkpoint that the run goes on from; -1: it begins. Later steps that were tracked
+    are made again. `say` gets the message about a tracker that fails; by default it goes to stderr. Raises `UserError`
+    for an unknown tracker, and for one that is not installed.
     """
     check_trackers(names)
     trackers = Trackers(say or (lambda words: print(words, file=sys.stderr)))
@@ -120,14 +123,14 @@ def open_trackers(
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """UserError for an unknown tracker and for one that is not installed."""
+    """Raise `UserError` for an unknown tracker, and for one that is not installed."""
     for name in names:
         choose("tracker", name, TRACKERS)
         need(name, "track")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record, by the part of training that they are of."""
+    """Return the numbers of a record, by the names that trackers show: train/..., val/..."""
     return {
         name.replace("val_", "val/", 1) if name.startswith("val_") else f"train/{name}": value
         for name, value in record.items()
@@ -154,9 +157,12 @@ def _tensorboard(run: Run) -> Iterator[Write]:
 
 @contextmanager
 def _wandb(run: Run) -> Iterator[Write]:
-    """It takes no step before the last that it has. Without a network each sitting has a folder, and all one id."""
+    """Track with Weights & Biases, which ignores steps before its last one.
+
+    Without a network every resumed run has a folder of its own, and all have one id.
+    """
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_CACHE_DIR", str(run.folder / "cache"))  # its logs, else in the home folder
+    os.environ.setdefault("WANDB_CACHE_DIR", str(run.folder / "cache"))  # of its logs; else in the home folder
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or "online"
@@ -167,7 +173,7 @@ def _wandb(run: Run) -> Iterator[Write]:
         id=run.id,
         name=run.name,
         resume="allow",
-        reinit="create_new",  # a run that the caller may have open stays his
+        reinit="create_new",  # a run that the caller has open stays as it is
         mode=mode,
         dir=str(run.folder),
         config=run.config,
@@ -186,7 +192,7 @@ def _trackio(run: Run) -> Iterator[Write]:
         if database.exists():
             with closing(sqlite3.connect(database)) as connection, connection:
                 connection.execute("DELETE FROM metrics WHERE step > ?", (run.after,))
-        with redirect_stdout(io.StringIO()):  # it greets
+        with redirect_stdout(io.StringIO()):  # it prints a greeting
             opened = trackio.init(PROJECT, name=run.name, resume="allow", config=run.config, embed=False)
         try:
             yield lambda values, step: opened.log(values, step=step)
@@ -197,7 +203,7 @@ def _trackio(run: Run) -> Iterator[Write]:
 
 @contextmanager
 def _trackio_folder(folder: Path) -> Iterator[None]:
-    """trackio reads TRACKIO_DIR once, on being imported, and a process may train several runs."""
+    """Set trackio's folder in its modules: it reads TRACKIO_DIR on import only, and a process may train many runs."""
     users = [module for name, module in sys.modules.items() if name.partition(".")[0] == "trackio"]
     before = [(module, module.TRACKIO_DIR) for module in users if hasattr(module, "TRACKIO_DIR")]
     for module, _ in before:
@@ -217,7 +223,7 @@ TRACKERS: dict[str, Callable[[Run], AbstractContextManager[Write]]] = {
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Fields by their whole names, as TensorBoard takes them: numbers, words and truth values."""
+    """Return the fields by their full names, as TensorBoard takes them: numbers, strings and booleans."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

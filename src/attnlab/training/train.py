@@ -1,18 +1,17 @@
-"""Training: the steps (`step.py`) of a run, with what is told, validated, guarded against and saved on the way.
+"""The training loop: it makes the steps (`step.py`) of a run, and reports, validates, guards and saves.
 
-A step knows nothing of those before it but weights and optimizer state, so a run that was interrupted goes on bit for
-bit as if it had not been, and runs with one seed see the same batches whatever their mechanism is.
+A step depends on the steps before it only by weights and optimizer state. So an interrupted run goes on bit for bit as
+if it had not been interrupted, and runs with one seed see the same batches, whatever their mechanism is.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,34 +31,22 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import Alone, Crew, join, leave, lost, stop_requests, unreachable
+from ..runs.processes import LocalError, Processes, join, leave, peer_lost, stop_requests, unreachable
 from ..runs.shield import shielded
 from . import strategies
+from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
 from .log import Log
 from .optimizers import learning_rate
-from .step import HOW, Step, Trainer, dealt, train_step, validate
+from .reproducible import deterministic, own_random_state
+from .step import HOW, Step, Trainer, part_sizes, train_step, validate
 from .summary import summary
 from .trackers import Trackers, check_trackers, open_trackers
 
 Listener = Callable[[dict[str, Any]], None]
-USUAL = 50  # losses that say what is usual
-REWINDS = 10  # more than so many end a run whose loss keeps rising
-
-
-class Diverged(UserError):
-    """The loss or its gradient is no longer a finite number, or far from what it was."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A request to stop was honoured, and the run is saved."""
-
-
-class Rewind(Exception):
-    """Back to the newest checkpoint, without the batches since then."""
-
-    def __init__(self, reason: str, step: int) -> None:
-        super().__init__(reason)
-        self.step = step  # whose loss was wrong, from 1
+    """The run was asked to stop; it is saved."""
 
 
 def train(
@@ -70,26 +57,26 @@ def train(
     progress: Listener | None = None,
     how: Execution = HOW,
 ) -> RunResult:
-    """Train `config` into the run folder `out`; `resume` goes on from its newest checkpoint, if there is one.
+    """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
 
-    `progress` is told {"step", "loss", "val_loss", "tokens_per_s", ...}, parts of it at a time. Ctrl-C and SIGTERM
-    finish the step, save, and raise `Stopped`, a KeyboardInterrupt; a second one does not wait. Raises `UserError` for
-    what cannot be run and `Diverged` for a loss that is not finite; the last good checkpoint stays. Under a launcher
-    all processes call it alike, and the first one writes and tells.
+    `progress` gets {"step", "loss", "val_loss", "tokens_per_s", ...}, some of these fields at a time. After Ctrl-C or
+    SIGTERM the step is finished and saved, and `Stopped`, a KeyboardInterrupt, is raised; a second one does not wait.
+    Raises `UserError` for what cannot be run, and `Diverged` for a loss that is not finite; the last good checkpoint
+    stays. Under a launcher every process makes this call, and the first one writes and reports.
     """
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
-    crew = join(find_device(config.train.device), kind.grouped)
+    processes = join(find_device(config.train.device), kind.grouped)
     try:
-        with _own_random_state(), stop_requests() as stop, _deterministic(config.train.deterministic):
+        with own_random_state(), stop_requests() as stop, deterministic(config.train.deterministic):
             try:
-                return _train(config, Path(out), resume or restarted(), progress, how, crew, stop)
+                return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
-                if crew.size > 1 and unreachable(error):
-                    raise lost(error) from error
+                if processes.size > 1 and unreachable(error):
+                    raise peer_lost(error) from error
                 raise
     finally:
-        leave(crew)
+        leave(processes)
 
 
 def _train(
@@ -98,52 +85,36 @@ def _train(
     resume: bool,
     progress: Listener | None,
     how: Execution,
-    crew: Crew,
+    processes: Processes,
     stop: threading.Event,
 ) -> RunResult:
-    config, corpus = crew.agree(lambda: resolve(config))
-    dealt(config.train, crew.size)
+    config, corpus = processes.agree(lambda: resolve(config))
+    part_sizes(config.train, processes.size)
     folder = None
-    if any(crew.gather((out / "run.json").exists())):
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, crew)
+    if any(processes.gather((out / "run.json").exists())):
+        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
         result = folder.result()
         if result is not None and result.status == "done":
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
     reset_peak()
-    trainer, log = ready(config, corpus, crew, how, folder)
-    if folder is None:  # only now, so that nothing is left where something cannot be trained
-        folder = RunFolder.create(out, config, corpus, crew)
-    tell = progress if progress and crew.first else lambda event: None
-
-    def say(words: str) -> None:
-        tell({"step": log.step, "say": words})
-
-    names, saved = how.track if crew.first else (), -1 if log.saved is None else log.saved
+    trainer, log = ready(config, corpus, processes, how, folder)
+    if folder is None:  # only now, so that a run that cannot be trained leaves no folder
+        folder = RunFolder.create(out, config, corpus, processes)
+    tell = progress if progress and processes.first else lambda event: None
+    run = Run(trainer, folder, log, stop, tell, peak, how)
+    del trainer  # a rewind replaces it, and its memory must then be free
+    names = how.track if processes.first else ()
     if names:
-        say(f"opening {', '.join(names)}")
-    with open_trackers(names, out, config, saved, say) as trackers:
-        while True:
-            run = Run(trainer, folder, log, stop, tell, trackers, peak)
-            try:
-                finished = run.go()
-                break
-            except Rewind as back:
-                start = folder.newest() or 0
-                past = replace(log, shift=log.shift + back.step - start, rewinds=log.rewinds + 1)
-                trainer, log = ready(config, corpus, crew, how, folder, past)
-                folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
-                say(f"{back}: back to step {start}, and its batches are left out")
-            except Diverged as error:
-                folder.write_result(summary(trainer, folder, log, peak, "failed", str(error)))
-                raise
-            except (UserError, OSError) as error:
-                raise error if crew.first or isinstance(error, Alone) else Alone(str(error)) from error
-        result = summary(trainer, folder, log, peak, "done" if finished else "interrupted")
+        run.say(f"opening {', '.join(names)}")
+    saved = -1 if log.saved is None else log.saved
+    with open_trackers(names, out, config, saved, run.say) as run.trackers:
+        finished = run.to_end()
+        result = run.summary("done" if finished else "interrupted")
         folder.write_result(result)
     if not finished:
-        raise Stopped(f"stopped after step {log.step}; the run is saved in {out}")
+        raise Stopped(f"stopped after step {run.log.step}; the run is saved in {out}")
     return result
 
 
@@ -151,17 +122,21 @@ def _train(
 def ready(
     config: RunConfig,
     corpus: data.Corpus,
-    crew: Crew,
+    processes: Processes,
     how: Execution,
     folder: RunFolder | None,
     past: Log | None = None,
 ) -> tuple[Trainer, Log]:
-    """What goes on from the newest checkpoint of `folder`, or begins; `past` is what is known since then."""
+    """Return the trainer and the log of the newest checkpoint of `folder`, or of a run that begins.
+
+    `past`: a log of later steps, after a rewind; its counts stay.
+    """
     newest = folder.newest() if folder else None
     if folder is None or newest is None:
-        trainer, log = Trainer.of(config, corpus, how, crew), Log()
+        trainer = Trainer.of(config, corpus, how, processes)
+        log = Log()
     else:
-        trainer = Trainer.of(config, corpus, how, crew, folder.stored(newest, "model").all())
+        trainer = Trainer.of(config, corpus, how, processes, folder.stored(newest, "model").all())
         trainer.strategy.remember(folder.stored(newest, "optimizer"))
         log = Log.of(newest, folder.state(newest))
     if folder is not None:
@@ -173,7 +148,10 @@ def ready(
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
-    """The config as it will be run, and its corpus: a vocabulary too small for the text grows to fit it."""
+    """Return the config as it will be run, and its corpus. A vocabulary that is too small for the text grows to fit it.
+
+    Raises `UserError` for a seed, a source or a context that cannot be used.
+    """
     if not 0 <= config.seed < 2**63:
         raise UserError(f"the seed is {config.seed}; give a whole number from 0 up")
     corpus = data.load(config.data)
@@ -192,115 +170,174 @@ class Run:
     log: Log
     stop: threading.Event
     tell: Listener
-    trackers: Trackers
     peak: Peak
-    fresh: list[Step] = field(default_factory=list)  # steps whose numbers have not been looked at
+    how: Execution
+    trackers: Trackers = field(init=False)
 
     def __post_init__(self) -> None:
-        trainer, crew = self.trainer, self.trainer.crew
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the measurements of a trainer."""
+        trainer = self.trainer
         self.account = Account(trainer.config, self.peak, trainer.device, recompute=trainer.model.recompute)
-        self.heart = Heartbeat(self.folder.path, crew.rank, crew.size)
+        self.heartbeat = Heartbeat(self.folder.path, trainer.processes.rank, trainer.processes.size)
         self.laggards = Laggards()
+        self.unchecked: list[Step] = []  # steps whose numbers have not been checked
+
+    def to_end(self) -> bool:
+        """Make the steps that are left, and rewind when `train.guard` says so. Returns what `go` returns."""
+        while True:
+            try:
+                return self.go()
+            except Rewind as back:
+                self.rewind(back)
+            except Diverged as error:
+                self.folder.write_result(self.summary("failed", str(error)))
+                raise
+            except (UserError, OSError) as error:
+                if self.trainer.processes.first or isinstance(error, LocalError):
+                    raise
+                raise LocalError(str(error)) from error
+
+    def rewind(self, back: Rewind) -> None:
+        """Go back to the newest checkpoint, and leave out the data of the steps since then."""
+        start = self.folder.newest() or 0
+        past = replace(self.log, shift=self.log.shift + back.step - start, rewinds=self.log.rewinds + 1)
+        old = self.trainer
+        self.trainer, self.log = ready(old.config, old.corpus, old.processes, self.how, self.folder, past)
+        self.folder.log({"step": start, "rewound_from": back.step, "reason": str(back)})
+        self.say(f"{back}: back to step {start}, and its batches are left out")
+        self.begin()
 
     @shielded()
     def go(self) -> bool:
-        """Whether it came to the end; if not, it was asked to stop. Saved either way."""
-        trainer, log, config = self.trainer, self.log, self.trainer.config.train
-        watchful = config.guard != "stop" or config.spike > 0
-        began = time.perf_counter() - log.seconds
-        trainer.model.train()
+        """Make the steps that are left, and save. Returns False when a request to stop came before the end."""
+        self.began = time.perf_counter() - self.log.seconds
+        self.trainer.model.train()
         owed = self.owed()
-        while not self.stopped():
-            if owed and not self.validate():
-                break
-            if log.step == config.steps:
-                self.save()
-                return True
-            started = time.perf_counter()
-            reports = _due(log.step + 1, config.log_every, config.steps)
-            with record_losses() if reports else nullcontext({}) as auxiliary:
-                done = train_step(trainer, log.step, log.step + log.shift, self.limit())
-            self.fresh.append(done)
-            log.step += 1
-            log.tokens += done.tokens
-            log.alone += done.alone
-            self.heart.beat(log.step)
-            owed = _due(log.step, config.eval_every, config.steps)
-            saves = _due(log.step, config.save_every, config.steps)
-            if reports or owed or saves or watchful:
-                self.look()
-            seconds = time.perf_counter() - started
-            self.account.step(tokens=done.own, seconds=seconds, waited=done.waited, lengths=done.lengths)
-            if reports:
-                self.report(auxiliary)
-            if owed and not self.validate():
-                break
-            owed = False
-            log.seconds = time.perf_counter() - began
-            if saves:
-                self.save()
-        self.look()
-        log.seconds = time.perf_counter() - began
+        going = not self.stopped() and (not owed or self.validate())
+        while going and self.log.step < self.trainer.config.train.steps:
+            going = self.advance() and not self.stopped()
+        if going:
+            self.save()
+            return True
+        self.check()
+        self.log.seconds = time.perf_counter() - self.began
         self.save()
-        return log.step == config.steps and not self.owed()
+        return self.log.step == self.trainer.config.train.steps and not self.owed()
+
+    def advance(self) -> bool:
+        """Make one step; then report, validate and save if these are due.
+
+        Returns False when a request to stop cut the validation short, which is then still owed.
+        """
+        trainer = self.trainer
+        log = self.log
+        config = trainer.config.train
+        started = time.perf_counter()
+        reports = _due(log.step + 1, config.log_every, config.steps)
+        with record_losses() if reports else nullcontext({}) as auxiliary:
+            done = train_step(trainer, log.step, log.step + log.shift, self.limit())
+        self.unchecked.append(done)
+        log.step += 1
+        log.tokens += done.tokens
+        log.working += done.working
+        self.heartbeat.beat(log.step)
+        validates = self.validation_due()
+        saves = _due(log.step, config.save_every, config.steps)
+        watchful = config.guard != "stop" or config.spike > 0
+        if reports or validates or saves or watchful:
+            self.check()
+        seconds = time.perf_counter() - started
+        self.account.step(tokens=done.own, seconds=seconds, waited=done.waited, lengths=done.lengths)
+        if reports:
+            self.report(auxiliary)
+        if validates and not self.validate():
+            return False
+        log.seconds = time.perf_counter() - self.began
+        if saves:
+            self.save()
+        return True
 
     def stopped(self) -> bool:
-        """Whether any process was asked to stop."""
-        return self.trainer.crew.sum(self.stop.is_set())[0] > 0
+        """Return whether any process was asked to stop."""
+        return self.trainer.processes.sum(int(self.stop.is_set()))[0] > 0
+
+    def validation_due(self) -> bool:
+        """Return whether the model is validated at the step that it has reached."""
+        config, step = self.trainer.config, self.log.step
+        return _due(step, config.train.eval_every, config.train.steps) if step else bool(config.init)
 
     def owed(self) -> bool:
-        """Whether the model as it is should have been validated, and was not."""
-        config, step = self.trainer.config, self.log.step
-        due = _due(step, config.train.eval_every, config.train.steps) if step else bool(config.init)
-        return due and not any(r["step"] == step and "val_loss" in r for r in self.folder.metrics())
+        """Return whether the validation of this step was due, and is not on record: a request to stop cut it short."""
+        step = self.log.step
+        return self.validation_due() and not any(
+            record["step"] == step and "val_loss" in record for record in self.folder.metrics()
+        )
 
     def validate(self) -> bool:
-        """False where it was cut short by a request to stop."""
+        """Validate, and put the loss on record. Returns False when a request to stop cut it short."""
         loss = validate(self.trainer, self.stopped)
         if loss is None:
             return False
         if not math.isfinite(loss):
-            self.wrong("validation loss", loss, self.log.step)
+            self.fault("validation loss", loss, self.log.step)
         self.note({"tokens": self.log.tokens, "val_loss": loss})
         self.tell({"step": self.log.step, "val_loss": loss})
         return True
 
+    def say(self, words: str) -> None:
+        """Tell the listener a sentence."""
+        self.tell({"step": self.log.step, "say": words})
+
+    def summary(self, status: str, error: str = "") -> RunResult:
+        """Return the result of the run; `status`: done, interrupted or failed."""
+        return summary(self.trainer, self.folder, self.log, self.peak, status, error)
+
     def note(self, record: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a record of `step` (None: this one) to the metrics and the trackers."""
         step = self.log.step if step is None else step
         self.folder.log({"step": step, **record})
         self.trackers.log(record, step)
 
     def limit(self) -> float:
-        """The loss from which on a step is a spike."""
-        spike, usual = self.trainer.config.train.spike, self.log.usual
-        return statistics.median(usual) + spike if spike and len(usual) >= USUAL // 5 else math.inf
+        """Return the loss above which a step is a spike; infinite when spikes are not looked for, or not yet."""
+        return spike_limit(self.trainer.config.train.spike, self.log.usual)
 
-    def look(self) -> None:
-        """Wait for the steps' numbers and refuse what is not right; done before anything is reported or saved."""
-        if not self.fresh:
+    def check(self) -> None:
+        """Read the numbers of the unchecked steps, which waits for the GPU, and check them.
+
+        This comes before anything is reported or saved.
+        """
+        if not self.unchecked:
             return
-        trainer, log, first = self.trainer, self.log, self.log.step - len(self.fresh) + 1
-        losses = trainer.crew.sum(*torch.stack([step.loss for step in self.fresh]).tolist())
-        norms = torch.stack([step.norm for step in self.fresh]).tolist()
-        steps, self.fresh = self.fresh, []
+        trainer = self.trainer
+        log = self.log
+        first = log.step - len(self.unchecked) + 1
+        losses = trainer.processes.sum(*torch.stack([step.loss for step in self.unchecked]).tolist())
+        norms = torch.stack([step.norm for step in self.unchecked]).tolist()
+        steps, self.unchecked = self.unchecked, []
+        overflowed = False
         for step, (loss, norm, done) in enumerate(zip(losses, norms, steps, strict=True), first):
-            overflow = trainer.scale.used and not done.applied and math.isfinite(loss)  # float16 will find its scale
+            overflow = trainer.scale.used and not done.applied and math.isfinite(loss)  # the scale is then halved
             if not math.isfinite(loss):
-                self.wrong("loss", loss, step)
+                self.fault("loss", loss, step)
             elif loss > self.limit():
-                self.wrong("loss", loss, step)
+                self.fault("loss", loss, step)
             elif not math.isfinite(norm) and not overflow:
-                self.wrong("gradient norm", norm, step)
+                self.fault("gradient norm", norm, step)
             else:
+                overflowed = overflowed or overflow
                 log.interval.append(loss)
                 log.usual = [*log.usual, loss][-USUAL:] if trainer.config.train.spike else []
                 log.norm = norm if math.isfinite(norm) else log.norm
         log.scale = (trainer.scale.factor, trainer.scale.good)
-        if trainer.scale.used and trainer.scale.factor < 1:
-            self.wrong("gradient norm", math.inf, log.step)
+        if overflowed and trainer.scale.factor < 1:  # no scale helps
+            self.fault("gradient norm", math.inf, log.step)
 
-    def wrong(self, what: str, value: float, step: int) -> None:
-        """`train.guard` decides what follows."""
+    def fault(self, what: str, value: float, step: int) -> None:
+        """Act on a fault as `train.guard` says: count the step as skipped, or raise `Rewind` or `Diverged`."""
         train, log = self.trainer.config.train, self.log
         reason = f"the {what} became {value:.6g} at step {step} of {train.steps}"
         if train.guard == "skip" and what != "validation loss":
@@ -309,32 +346,30 @@ class Run:
             return
         if train.guard == "rewind" and log.rewinds < REWINDS:
             raise Rewind(reason, step)
-        newest = self.folder.newest()
-        kept = "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
-        again = f"after {log.rewinds} rewinds" if log.rewinds else ""
-        raise Diverged(
-            f"{' '.join(filter(None, (reason, again)))}, and {kept}; train again into another folder with a lower "
-            f"train.lr (it is {train.lr}), a longer train.warmup ({train.warmup}) or a smaller train.clip "
-            f"({train.clip})"
-        )
+        raise diverged(reason, log.rewinds, self.folder.newest(), train)
 
     def report(self, auxiliary: Mapping[str, list[Tensor]]) -> None:
-        config, crew, log = self.trainer.config, self.trainer.crew, self.log
-        mine, alone = zip(*crew.gather((self.account.take(), log.alone)), strict=True)
+        """Put the means since the last report on record; `auxiliary`: the auxiliary losses of this step."""
+        processes = self.trainer.processes
+        log = self.log
+        mine, working = zip(*processes.gather((self.account.take(), log.working)), strict=True)
         record = {
             "loss": statistics.fmean(log.interval) if log.interval else None,
-            "lr": learning_rate(config.train, log.step - 1),
+            "lr": learning_rate(self.trainer.config.train, log.step - 1),
             "grad_norm": log.norm,
             **combine(mine),
             **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
         }
         self.note(record if log.warm else record | {"warm_up": True})
-        log.interval, log.alone, log.warm = [], 0.0, True
+        log.interval = []
+        log.working = 0.0
+        log.warm = True
         self.tell({"step": log.step, **record})
-        for behind in self.laggards.look(alone) if crew.size > 1 else ():
+        for behind in self.laggards.look(working) if processes.size > 1 else ():
             self.tell({"step": log.step, "say": str(behind)})
 
     def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
         if self.log.saved != self.log.step:
             strategy = self.trainer.strategy
             self.folder.save_pieces(self.log.step, strategy.weights(), strategy.memory(), self.log.state())
@@ -343,26 +378,3 @@ class Run:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Kernels that give the same bits every time, where they are wanted."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Leaves the caller's random numbers as they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -7,19 +7,19 @@ doing. A call that trains names its run folder, so that whoever cannot hear it m
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from ...errors import UserError
+from ...runs.signals import on_stop_signal
 
 Outcome = Literal["note", "start", "event", "again", "done", "failed", "interrupted"]
 Listener = Callable[[int, Outcome, Any], None]  # number of the call, what happened, the value, event or sentence
@@ -121,23 +121,10 @@ def attempt(call: Call, report: Callable[[Any], None]) -> tuple[Outcome, Any]:
 
 @contextmanager
 def interrupts(pass_on: Callable[[int], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `pass_on` with how many there were so far. Elsewhere than in the main thread: never."""
-    if threading.current_thread() is not threading.main_thread():
+    """Call `pass_on` with the number of Ctrl-C and SIGTERM so far; never outside the main thread."""
+    counts = count(1)
+    with on_stop_signal(lambda _: pass_on(next(counts))):
         yield
-        return
-    count = 0
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal count
-        count += 1
-        pass_on(count)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every process holds the whole model and reads a share of each batch; gradients are averaged as they come."""
+"""Data parallel: every process holds the whole model and reads a share of each batch; gradients are averaged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...config import TrainConfig
 from ...model import attention_configs
+from ..sharding import Sharding
 from . import single
 from .single import Optimizers
 
 
 class Strategy(single.Strategy):
+    """Every process holds everything (torch.nn.parallel.DistributedDataParallel)."""
+
     name = "ddp"
+    sharding = Sharding("ddp", 0, buckets=True)
     grouped = True
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:

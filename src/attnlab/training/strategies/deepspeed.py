@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: stage 1 shares out the optimizer's state, 2 the gradients too, 3 the parameters too. Its optimizers
-hold flat vectors, of which every parameter owns a stretch; stretches are what is written.
+"""DeepSpeed's ZeRO: stage 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too.
 
-Without a file the stage is 1. A file may say anything of DeepSpeed's but what a run's own config says.
+Its optimizers hold flat vectors, and every parameter is a stretch of one. A checkpoint holds these stretches. The stage
+is 1 unless a file says otherwise. The file may set anything of DeepSpeed's, except what a run's own config sets.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ from ...config import TrainConfig
 from ...errors import UserError, need
 from ...files import read_json
 from ...runs.tensors import Piece, Stored, whole
+from ..sharding import Sharding
 from . import single
 from .single import Optimizers
 
-OURS = {  # and what to use in their place
+OURS = {  # settings of DeepSpeed's that a run's own config sets, and by which option
     "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
     "fp16": "train.precision",
@@ -40,18 +41,21 @@ NO_CLIP = 1e30  # DeepSpeed measures no norm where it clips none
 
 
 class Stretch(NamedTuple):
-    """Part of a parameter, and where an optimizer's flat vector holds it."""
+    """Part of a parameter, and its place in an optimizer's flat vector."""
 
-    name: str
-    shape: tuple[int, ...]
-    start: int  # in the flattened parameter
-    flat: Tensor
-    at: int  # in the flat vector
-    length: int
+    name: str  # of the parameter
+    shape: tuple[int, ...]  # of the parameter
+    start: int  # first element, in the flattened parameter
+    flat: Tensor  # the optimizer's flat vector
+    at: int  # first element, in the flat vector
+    length: int  # in elements
 
 
 def settings_of(path: str) -> dict[str, Any]:
-    """A DeepSpeed config. UserError for what is not one, or says what train's options say."""
+    """Return the DeepSpeed config in the file `path` ("": stage 1).
+
+    Raises `UserError` for what is not such a config, or sets what a run's own config sets.
+    """
     if not path:
         return {"zero_optimization": {"stage": 1}}
     if not Path(path).is_file():
@@ -63,7 +67,7 @@ def settings_of(path: str) -> dict[str, Any]:
         raise UserError(f"{path} sets {taken[0]}, which is --{OURS[taken[0]]} here: remove it from the file")
     zero = found.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (1, 2, 3):
+    if not isinstance(zero, dict) or stage not in (1, 2, 3):
         raise UserError(
             f"{path} asks for ZeRO stage {json.dumps(stage)}: give zero_optimization.stage 1, 2 or 3, or --strategy ddp"
         )
@@ -74,9 +78,18 @@ def settings_of(path: str) -> dict[str, Any]:
 
 
 class Strategy(single.Strategy):
+    """Every process holds stretches of flat vectors, by ZeRO's stage."""
+
     name = "deepspeed"
+    sharding = Sharding("deepspeed, ZeRO stage 1", 1)
+    takes_settings = True
     grouped = True
     careful = False
+
+    @classmethod
+    def shards(cls, settings: str) -> Sharding:
+        stage = settings_of(settings)["zero_optimization"]["stage"]
+        return Sharding(f"deepspeed, ZeRO stage {stage}", stage)
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         settings = settings_of(self.settings)
@@ -90,9 +103,8 @@ class Strategy(single.Strategy):
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # which it calls
         deepspeed = need("deepspeed", "scale")
         if self.device.type == "cpu":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-                False  # gloo is there; this would be compiled first
-            )
+            # gloo is there; this one would have to be compiled first
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         made = super().prepare(optimizers)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed divides nothing by these two here
@@ -132,13 +144,12 @@ class Strategy(single.Strategy):
         found = {}
         for name, parameter in self.model.named_parameters():
             own: Any = parameter
-            length, shape = own.ds_tensor.numel(), tuple(own.ds_shape)
-            start = self.crew.rank * length
-            if real := max(0, min(length, own.ds_numel - start)):  # the last slice is padded
-                found[name] = Piece(own.ds_tensor.detach()[:real], start, shape)
+            start, real = self.own_slice(own, own.ds_tensor.numel())
+            if real:
+                found[name] = Piece(own.ds_tensor.detach()[:real], start, tuple(own.ds_shape))
         kept = self.model.state_dict()
         buffers = {name: whole(buffer) for name, buffer in self.model.named_buffers() if name in kept}
-        return found | (buffers if self.crew.first else {})
+        return found | (buffers if self.processes.first else {})
 
     def memory(self) -> dict[str, Piece]:
         found = {}
@@ -148,7 +159,7 @@ class Strategy(single.Strategy):
                 if value.shape == flat.shape:
                     found[key] = Piece(value.detach()[at : at + length], start, shape)
                 elif start == 0:
-                    found[key] = whole(value.clone())  # one for all that the vector holds
+                    found[key] = whole(value.clone())  # one number for the whole vector
         return found
 
     def remember(self, stored: Stored) -> None:
@@ -165,18 +176,40 @@ class Strategy(single.Strategy):
                     state[flat][field] = stored.read(key).to(flat.device)
 
     def stretches(self) -> Iterator[Stretch]:
-        """What of each trained parameter this process's optimizer holds."""
-        zero, names = self.engine.optimizer, {id(p): name for name, p in self.trained()}
-        if self.stage < 3:
-            for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-                for p in group:
-                    if p._hp_mapping is not None:
-                        here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-                        yield Stretch(names[id(p)], tuple(p.shape), here.start, flat, there.start, here.numel)
-            return
+        """Yield the part of each trained parameter that this process's optimizer holds."""
+        names = {id(parameter): name for name, parameter in self.trained()}
+        return self.stretches_of_slices(names) if self.stage == 3 else self.stretches_of_fragments(names)
+
+    def stretches_of_fragments(self, names: Mapping[int, str]) -> Iterator[Stretch]:
+        """Yield the stretches of stages 1 and 2: parameters are whole, and the flat vector is cut anywhere.
+
+        `names` of parameters, by their id.
+        """
+        zero = self.engine.optimizer
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+            for p in group:
+                if p._hp_mapping is not None:  # part of it lies in the flat vector of this process
+                    here = p._hp_mapping.lp_fragment_address
+                    there = p._hp_mapping.hp_fragment_address
+                    yield Stretch(names[id(p)], tuple(p.shape), here.start, flat, there.start, here.numel)
+
+    def stretches_of_slices(self, names: Mapping[int, str]) -> Iterator[Stretch]:
+        """Yield the stretches of stage 3: every process holds an equal slice of each parameter.
+
+        `names` of parameters, by their id.
+        """
+        zero = self.engine.optimizer
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             for p in group:
                 _, at, length = zero.grad_position[zero.get_param_id(p)]
-                start = self.crew.rank * length
-                if real := max(0, min(length, p.ds_numel - start)):
+                start, real = self.own_slice(p, length)
+                if real:
                     yield Stretch(names[id(p)], tuple(p.ds_shape), start, flat, at, real)
+
+    def own_slice(self, parameter: Any, length: int) -> tuple[int, int]:
+        """Return the first element of this process's slice of a parameter, and its length without padding.
+
+        Slices have `length` elements each; the last ones are padded.
+        """
+        start = self.processes.rank * length
+        return start, max(0, min(length, parameter.ds_numel - start))

@@ -1,6 +1,9 @@
-"""Parameters, gradients and optimizer state are cut along their first dimension, a slice for each process; a layer is
-gathered while it computes (torch.distributed.fsdp.fully_shard). Gradients are shared out after every part of a step, so
-that none is ever whole. A slice is a stretch of the flattened tensor, and is written as that."""
+"""Fully sharded data parallel: parameters, gradients and optimizer state are cut along their first dimension.
+
+Each process holds one slice, and a layer is gathered while it computes (torch.distributed.fsdp.fully_shard). Gradients
+are cut after every part of a step, so that none is ever whole. A checkpoint holds a slice as a piece of the flattened
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,22 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ...config import TrainConfig
 from ...errors import UserError
 from ...runs.tensors import Piece, Stored, optimizer_tensors, whole
+from ..sharding import Sharding
 from . import single
 from .single import Optimizers
 
 
 class Strategy(single.Strategy):
+    """Every process holds a slice of each tensor."""
+
     name = "fsdp"
+    sharding = Sharding("fsdp", 3, by_rows=True)
     grouped = True
 
     def prepare(self, optimizers: Callable[[TrainConfig, nn.Module], Optimizers]) -> Optimizers:
         if self.config.optimizer == "muon":
             raise UserError("train.optimizer muon needs whole matrices, which fsdp cuts: give adamw, or --strategy ddp")
-        mesh = init_device_mesh(self.device.type, (self.crew.size,))
+        mesh = init_device_mesh(self.device.type, (self.processes.size,))
         for block in self.model.blocks():
             if self.config.compile:
                 block.compile()
@@ -49,26 +56,28 @@ class Strategy(single.Strategy):
         return self.pieces(optimizer_tensors(self.model, self.optimizers))
 
     def slice_up(self) -> None:
-        """After a forward pass without a backward one, what no layer owns is still whole."""
+        """Cut the parameters that no layer owns: after a forward pass without a backward pass they are still whole."""
         root: Any = self.model
         root.reshard()
 
     def pieces(self, tensors: dict[str, Any]) -> dict[str, Piece]:
-        """The slices of those that are cut; the others, which all processes hold alike, are the first one's."""
+        """Return the slices of tensors that are cut. Of the others, which are equal everywhere, the first process
+        returns all."""
         found = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
-                start, local = slice_of(tensor), tensor.to_local()
+                local = tensor.to_local()
                 if local.numel():
-                    found[name] = Piece(local.detach().flatten(), start, tuple(tensor.shape))
-            elif self.crew.first:
+                    found[name] = Piece(local.detach().flatten(), slice_of(tensor), tuple(tensor.shape))
+            elif self.processes.first:
                 found[name] = whole(tensor)
         return found
 
     def placed(self, stored: Stored, key: str, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor) or stored.shape(key) != tuple(parameter.shape):
             return super().placed(stored, key, parameter)
-        local, start = parameter.to_local(), slice_of(parameter)
+        local = parameter.to_local()
+        start = slice_of(parameter)
         value = stored.read(key, start, start + local.numel()).view(local.shape).to(local.device)
         return DTensor.from_local(
             value,
@@ -81,6 +90,6 @@ class Strategy(single.Strategy):
 
 
 def slice_of(tensor: DTensor) -> int:
-    """Where this process's slice begins in the flattened tensor."""
+    """Return the first element of this process's slice, in the flattened tensor."""
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return sum(at * step for at, step in zip(offset, tensor.stride(), strict=True))

@@ -33,7 +33,7 @@ def main() -> None:
             said += [event["say"]] if "say" in event else []
 
         def late(trainer: Trainer, step: int, slow: list | None = slow) -> list:
-            time.sleep(slow[1] if slow and trainer.crew.rank == slow[0] else 0)
+            time.sleep(slow[1] if slow and trainer.processes.rank == slow[0] else 0)
             return honest(trainer, step)
 
         Trainer.batch = late

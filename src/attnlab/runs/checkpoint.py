@@ -1,0 +1,112 @@
+"""A checkpoint of a run: files of tensors, a state, and the commit that lists them.
+
+    model.safetensors      weights; model.rank-00001.safetensors and so on when several processes hold parts of them
+    optimizer.safetensors  states of the optimizers; the same
+    state.json             how far the run is
+    commit.json            step, and the size and checksum of every file above; written last
+
+A folder is a checkpoint once it has its commit.json. A file holds whole tensors, or pieces of flattened ones (`Piece`),
+which `Stored` puts together again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ..files import checksum
+from .processes import Processes
+from .tensors import Piece, on_host
+
+COMMIT = "commit.json"
+FileFacts = dict[str, Any]  # what the commit says of a file: bytes and sha256
+
+
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # by "<optimizer>/<parameter>/<field>"
+    state: dict[str, Any]  # of state.json
+
+
+def make_anew(folder: Path) -> None:
+    """Make an empty folder, in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def write_pieces(
+    folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], processes: Processes
+) -> dict[str, FileFacts]:
+    """Write the tensors that this process holds. Returns the facts of each file, by its name.
+
+    The first process writes its files even if they are empty.
+    """
+    written = {}
+    for what, pieces in (("model", model), ("optimizer", optimizer)):
+        if processes.first or pieces:
+            name = f"{what}.safetensors" if processes.first else f"{what}.rank-{processes.rank:05d}.safetensors"
+            parts = {key: (p.start, p.shape) for key, p in pieces.items() if tuple(p.data.shape) != p.shape}
+            content = save(
+                {k: on_host(p.data) for k, p in pieces.items()}, {"pieces": json.dumps(parts)} if parts else None
+            )
+            written[name] = write_file(folder / name, content)
+    return written
+
+
+def commit(half: Path, place: Path, step: int, state: Mapping[str, Any], files: dict[str, FileFacts]) -> None:
+    """Add state.json and commit.json to the folder `half`, then give it the name `place`. Both reach the disk."""
+    files["state.json"] = write_file(half / "state.json", _line({"step": step, **state}))
+    write_file(half / COMMIT, _line({"step": step, "files": files}))
+    _sync(half)
+    drop(place)
+    os.replace(half, place)
+    _sync(place.parent)
+
+
+def drop(place: Path) -> None:
+    """Remove a checkpoint, its commit first."""
+    (place / COMMIT).unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> FileFacts:
+    """Write a file to the disk. Returns its facts."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the file is what was written, by its facts."""
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise ValueError(f"it has {size} bytes of {facts['bytes']}")
+    if checksum(path).hexdigest() != facts["sha256"]:
+        raise ValueError("its checksum is wrong")
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _sync(folder: Path) -> None:
+    """Write a folder's names to the disk, a rename among them; only POSIX lets a folder be opened for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
