@@ -13,6 +13,9 @@ from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 
+BASELINE = "mha"  # the mechanism that others are compared with, where it is among them
+EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # what is compared if nothing is said
+
 
 def quick() -> RunConfig:
     """What `make demo` runs: a small model on Shakespeare's characters, seconds per run on two cores."""

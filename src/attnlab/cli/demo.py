@@ -1,4 +1,4 @@
-"""attnlab demo."""
+"""The command demo: compare eight mechanisms, and report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from .. import presets
+from ..comparison.engines import Share
+from ..presets import EIGHT
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import this_command
+from .options import progress, this_command
 
-EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # what is compared if nothing is said
 DEMO_SEEDS = 2
 DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
     "train": (64,),
     "prefill": (256,),
     "decode": (64, 256, 1024),
-}  # and the tokens per sequence
+}  # what is measured -> tokens per sequence
 
 
 def demo(
@@ -33,15 +34,18 @@ def demo(
         out: Where runs, results and report.html go; what is finished there is kept.
         jobs: Runs side by side (as many as there are cores if left out).
     """
-    from ..comparison import compare as comparison
+    from ..comparison.compare import compare
+    from ..comparison.grid import Comparison
     from ..costs import bench as bench_module
     from ..files import write_json
     from ..report import write_report
     from ..terminal.comparison import table
 
     config = presets.get("quick")
-    found = comparison.compare(config, EIGHT, DEMO_SEEDS, out, jobs=jobs, command=this_command())
-    measured, made = out / "bench.json", out / "samples.json"
+    comparison = Comparison(config, EIGHT, DEMO_SEEDS)
+    found = compare(comparison, out, share=Share(jobs=jobs), command=this_command(), show=progress())
+    measured = out / "bench.json"
+    made = out / "samples.json"
     if not measured.exists() or measured.stat().st_mtime < made.stat().st_mtime:  # runs are newer than measurements
         records = []
         print("measuring speed and memory", file=sys.stderr)

@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -16,6 +17,9 @@ from ..config import Execution, RunConfig
 from ..errors import UserError, choose
 from ..results import RunResult
 from ..runs.launcher import rank
+
+if TYPE_CHECKING:
+    from ..comparison.progress import Show
 
 Flag = FlagCreatePairsOff[bool]
 Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_
@@ -67,6 +71,15 @@ def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: E
         return None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what was saved is in {out}; {again}") from None
+
+
+def progress(quiet: bool = False) -> Show:
+    """Return what makes the bars of a comparison; with `quiet`, they are not shown."""
+    from rich.console import Console
+
+    from ..terminal.progress import Progress
+
+    return partial(Progress, console=Console(quiet=True) if quiet else None)
 
 
 def this_command() -> str:
