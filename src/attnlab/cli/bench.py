@@ -1,4 +1,4 @@
-"""attnlab bench."""
+"""The command bench: measure speed, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..presets import EIGHT
 from ..terminal import tables
 from ..terminal.progress import working
-from .demo import EIGHT
 from .options import Fields, Json, listed, options_of_mechanisms, whole
 
 
@@ -54,7 +54,7 @@ def bench(
             lengths,
             options=given,
             batch=batch,
-            repeats=repeats,
+            timing=bench_module.Timing(repeats),
             progress=tell,
         )
     if json_:

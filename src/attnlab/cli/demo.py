@@ -51,7 +51,9 @@ def demo(
         print("measuring speed and memory", file=sys.stderr)
         with working() as tell:
             for kind, contexts in DEMO_BENCH.items():
-                records += bench_module.bench(kind, config, EIGHT, contexts, repeats=5, progress=tell)
+                records += bench_module.bench(
+                    kind, config, EIGHT, contexts, timing=bench_module.Timing(5), progress=tell
+                )
         write_json(measured, [r.to_dict() for r in records])
     page = write_report(out)
     tables.console().print(table(found), "", f"report: {page}", sep="\n", soft_wrap=True)

@@ -12,6 +12,7 @@ import torch
 from .. import data
 from ..files import read_json, write_bytes
 from ..heads import value_sizes, watch, whole
+from ..inference.generate import Sampling
 from ..inference.text import sample_run
 from ..laws import check_mechanism
 from ..results import LawResult
@@ -90,7 +91,7 @@ def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[d
     length = min(SAMPLE, config.model.context - count) if config.model.positions == "learned" else SAMPLE
     if length < 1:
         return []
-    found = sample_run(folder, [prompt], length, temperature=0.8, seed=seed, device="cpu")
+    found = sample_run(folder, [prompt], Sampling(length, temperature=0.8, seed=seed), device="cpu")
     return [{"mechanism": label, "seed": seed, "prompt": prompt, "text": found.texts[0]}]
 
 

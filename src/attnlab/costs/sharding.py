@@ -1,4 +1,4 @@
-"""What each of several GPUs keeps only a part of, by strategy."""
+"""Sharding by strategy: the tensors of which each GPU keeps a part."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ STAGES: dict[int, frozenset[str]] = {  # of ZeRO (Rajbhandari et al. 2019, arXiv
 
 @dataclass(frozen=True)
 class Sharding:
+    """The sharding of a strategy."""
+
     name: str
-    stage: int  # of ZeRO, or what equals it
-    by_rows: bool = False  # each tensor is cut between rows, as torch does; else all are cut as if they were one
-    buckets: bool = False  # gradients lie where they are sent from, all the time
+    stage: int  # of ZeRO, or the stage that it equals
+    by_rows: bool = False  # each tensor is cut between rows, as PyTorch does; else all are cut as if they were one
+    buckets: bool = False  # gradients lie in buckets for communication, which stay in memory all the time
 
     @property
     def sharded(self) -> frozenset[str]:
+        """The kinds of tensors that are sharded: optimizer, gradients, weights."""
         return STAGES[self.stage]
 
     def __str__(self) -> str:
@@ -37,7 +40,7 @@ PLAIN = {
 
 
 def find_sharding(text: str) -> Sharding:
-    """ "ddp", "fsdp" or "deepspeed[:FILE.json]", as `attnlab train` takes them."""
+    """Return the sharding of "ddp", "fsdp" or "deepspeed[:FILE.json]". Raises `UserError` for anything else."""
     name, _, file = text.partition(":")
     choose("strategy", name, (*PLAIN, "deepspeed"))
     if name == "deepspeed":
