@@ -13,7 +13,7 @@ from .. import presets
 from ..comparison.engines import Kind, Local, Ray, Share, Slurm
 from ..errors import UserError, choose
 from ..terminal import tables
-from .options import Fields, Flag, Json, Pack, listed, options_of_mechanisms, progress, this_command, with_choices
+from .options import Fields, Flag, Json, Pack, options_of_mechanisms, progress, split_commas, this_command, with_choices
 
 
 def compare(
@@ -84,11 +84,11 @@ def compare(
     out = out or Path("compare") / preset
     comparison = Comparison(
         preset=config,
-        mechanisms=listed(mechanisms),
+        mechanisms=split_commas(mechanisms),
         seeds=seeds,
         match=match,
-        sizes=listed(sizes or ""),
-        tasks=[presets.get(choose("task", name, TASKS)) for name in listed(tasks or "")],
+        sizes=split_commas(sizes or ""),
+        tasks=[presets.get(choose("task", name, TASKS)) for name in split_commas(tasks or "")],
         options=options_of_mechanisms("--options", options),
     )
     share = Share(jobs=jobs, threads=threads, gpus=gpus)
