@@ -28,7 +28,7 @@ def demo(
     out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
     jobs: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> int:
-    """Compare eight mechanisms on Shakespeare, and report: 6 minutes on 2 cores, 10 with AVX2 alone.
+    """Compare eight mechanisms on Shakespeare, and report: 6 to 10 minutes on 2 cores.
 
     Args:
         out: Where runs, results and report.html go; what is finished there is kept.
