@@ -28,10 +28,12 @@ from speed import markdown, provenance, say
 
 from attnlab import presets
 from attnlab.comparison.compare import compare
+from attnlab.comparison.grid import Comparison
 from attnlab.config import DataConfig, RunConfig
 from attnlab.data.texts import shakespeare
 from attnlab.files import write_bytes, write_json
 from attnlab.stats import paired
+from attnlab.terminal.progress import Progress
 
 MECHANISMS = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")
 OPTIONS: dict[str, dict[str, Any]] = {"gqa": {"n_kv_heads": 2}, "sliding": {"window": 16}, "msla": {"top_k": 16}}
@@ -58,14 +60,17 @@ def main() -> None:
                 folder = options.out / f"{corpus}-{layers}"
                 say(f"{CORPORA[corpus]}, {layers} layers, into {folder}")
                 compare(
-                    config_of(corpus, layers, options.small, options.out),
-                    mechanisms,
-                    seeds,
+                    Comparison(
+                        config_of(corpus, layers, options.small, options.out),
+                        mechanisms,
+                        seeds,
+                        match="params",
+                        options=options_of(mechanisms),
+                    ),
                     folder,
-                    "params",
-                    options=options_of(mechanisms),
                     extras=("heads",),
                     command=f"python benchmarks/{Path(__file__).name}",
+                    show=Progress,
                 )
                 found[corpus, layers] = entries_of(folder)
     text = document(found, mechanisms, seeds, json.loads((options.out / "time.json").read_text()))

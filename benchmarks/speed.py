@@ -297,7 +297,7 @@ def mechanisms(options: argparse.Namespace) -> str:
             EIGHT,
             [32 if options.small else 256],
             batch=batch,
-            repeats=options.repeats,
+            timing=bench.Timing(options.repeats),
             progress=progress_of(f"mechanisms {name}"),
         )
         rows = [
@@ -325,7 +325,8 @@ def decode(options: argparse.Namespace) -> str:
     preset = tiny(preset) if options.small else preset
     contexts = [int(context) for context in options.contexts.split(",")]
     tell = progress_of("decode")
-    records = bench.bench("decode", preset, ["mha", "gqa", "mla"], contexts, repeats=options.repeats, progress=tell)
+    timing = bench.Timing(options.repeats)
+    records = bench.bench("decode", preset, ["mha", "gqa", "mla"], contexts, timing=timing, progress=tell)
     rows = [
         [
             " ".join(filter(None, (r.mechanism, r.mode))),

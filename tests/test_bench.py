@@ -11,6 +11,7 @@ from torch import nn
 from attnlab import attention
 from attnlab.config import ModelConfig, RunConfig, TrainConfig
 from attnlab.costs import bench
+from attnlab.costs.bench import Timing
 from attnlab.costs.crossover import context_crossovers, query_crossover
 from attnlab.errors import UserError
 from attnlab.measure.counters import counted_flops, interleaved, peak_growth, tensor_bytes
@@ -91,7 +92,7 @@ def test_a_module_called_without_gradients_is_counted_too():
 
 @pytest.mark.parametrize("name", attention.names())
 def test_decoding_is_measured_at_the_context_asked_for(name):
-    records = bench.bench("decode", PRESET, [name], [9, 24], options=OPTIONS, repeats=2, steps=3)
+    records = bench.bench("decode", PRESET, [name], [9, 24], options=OPTIONS, timing=Timing(2, steps=3))
     assert [r.mode for r in records[: len(records) // 2]] == list(attention.module(name).Config.modes or [""])
     for r in records:
         assert r.error == "" and r.ms is not None and r.tokens_per_s is not None
@@ -106,7 +107,7 @@ def test_decoding_is_measured_at_the_context_asked_for(name):
 
 
 def test_prefill_counts_the_flops_that_the_mechanism_declares():
-    (record,) = bench.bench("prefill", PRESET, ["gqa"], repeats=1, batch=2)
+    (record,) = bench.bench("prefill", PRESET, ["gqa"], timing=Timing(1), batch=2)
     config = variant(PRESET, "gqa").model
     layers = sum(c.flops(24, 24) for c in attention_configs(config)) + 2 * 24 * 2 * (2 * 32 * 128)
     each = layers + 2 * 32 * 65  # the head reads the last token only
@@ -116,7 +117,7 @@ def test_prefill_counts_the_flops_that_the_mechanism_declares():
 
 
 def test_training_is_relative_to_mha_and_its_memory_holds_the_optimizer():
-    records = bench.bench("train", PRESET, ["gqa", "mha"], repeats=2, options=OPTIONS)
+    records = bench.bench("train", PRESET, ["gqa", "mha"], timing=Timing(2), options=OPTIONS)
     gqa, mha = records
     assert mha.relative == 1 and gqa.relative == pytest.approx(gqa.ms / mha.ms)
     for r in records:
@@ -130,7 +131,7 @@ def test_training_is_relative_to_mha_and_its_memory_holds_the_optimizer():
 
 def test_bfloat16_is_measured_in_bfloat16():
     preset = replace(PRESET, train=replace(PRESET.train, precision="bf16"))
-    (record,) = bench.bench("decode", preset, ["mha"], repeats=1, steps=2)
+    (record,) = bench.bench("decode", preset, ["mha"], timing=Timing(1, steps=2))
     assert record.dtype == "bfloat16" and record.error == "" and record.cache_bytes == 2 * 2 * 24 * 2 * 32
 
 
@@ -143,7 +144,7 @@ def test_no_time_is_given_for_wrong_outputs(monkeypatch):
     cls = attention.module("mlp_latent").Attention
     monkeypatch.setattr(cls, "honest", cls.forward, raising=False)
     monkeypatch.setattr(cls, "forward", wrong_in_the_cache)
-    bad, gqa = bench.bench("decode", PRESET, ["mlp_latent", "gqa"], repeats=1, steps=2)
+    bad, gqa = bench.bench("decode", PRESET, ["mlp_latent", "gqa"], timing=Timing(1, steps=2))
     assert bad.ms is None and bad.tokens_per_s is None
     assert bad.error.startswith("the logits of 24 tokens in chunks and steps through the cache are off by")
     assert gqa.ms is not None and gqa.error == ""
@@ -151,9 +152,9 @@ def test_no_time_is_given_for_wrong_outputs(monkeypatch):
 
 def test_a_case_that_cannot_run_spoils_no_other():
     preset = replace(PRESET, model=replace(PRESET.model, impl="flex"))
-    (record,) = bench.bench("train", preset, ["mha"], repeats=1)
+    (record,) = bench.bench("train", preset, ["mha"], timing=Timing(1))
     assert "no gradients on a CPU" in record.error and record.ms is None
-    few, enough = bench.bench("decode", PRESET, ["msla"], [3], options=OPTIONS, repeats=1)
+    few, enough = bench.bench("decode", PRESET, ["msla"], [3], options=OPTIONS, timing=Timing(1))
     assert "top_k is 5 and the context 3" in few.error == enough.error
 
 
@@ -169,7 +170,7 @@ def test_bad_input_is_refused():
         with pytest.raises(UserError, match=what):
             bench.bench(*arguments)
     with pytest.raises(UserError, match="repeats is 0"):
-        bench.bench("train", PRESET, ["mha"], repeats=0)
+        bench.bench("train", PRESET, ["mha"], timing=Timing(0))
 
 
 def decode(mode, context, ms):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from attnlab import __version__, attention, presets
 from attnlab.cli import COMMANDS, demo, options
 from attnlab.cli import main as cli
 from attnlab.errors import UserError
-from attnlab.results import BenchRecord
+from attnlab.files import read_json, write_json
+from attnlab.results import BenchRecord, RunResult
 from attnlab.runs import folder as run_folder
+from attnlab.runs.heartbeat import FOLDER as HEARTBEATS
+from attnlab.runs.heartbeat import Heartbeat
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -397,3 +401,87 @@ def test_the_checkpoint_of_a_run_opens_without_the_command_line(trained: Path) -
     model, config = run_folder.load_model(trained)
     assert config.mechanism == "mla"
     assert not model.training
+
+
+def state(folder: Path, **fields: object) -> None:
+    """Change what result.json says."""
+    write_json(folder / "result.json", read_json(folder / "result.json") | fields)
+
+
+def heard(folder: Path, rank: int, ranks: int, step: int, ago: float = 0.0) -> None:
+    Heartbeat(folder, rank, ranks).beat(step)
+    path = folder / HEARTBEATS / f"rank-{rank:05d}.json"
+    write_json(path, read_json(path) | {"time": time.time() - ago})
+
+
+@pytest.fixture
+def going(trained: Path, tmp_path: Path) -> Path:
+    """A run that has not ended, by three processes: one is heard, one fell silent, and one was never heard."""
+    folder = shutil.copytree(trained, tmp_path / "going")
+    (folder / "result.json").unlink()
+    heard(folder, 0, 3, step=3)
+    heard(folder, 2, 3, step=2, ago=90)
+    return folder
+
+
+def test_the_status_of_a_finished_run(run: Run, trained: Path) -> None:
+    code, out, err = run("status", str(trained))
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "quick, mla: done" and lines[1] == "step 4 of 4, newest checkpoint 4"
+    found = RunResult.from_dict(read_json(trained / "result.json"))
+    assert lines[2] == f"loss {found.train_loss:.4f}, val loss {found.val_loss:.4f}"
+    assert lines[-1].split()[0] == "0" and str(os.getpid()) in lines[-1]
+    assert run("status", str(trained), "--after", "1e-9")[0] == 0, "its processes have ended"
+
+
+def test_the_status_of_a_run_names_the_ranks_that_are_silent(run: Run, going: Path) -> None:
+    code, out, _ = run("status", str(going), "--json")
+    found = json.loads(out)
+    assert code == 1 and found["status"] == "running" and (found["step"], found["steps"]) == (3, 4)
+    assert [(rank["rank"], rank["step"], rank["silent"]) for rank in found["ranks"]] == [
+        (0, 3, False),
+        (1, None, True),
+        (2, 2, True),
+    ]
+    assert found["ranks"][0]["pid"] == os.getpid() and found["ranks"][0]["host"] and found["ranks"][1]["pid"] is None
+    assert 0 <= found["ranks"][0]["seconds"] < 60 and 90 <= found["ranks"][2]["seconds"] < 150
+    code, out, _ = run("status", str(going))
+    silent, never, last = out.splitlines()[-3:]
+    assert code == 1 and "s ago" in silent and never.split() == ["1", "never"] and last.endswith("no sign of life")
+    heard(going, 1, 3, step=3)
+    assert run("status", str(going))[0] == 1
+    assert run("status", str(going), "--after", "200")[0] == 0
+
+
+def test_a_run_whose_ranks_are_all_silent_shows_no_sign_of_life(run: Run, going: Path) -> None:
+    heard(going, 0, 3, step=3, ago=90)
+    code, out, _ = run("status", str(going))
+    assert code == 1 and out.startswith("quick, mla: no sign of life\n")
+    shutil.rmtree(going / HEARTBEATS)
+    code, out, _ = run("status", str(going), "--json")
+    found = json.loads(out)
+    assert code == 1 and found["status"] == "no sign of life" and [rank["rank"] for rank in found["ranks"]] == [0]
+    assert found["step"] == 4 == found["checkpoint"], "without heartbeats, what was written counts"
+
+
+def test_the_status_of_a_run_that_ended_too_early(run: Run, trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "early")
+    state(folder, status="failed", error="the loss is nan", steps=2)
+    code, out, _ = run("status", str(folder))
+    assert code == 0 and out.startswith("quick, mla: failed (the loss is nan)\nstep 2 of 4")
+    heard(folder, 0, 1, step=2, ago=90)
+    assert run("status", str(folder))[0] == 1
+    state(folder, status="interrupted", error="")
+    assert run("status", str(folder))[1].startswith("quick, mla: interrupted\n")
+    later = (folder / "result.json").stat().st_mtime + 1
+    os.utime(folder / "metrics.jsonl", (later, later))  # it was resumed
+    heard(folder, 0, 1, step=3)
+    assert run("status", str(folder))[:2][0] == 0 and "quick, mla: running" in run("status", str(folder))[1]
+
+
+def test_the_status_of_no_run_is_refused(run: Run, tmp_path: Path) -> None:
+    refused(run("status", "nowhere"), "nowhere does not exist, so it is not a run folder")
+    refused(run("status", str(tmp_path)), "has no run.json")
+    refused(run("status", str(tmp_path), "--after", "0"), "--after is 0.0")
+    refused(run("status", str(tmp_path), "--after", "nan"), "--after is nan")

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from attnlab.comparison import compare as module
 from attnlab.comparison import extras, grid
+from attnlab.comparison.engines import Share
 from attnlab.comparison.extras import attention_of, sample_of
-from attnlab.comparison.grid import Cell, plan, sized
+from attnlab.comparison.grid import Cell, Comparison, sized
 from attnlab.comparison.verdicts import summarize_task, verdicts
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
@@ -28,7 +29,7 @@ from attnlab.terminal.comparison import table
 from attnlab.terminal.progress import Progress
 from attnlab.training.train import Diverged, train
 
-compare = functools.partial(module.compare, jobs=1, threads=1, quiet=True)
+QUIET = functools.partial(Progress, console=Console(quiet=True))
 EXTRAS = ("laws.json", "samples.json", "attention.json")
 BRIEF = ("attention",)  # workers are other processes, where nothing is patched
 
@@ -54,6 +55,11 @@ def no_laws(monkeypatch):
     """The laws have tests of their own, and take long, and so does a long sample."""
     monkeypatch.setattr(extras, "SAMPLE", 9)
     monkeypatch.setattr(extras, "check_mechanism", lambda name: [LawResult(law="l", mechanism=name, status="holds")])
+
+
+def compare(preset, mechanisms, seeds, out, match="none", *, jobs=1, show=QUIET, extras=extras.EXTRAS, **which):
+    comparison = Comparison(preset, mechanisms, seeds, match, **which)
+    return module.compare(comparison, out, share=Share(jobs=jobs, threads=1), show=show, extras=extras)
 
 
 def brief(preset, steps=4):
@@ -124,7 +130,8 @@ def test_finished_runs_are_not_repeated(preset, tmp_path, monkeypatch, no_laws):
 
 
 def test_pairs_share_their_batches_and_differ_in_the_mechanism_alone(preset, tmp_path):
-    work = plan(preset, ["mha", "mla", "sliding+mla"], 2, tmp_path, options={"mla": {"kv_rank": 6}})
+    labels = ["mha", "mla", "sliding+mla"]
+    work = grid.grid(Comparison(preset, labels, 2, options={"mla": {"kv_rank": 6}}), tmp_path)
     assert [str(cell) for cell in work.cells] == [
         f"{label} s{seed}" for seed in (5, 6) for label in ("mha", "mla", "sliding+mla")
     ]
@@ -166,7 +173,7 @@ def spoilt(monkeypatch, times, error):
 def test_a_run_that_the_machine_spoilt_is_made_once_more_and_counted(preset, tmp_path, monkeypatch, no_laws):
     begun = spoilt(monkeypatch, 1, OSError("the disk went away"))
     console = Console(file=io.StringIO(), width=200)
-    found = compare(brief(preset), ["gqa", "mha"], 1, tmp_path, console=console, quiet=False)
+    found = compare(brief(preset), ["gqa", "mha"], 1, tmp_path, show=functools.partial(Progress, console=console))
     assert begun == ["gqa", "mha", "gqa"], "after those that wait"
     assert "gqa s5: failed, and is tried once more: OSError: the disk went away" in console.file.getvalue()
     assert [(c["status"], c["attempts"]) for c in found["cells"]] == [("done", 2), ("done", 1)]
@@ -289,8 +296,8 @@ def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
 
 
 def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
-    assert plan(preset, ["mla", "mha"], 1, tmp_path).baseline == "mha"
-    work = plan(preset, ["mla", "gqa"], 1, tmp_path, "params")
+    assert grid.grid(Comparison(preset, ["mla", "mha"], 1), tmp_path).baseline == "mha"
+    work = grid.grid(Comparison(preset, ["mla", "gqa"], 1, "params"), tmp_path)
     assert work.baseline == "mla" and list(work.matched) == ["gqa"]
     assert work.cells[0].config.model.ff_dim is None
     assert parameters(work.cells[1].config.model) == pytest.approx(parameters(work.cells[0].config.model), rel=0.01)
@@ -298,12 +305,12 @@ def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
 
 def test_heads_of_every_finished_run_when_asked(preset, tmp_path):
     kept = replace(preset, train=replace(preset.train, keep=0, save_every=2, steps=6))
-    compare(kept, ["mha", "mla"], 2, tmp_path, jobs=1, extras=("heads",), quiet=True)
+    compare(kept, ["mha", "mla"], 2, tmp_path, extras=("heads",))
     found = json.loads((tmp_path / "heads.json").read_text())
     assert [(e["mechanism"], e["seed"]) for e in found] == [("mha", 5), ("mha", 6), ("mla", 5), ("mla", 6)]
     assert all(e["emergence"]["steps"] == [2, 4, 6] for e in found)
     before = (tmp_path / "heads.json").stat().st_mtime_ns
-    compare(kept, ["mha", "mla"], 2, tmp_path, jobs=1, extras=("heads",), quiet=True)
+    compare(kept, ["mha", "mla"], 2, tmp_path, extras=("heads",))
     assert (tmp_path / "heads.json").stat().st_mtime_ns == before, "what is fresh stays"
 
 
@@ -410,7 +417,7 @@ def test_widths_are_solved_for_tasks_too(preset, recall, tmp_path):
 
 
 def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
-    work = plan(recall, ["mha", "mqa", "gqa"], 3, tmp_path)
+    work = grid.grid(Comparison(recall, ["mha", "mqa", "gqa"], 3), tmp_path)
     known = {c.folder: RunResult(name="t", mechanism=c.label, seed=c.seed, key="k") for c in work.cells}
     share = {"mha": (0.5, 0.6, 0.7), "mqa": (0.61, 0.7, 0.8), "gqa": (0.5, 0.7, 0.6)}
 

@@ -7,7 +7,7 @@ from attnlab import attention
 from attnlab.config import ModelConfig
 from attnlab.errors import UserError
 from attnlab.inference import generate as decoding
-from attnlab.inference.generate import generate, left_padded, prefill, step
+from attnlab.inference.generate import Sampling, generate, left_padded, prefill, step
 from attnlab.model import Decoder
 
 # every mechanism, as it comes and in each variant that its own Config names
@@ -120,7 +120,8 @@ def test_choices_follow_the_probabilities():
     draws = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
 
     def shares(**how) -> torch.Tensor:
-        tokens = decoding.choose_token(logits.expand(len(draws), -1), draws, **how)
+        sampling = Sampling(**{"temperature": 1.0, **how})
+        tokens = decoding.choose_token(logits.expand(len(draws), -1), draws, sampling)
         return torch.bincount(tokens, minlength=5) / len(draws)
 
     def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -135,7 +136,7 @@ def test_choices_follow_the_probabilities():
     close(shares(top_p=float(p[1]) + 0.01), p * torch.tensor([0, 1, 0, 1, 0]) / (p[1] + p[3]))
     close(shares(top_p=1e-9), torch.eye(5)[1])
     close(shares(top_k=2, top_p=0.7), torch.eye(5)[1])  # top_p counts what top_k left: 0.73 of it is the first
-    assert decoding.choose_token(logits[None], torch.tensor([1.0 - 2**-53]).double())[0] != 2
+    assert decoding.choose_token(logits[None], torch.tensor([1.0 - 2**-53]).double(), Sampling(temperature=1.0))[0] != 2
 
 
 def test_longer_than_trained():

@@ -20,8 +20,8 @@ import pytest
 from engine_calls import fails, square, until_interrupted, write
 
 from attnlab.comparison import compare as module
-from attnlab.comparison.engines import Call, Local, Needs, Ray, Slurm, remote, slurm
-from attnlab.comparison.grid import plan, sweep
+from attnlab.comparison.engines import Call, Local, Needs, Ray, Share, Slurm, remote, slurm
+from attnlab.comparison.grid import Comparison, grid, sweep
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json
@@ -90,7 +90,7 @@ def test_an_interrupt_lets_tasks_of_ray_save(tmp_path, importable):
 @pytest.mark.slow
 def test_a_cancelled_job_saves_and_is_not_submitted_again(preset, tmp_path, importable, slurm_path):
     preset = replace(preset, train=replace(preset.train, steps=100_000, save_every=100_000))
-    cell, heard = plan(preset, ["mha"], 1, tmp_path).cells[0], []
+    cell, heard = grid(Comparison(preset, ["mha"], 1), tmp_path).cells[0], []
 
     def cancel(*message):
         heard.append(message)
@@ -184,10 +184,9 @@ def slurm_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
 def test_an_engine_changes_nothing_about_the_results(engine, preset, tmp_path, importable, slurm_path):
     kind = {"ray": Ray(), "slurm": Slurm(sbatch=("mem=1G",))}[engine]
-    here = module.compare(preset, ["mha", "mqa"], 1, tmp_path / "here", jobs=1, threads=1, extras=(), quiet=True)
-    there = module.compare(
-        preset, ["mha", "mqa"], 1, tmp_path / "there", engine=kind, threads=1, extras=("attention",), quiet=True
-    )
+    both = Comparison(preset, ["mha", "mqa"], 1)
+    here = module.compare(both, tmp_path / "here", share=Share(jobs=1, threads=1), extras=())
+    there = module.compare(both, tmp_path / "there", engine=kind, share=Share(threads=1), extras=("attention",))
     assert outcome(here) == outcome(there) and {c["status"] for c in there["cells"]} == {"done"}
     assert [entry["mechanism"] for entry in read_json(tmp_path / "there" / "attention.json")] == ["mha", "mqa"]
     if engine == "slurm":
@@ -198,13 +197,14 @@ def test_an_engine_changes_nothing_about_the_results(engine, preset, tmp_path, i
 
 DRIVER = """
 import json, sys
-from attnlab.comparison import compare, engines
+from attnlab.comparison import compare, engines, grid
 from attnlab.config import RunConfig, from_dict
 
 if __name__ == "__main__":
     kind = {"local": engines.Local(), "submitit": engines.Slurm(cluster="local"), "slurm": engines.Slurm()}[sys.argv[1]]
     config = from_dict(RunConfig, json.load(open(sys.argv[2])))
-    compare.compare(config, ["mha", "mqa"], 1, sys.argv[3], engine=kind, jobs=2, threads=1, extras=())
+    both = grid.Comparison(config, ["mha", "mqa"], 1)
+    compare.compare(both, sys.argv[3], engine=kind, share=engines.Share(jobs=2, threads=1), extras=())
 """
 
 
@@ -255,7 +255,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_in_another(preset, tmp_path, i
             sent.append(file)
             os.kill(int(pids[0]), signal.SIGUSR2)  # as Slurm does some time before the end
 
-    call = plan(preset, ["mha"], 1, tmp_path / "out").cells[0].call
+    call = grid(Comparison(preset, ["mha"], 1), tmp_path / "out").cells[0].call
     (tmp_path / "out" / "runs").mkdir(parents=True)
     heard = []
     with SLURM_HERE.open(Needs(runs=1, folder=tmp_path / "out", threads=1, device="cpu")) as engine:
@@ -270,7 +270,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_in_another(preset, tmp_path, i
 def test_jobs_are_refused_in_one_sentence(preset, tmp_path, importable, slurm_path):
     (slurm_path / "refuse").write_text("sbatch: error: invalid partition specified: gpux\n")
     with pytest.raises(UserError, match=r"sbatch refused a job .*invalid partition specified: gpux.*--dry-run"):
-        module.compare(preset, ["mha"], 1, tmp_path / "out", engine=Slurm(partition="gpux"), quiet=True)
+        module.compare(Comparison(preset, ["mha"], 1), tmp_path / "out", engine=Slurm(partition="gpux"))
 
 
 def test_an_interrupt_leaves_jobs_alone_and_says_how_to_end_them(preset, tmp_path, importable, slurm_path):
@@ -291,14 +291,16 @@ def test_a_dry_run_shows_the_batch_file_and_submits_nothing(preset, tmp_path, mo
     monkeypatch.setenv("PYTHONPATH", "/a place/src")
     monkeypatch.setenv("PATH", "/nowhere")
     out = tmp_path / "out"
-    work = sweep(preset, ["mha", "mqa"], 1, out)
+    both = Comparison(preset, ["mha", "mqa"], 1)
+    anywhere = replace(both, preset=replace(preset, train=replace(preset.train, device="auto")))
+    cells = sweep(anywhere, out).cells
     options = Slurm(
         partition="gpu", time="1-2:30", account="lab", sbatch=("mem=32G", "constraint=a100&big", "exclusive")
     )
-    text = module.foresee(work, out, options, {"threads": 4, "gpus": 2, "device": "auto"})
+    text = module.foresee(anywhere, out, options, Share(threads=4, gpus=2))
     for line in (
         "#!/bin/bash",
-        f"#SBATCH --job-name={work.cells[0].folder.name}",
+        f"#SBATCH --job-name={cells[0].folder.name}",
         "#SBATCH --partition=gpu",
         "#SBATCH --time=1590",
         "#SBATCH --account=lab",
@@ -311,14 +313,12 @@ def test_a_dry_run_shows_the_batch_file_and_submits_nothing(preset, tmp_path, mo
         "export OMP_NUM_THREADS=4",
     ):
         assert line in text.splitlines(), line
-    assert "submitit.core._submit" in text and work.cells[1].folder.name in text and "2 of 2 runs" in text
+    assert "submitit.core._submit" in text and cells[1].folder.name in text and "2 of 2 runs" in text
     assert not out.exists()
-    assert "--gpus-per-node" not in module.foresee(work, out, options, {"device": "cpu"})
+    assert "--gpus-per-node" not in module.foresee(both, out, options)
     for kind, said in ((Ray(), "on Ray (local), 3 side by side, 2 CPUs"), (SLURM_HERE, "3 at a time")):
-        assert said in module.foresee(work, out, kind, {"threads": 2, "jobs": 3, "device": "cpu"})
-    assert "here, 1 side by side, 2 threads" in module.foresee(
-        work, out, Local(), {"threads": 2, "jobs": 1, "device": "cpu"}
-    )
+        assert said in module.foresee(both, out, kind, Share(threads=2, jobs=3))
+    assert "here, 1 side by side, 2 threads" in module.foresee(both, out, Local(), Share(threads=2, jobs=1))
 
 
 @pytest.mark.parametrize(
@@ -362,4 +362,4 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
 def test_two_drivers_do_not_share_a_comparison(preset, tmp_path):
     with alone(tmp_path / "out", "compares in"), contextlib.ExitStack() as stack:
         stack.enter_context(pytest.raises(UserError, match="another process compares in"))
-        module.compare(preset, ["mha"], 1, tmp_path / "out", jobs=1, quiet=True)
+        module.compare(Comparison(preset, ["mha"], 1), tmp_path / "out", share=Share(jobs=1))

@@ -20,12 +20,12 @@ from attnlab.data import CharTokenizer
 from attnlab.data.prepare import Plan, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
+from attnlab.evaluation.overlap import seen_share
 from attnlab.evaluation.perplexity import (
     binned,
     evaluate,
     evaluate_source,
     ratio_error,
-    seen_share,
     text_bytes,
     windows,
 )
@@ -327,7 +327,7 @@ def test_a_corpus_that_has_changed_is_no_longer_known_to_be_held_out(tmp_path: P
 
 
 def test_passages_are_found_across_the_seams_of_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnlab.evaluation.perplexity.CHUNK", 100)
+    monkeypatch.setattr("attnlab.evaluation.overlap.CHUNK", 100)
     draw = np.random.default_rng(0)
     training, other = draw.integers(0, 50, 1000), draw.integers(0, 50, 1000)
     assert seen_share(Tokens.of(training), Tokens.of(training)) == 1

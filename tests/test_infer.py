@@ -20,7 +20,7 @@ from attnlab.data import bpe
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.errors import UserError
 from attnlab.inference import chat
-from attnlab.inference.generate import generate
+from attnlab.inference.generate import Sampling, generate
 from attnlab.inference.text import Stream, continue_texts, weight_bytes
 from attnlab.layers import Linear, _one_row, linear
 from attnlab.measure.counters import counted_flops, read_speed
@@ -74,7 +74,7 @@ def test_what_was_streamed_is_the_text(words):
             assert piece
             pieces[number] += piece
 
-        found = continue_texts(given, ["a", "bcd", "日"], 40, temperature=1.5, seed=3, on_text=hear)
+        found = continue_texts(given, ["a", "bcd", "日"], Sampling(40, 1.5, seed=3), on_text=hear)
         assert found.texts == pieces
         for text in TEXTS[:3]:
             stream = Stream(tokenizer)
@@ -92,8 +92,8 @@ def test_a_ragged_batch_gives_what_each_prompt_gives(mechanism):
     given = loaded(ByteTokenizer(), 257, mechanism=mechanism)
     prompts = ["a", "longer than that", "in between"]
     for temperature in (0.0, 1.0):
-        together = continue_texts(given, prompts, 12, temperature, seed=1)
-        alone = [continue_texts(given, [prompt], 12, temperature, seed=1) for prompt in prompts]
+        together = continue_texts(given, prompts, Sampling(12, temperature, seed=1))
+        alone = [continue_texts(given, [prompt], Sampling(12, temperature, seed=1)) for prompt in prompts]
         assert together.texts == [each.texts[0] for each in alone]
         assert together.cache_bytes == sum(each.cache_bytes for each in alone)
         assert together.tokens == sum(each.tokens for each in alone) and together.prompt_tokens == 27
@@ -113,12 +113,12 @@ def test_a_row_ends_where_it_says_so():
 
 
 def test_ends_are_the_models_and_the_tokenizers(words):
-    free = continue_texts(loaded(words, words.vocab_size), ["the"], 60, temperature=1.5, seed=4)
+    free = continue_texts(loaded(words, words.vocab_size), ["the"], Sampling(60, 1.5, seed=4))
     ids = generate(make(words.vocab_size), [words.encode("the")], 60, temperature=1.5, seed=4)[0]
     assert words.end not in ids and free.tokens == 60
     for said in (ids[20], [9999, ids[20]]):
         found = continue_texts(
-            loaded(words, words.vocab_size, {"config": {"eos_token_id": said}}), ["the"], 60, temperature=1.5, seed=4
+            loaded(words, words.vocab_size, {"config": {"eos_token_id": said}}), ["the"], Sampling(60, 1.5, seed=4)
         )
         assert found.tokens == ids.index(ids[20]) + 1 and found.texts == [words.decode(ids[: found.tokens])]
 
@@ -143,7 +143,7 @@ def test_a_chat_reads_as_transformers_renders_it(words, template, tmp_path):
         assert chat.encode(words, text) == ids
         about = {"chat_template": template, "config": {"bos_token_id": special[bpe.END], "eos_token_id": [300, 301]}}
         given = loaded(words, words.vocab_size, about, context=128)
-        found = continue_texts(given, [messages[-1]["content"]], 5, 0.0, chatting=True, system=system)
+        found = continue_texts(given, [messages[-1]["content"]], Sampling(5, 0.0), chatting=True, system=system)
         assert found.prompt_tokens == len(ids)
         assert found.texts == [words.decode(generate(given.model, [ids], 5, temperature=0, stop=[300, 301])[0])]
 
@@ -179,18 +179,20 @@ def test_a_template_that_does_not_work_is_refused(template):
         ({}, ["x", ""], {}, "prompt 2 is empty"),
         ({}, ["x" * 60], {}, "prompt 1 has 60 tokens and 10 are to follow"),
         ({}, [], {}, "0 prompts"),
-        ({}, ["x"], {"temperature": -1.0}, "temperature is -1"),
+        ({}, ["x"], {"sampling": Sampling(10, -1.0)}, "temperature is -1"),
     ],
 )
 def test_bad_input_is_one_sentence(about, prompts, how, said):
     with pytest.raises(UserError, match=said) as error:
-        continue_texts(loaded(ByteTokenizer(), 257, about, positions="learned"), prompts, 10, **how)
+        continue_texts(
+            loaded(ByteTokenizer(), 257, about, positions="learned"), prompts, **{"sampling": Sampling(10), **how}
+        )
     assert "\n" not in str(error.value)
 
 
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(UserError, match=r"here has no tokenizer .*tokenizer\.json"):
-        continue_texts(loaded(None, 257), ["x"], 3)
+        continue_texts(loaded(None, 257), ["x"], Sampling(3))
 
 
 def test_the_command(words, tmp_path, monkeypatch, capsys):
@@ -312,7 +314,7 @@ def test_the_folder_says_how_to_chat(words, tmp_path):
     pretrained.save(pretrained.Loaded(make(words.vocab_size), words, "here", "attnlab", about), tmp_path / "mine")
     again = pretrained.load(tmp_path / "mine", dtype=torch.float64)
     mine, theirs = (
-        continue_texts(each, ["hello"], 6, 0.0, chatting=True).texts
+        continue_texts(each, ["hello"], Sampling(6, 0.0), chatting=True).texts
         for each in (again, pretrained.Loaded(make(words.vocab_size), words, "here", "attnlab", about))
     )
     assert mine == theirs and Path(tmp_path / "mine" / "chat_template.jinja").is_file()

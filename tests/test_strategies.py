@@ -24,6 +24,7 @@ from attnlab.cli.train import train as train_help
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
+from attnlab.inference.generate import Sampling
 from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
@@ -243,7 +244,7 @@ def test_a_sharded_checkpoint_is_read_by_one_process(home: Path) -> None:
         }
         sizes = [(place / file).stat().st_size for file in held["optimizer"]]
         assert max(sizes) < 1.5 * min(sizes), "the state is sharded"
-        assert sample_run(folder.path, ["the quick "], 5, device="cpu").tokens == 5
+        assert sample_run(folder.path, ["the quick "], Sampling(5), device="cpu").tokens == 5
         assert evaluate_source(folder.path, split="train", device="cpu").loss < 4
         exported = pretrained.save(pretrained.load(folder.path), home / f"exported-{way}")
         assert pretrained.load(exported).model.parameter_count() == folder.result().parameters

@@ -21,6 +21,7 @@ from attnlab import attention, data
 from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.device import find_device, find_precision
 from attnlab.errors import UserError
+from attnlab.inference.generate import Sampling
 from attnlab.inference.text import sample_run
 from attnlab.recording import record_attention
 from attnlab.runs import folder as run_folder
@@ -666,17 +667,17 @@ def test_a_trained_run_is_sampled(config, tmp_path, name):
     def hear(number: int, piece: str) -> None:
         pieces[number] += piece
 
-    out = sample_run(tmp_path, ["the quick ", "pack"], 9, seed=2, device="cpu", on_text=hear)
+    out = sample_run(tmp_path, ["the quick ", "pack"], Sampling(9, seed=2), device="cpu", on_text=hear)
     assert out.texts == [pieces[0], pieces[1]] and [len(text) for text in out.texts] == [9, 9]
-    assert out.texts[1:] == sample_run(tmp_path, ["pack"], 9, seed=2, device="cpu").texts
+    assert out.texts[1:] == sample_run(tmp_path, ["pack"], Sampling(9, seed=2), device="cpu").texts
     assert out.tokens == 18 and out.tokens_per_s > 0 and out.step == 1 and out.mechanism == name
     model, _ = run_folder.load_model(tmp_path)
     specs = [layer.attention.config.cache_spec for layer in model.layers]
     assert out.cache_bytes == 4 * sum(spec.floats(length + 8) for spec in specs for length in (10, 4))
     with pytest.raises(UserError, match="'Z'"):
-        sample_run(tmp_path, ["Z"], 9)
+        sample_run(tmp_path, ["Z"], Sampling(9))
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        sample_run(tmp_path, [""], 9)
+        sample_run(tmp_path, [""], Sampling(9))
 
 
 def test_attention_maps_of_a_trained_run(config, tmp_path):

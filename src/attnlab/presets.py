@@ -13,6 +13,7 @@ from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 
+BASELINE = "mha"  # the mechanism that others are compared with, where it is among them
 COMPARED = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # the mechanisms of a default comparison
 
 

@@ -1,6 +1,5 @@
-"""The commands, one file each. A command is a function: its parameters are the options, its docstring is the help.
-
-What takes long to import is imported inside the function.
+"""The table of commands. A command is a function in a file of its own: its parameters are the options, its docstring is
+the help. A module that takes long to import is imported inside the function.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from . import (
     prepare,
     report,
     sample,
+    status,
     tokenizer,
     train,
 )
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "tokenizer": tokenizer.tokenizer,
     "plan": plan.plan,
     "train": train.train,
+    "status": status.status,
     "sample": sample.sample,
     "infer": infer.infer,
     "eval": eval.evaluate,

@@ -1,4 +1,4 @@
-"""attnlab audit."""
+"""The command audit: put the laws to any attention class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..terminal import tables
-from .options import Json, json_object, listed
+from .options import Json, json_object, split_commas
 
 
 def audit(
@@ -48,7 +48,7 @@ def audit(
         mask=mask,
         mask_shape=mask_shape,
         d_model=d_model,
-        laws=None if laws is None else listed(laws),
+        laws=None if laws is None else split_commas(laws),
     )
     if json_:
         print(json.dumps(found.to_dict(), indent=1))

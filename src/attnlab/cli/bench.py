@@ -1,4 +1,4 @@
-"""attnlab bench."""
+"""The command bench: measure speed, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from ..presets import COMPARED
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Fields, Json, listed, options_of_mechanisms, whole
+from .options import Fields, Json, options_of_mechanisms, split_commas, whole_number
 
 
 def bench(
@@ -43,18 +43,18 @@ def bench(
     from ..presets import variant
 
     given = options_of_mechanisms("--options", options)
-    for name in listed(mechanisms):
+    for name in split_commas(mechanisms):
         parameters(variant(config, name, given).model)  # refuses what does not fit together before anything is measured
-    lengths = None if context is None else [whole("--context", word) for word in listed(context)]
+    lengths = None if context is None else [whole_number("--context", word) for word in split_commas(context)]
     with working() as tell:
         records = bench_module.bench(
             kind,
             config,
-            listed(mechanisms),
+            split_commas(mechanisms),
             lengths,
             options=given,
             batch=batch,
-            repeats=repeats,
+            timing=bench_module.Timing(repeats),
             progress=tell,
         )
     if json_:

@@ -1,27 +1,26 @@
-"""attnlab compare."""
+"""The command compare: train mechanisms with paired seeds."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from .. import presets
-from ..comparison.engines import Kind, Local, Ray, Slurm
+from ..comparison.engines import Kind, Local, Ray, Share, Slurm
 from ..errors import UserError, choose
-from ..presets import COMPARED
 from ..terminal import tables
-from .options import Fields, Flag, Json, Pack, listed, options_of_mechanisms, this_command, with_choices
+from .options import Fields, Flag, Json, Pack, options_of_mechanisms, progress, split_commas, this_command, with_choices
 
 
 def compare(
     preset: Annotated[Positional[str], arg(metavar="PRESET")] = "quick",
     *,
     config: Fields,
-    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(COMPARED),
+    mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(presets.COMPARED),
     tasks: Annotated[str | None, arg(metavar="A,B,...")] = None,
     seeds: int = 3,
     sizes: Annotated[str | None, arg(metavar="LxD,...")] = None,
@@ -67,9 +66,9 @@ def compare(
         heads: Also look inside the heads of every run; with --train.keep 0, at every checkpoint.
         json_: Print compare.json instead of the table.
     """
-    from ..comparison import compare as comparison
+    from ..comparison import compare as comparing
     from ..comparison.extras import EXTRAS
-    from ..comparison.grid import sweep
+    from ..comparison.grid import Comparison
     from ..data.tasks import TASKS
     from ..terminal.comparison import table
 
@@ -83,28 +82,27 @@ def compare(
                 f"there are options of {name}, and the engine is {engine}: add --engine {name}, or drop them"
             )
     out = out or Path("compare") / preset
-    what: dict[str, Any] = {
-        "sizes": listed(sizes or ""),
-        "tasks": [presets.get(choose("task", name, TASKS)) for name in listed(tasks or "")],
-        "options": options_of_mechanisms("--options", options),
-    }
-    share: dict[str, Any] = {"jobs": jobs, "threads": threads, "gpus": gpus}
+    comparison = Comparison(
+        preset=config,
+        mechanisms=split_commas(mechanisms),
+        seeds=seeds,
+        match=match,
+        sizes=split_commas(sizes or ""),
+        tasks=[presets.get(choose("task", name, TASKS)) for name in split_commas(tasks or "")],
+        options=options_of_mechanisms("--options", options),
+    )
+    share = Share(jobs=jobs, threads=threads, gpus=gpus)
     if dry_run:
-        work = sweep(config, listed(mechanisms), seeds, out, match, **what)
-        print(comparison.foresee(work, out, kind, share | {"device": config.train.device}))
+        print(comparing.foresee(comparison, out, kind, share))
         return 0
-    found = comparison.compare(
-        config,
-        listed(mechanisms),
-        seeds,
+    found = comparing.compare(
+        comparison,
         out,
-        match,
-        **what,
-        **share,
         engine=kind,
+        share=share,
         command=this_command(),
         extras=(*EXTRAS, "heads") if heads else EXTRAS,
-        quiet=json_,
+        show=progress(quiet=json_),
     )
     if json_:
         print(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""convert and heal: another attention in a trained model, and training that mends what it lost."""
+"""The command convert: put another attention into a trained model, and certify the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from ..errors import UserError
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Flag, Json, json_object, listed, this_command
+from .options import Flag, Json, json_object, split_commas, this_command
 
 if TYPE_CHECKING:
     from ..pretrained import Loaded
@@ -63,7 +63,7 @@ def convert(
     with working() as tell:
         texts = _texts(loaded, data, calibrate, context, seed)
         if grid is not None:
-            found = _grid(loaded, to, [_rank("--grid", word) for word in listed(grid)], {**texts, **wish}, tell)
+            found = _grid(loaded, to, [_rank("--grid", word) for word in split_commas(grid)], {**texts, **wish}, tell)
         else:
             from ..convert import convert as run
 
@@ -126,12 +126,12 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
 
 
 def _grid(loaded: Loaded, to: str, ranks: list[Any], given: dict[str, Any], tell: Any) -> list[dict[str, Any]]:
-    """Certificates of every method of the target, and of mean pooling, at each share of the cache."""
+    """Certificates of every method of the target, and of mean pooling of heads, at each share of the cache."""
     from ..convert import convert as run
-    from ..convert import targets
+    from ..convert import pooling, targets
 
     methods = targets.module(to).METHODS
-    ways = [(to, method) for method in methods] + ([] if "mean" in methods else [("gqa", "mean")])
+    ways = [(to, method) for method in methods] + ([] if "mean" in methods else [(pooling.TARGET, "mean")])
     found = []
     for number, (mechanism, method) in enumerate(ways):
         fields = given if mechanism == to else given | {"options": None, "per_layer": False}

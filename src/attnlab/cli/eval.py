@@ -1,4 +1,4 @@
-"""eval: how well a trained model predicts text."""
+"""The command eval: how well a trained model predicts text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate(
         out: A JSON file to write the result to as well.
         json_: Print one JSON object.
     """
-    from ..evaluation.perplexity import evaluate_source
+    from ..evaluation.perplexity import Rolling, evaluate_source
     from ..files import write_json
 
     with working() as tell:
@@ -52,9 +52,7 @@ def evaluate(
             model,
             data,
             split,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
+            rolling=Rolling(context, stride, batch_size),
             checkpoint=checkpoint,
             device=device,
             trust=trust,

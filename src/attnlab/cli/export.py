@@ -1,4 +1,4 @@
-"""attnlab export."""
+"""The command export: write a trained model as a folder that transformers loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attnlab heads: inside a model's heads."""
+"""The command heads: what each attention head attends to and is needed for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .. import presets
 from ..errors import UserError
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Flag, Json, listed
-from .options import whole as whole_number
+from .options import Flag, Json, split_commas, whole_number
 
 
 def heads(
@@ -47,7 +46,7 @@ def heads(
         png: Write the figures as PNG files into this folder.
         json_: Print everything as one JSON object instead of tables.
     """
-    lengths = None if segments is None else [whole_number("--segments", word) for word in listed(segments)]
+    lengths = None if segments is None else [whole_number("--segments", word) for word in split_commas(segments)]
     if not untrained and source in presets.names() and not Path(source).exists():
         raise UserError(
             f"{source!r} is a preset, not a trained model: give a run folder, or add --untrained to look at its "

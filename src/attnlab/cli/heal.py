@@ -1,4 +1,4 @@
-"""attnlab heal."""
+"""The command heal: train a converted model, and show how it recovers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from ..errors import UserError
 from ..terminal import tables
-from .options import Flag, Json, shown, this_command, train_and_tell
+from .options import Flag, Json, number_text, this_command, train_and_tell
 
 
 def heal(
@@ -104,5 +104,5 @@ def heal(
         print(json.dumps(found, indent=1))
     else:
         tables.console().print(tables.recovery(found))
-        print(f"val loss {shown(result.val_loss)} after {result.tokens:,} tokens, {out}")
+        print(f"val loss {number_text(result.val_loss)} after {result.tokens:,} tokens, {out}")
     return 0

@@ -1,4 +1,4 @@
-"""sample, infer: text from a trained model."""
+"""The command infer: text from any trained model."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def infer(
 
     from .. import pretrained
     from ..device import find_device
+    from ..inference.generate import Sampling
     from ..inference.text import continue_texts
 
     place = find_device(device)
@@ -73,11 +74,7 @@ def infer(
     found = continue_texts(
         loaded,
         prompts,
-        tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
+        Sampling(tokens, temperature, top_k, top_p, seed),
         chatting=chat,
         system=system,
         compile=compile_,
@@ -87,20 +84,18 @@ def infer(
 
 
 def stream(prompt: str) -> Callable[[int, str], None]:
-    """Print the first text as it comes; its neighbours follow whole."""
-    begun = False
+    """Return a listener that prints the first text, after its prompt, as it comes; the other texts follow whole."""
+    before = [prompt]  # empty once it is printed
 
     def tell(number: int, text: str) -> None:
-        nonlocal begun
         if number == 0:
-            print(text if begun else prompt + text, end="", flush=True)
-            begun = True
+            print((before.pop() if before else "") + text, end="", flush=True)
 
     return tell
 
 
 def show(found: Samples, prompts: Sequence[str], as_json: bool) -> int:
-    """What the stream has not told."""
+    """Print the texts that were not streamed and the summary, or everything as JSON. Return the exit code."""
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         return 0
@@ -112,7 +107,7 @@ def show(found: Samples, prompts: Sequence[str], as_json: bool) -> int:
 
 
 def summary(found: Samples) -> str:
-    """One line: what, how fast, how much memory."""
+    """Return one line: the mechanism, the speed, the memory."""
     from ..measure.counters import read_speed
 
     made = found.mechanism if found.step is None else f"{found.mechanism}, step {found.step}"

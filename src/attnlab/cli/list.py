@@ -1,4 +1,4 @@
-"""attnlab list."""
+"""The command list: show every mechanism."""
 
 from __future__ import annotations
 

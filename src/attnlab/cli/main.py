@@ -1,16 +1,17 @@
-"""The command line. Bad input ends in one sentence on stderr and exit code 2."""
+"""The command line: it reads the words, and calls a command. Bad input is one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 
@@ -19,24 +20,21 @@ from ..errors import UserError, choose
 from ..files import DISK_FULL
 from ..runs.launcher import launched, rank
 from . import COMMANDS
-from .options import options_of_mechanisms, with_choices
-
-NEEDED, FIRST, OPTION = "needed", "first", "option"
-PRESET = {"train": NEEDED, "plan": NEEDED, "compare": FIRST, "bench": OPTION}  # where a verb's preset stands
+from .options import Fields, options_of_mechanisms, with_choices
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 1 where a law is broken, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0; 1 for a bad result; 2 for bad input; 130 for Ctrl-C."""
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("ATTNLAB_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
     if given and given[0].startswith("--local_rank="):
         del given[0]  # the deepspeed launcher puts it first, and says the same by LOCAL_RANK
     try:
-        code = run_verb(given)
+        code = run_command(given)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader went away (`| head`): no more to say, and nothing to flush at exit
+    except BrokenPipeError:  # the reader has ended (`| head`): there is nothing more to print, also at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:
@@ -55,8 +53,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """`main` as a program. One process of several ends at once: all is written, and native libraries that still hold
-    threads of the process group (DeepSpeed's do) now and then abort while they are torn down."""
+    """Run `main` as a program, and exit.
+
+    One process of several exits at once, when all is written. Native libraries that still hold threads of the process
+    group, as DeepSpeed's do, sometimes abort while they are torn down.
+    """
     code = main()
     if launched() > 1:
         sys.stdout.flush()
@@ -65,7 +66,8 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
-def run_verb(given: Sequence[str]) -> int:
+def run_command(given: Sequence[str]) -> int:
+    """Run the command that the first word names, and return its exit code."""
     if not given or given[0] in ("-h", "--help", "help"):
         print(overview(), end="")
         return 0
@@ -74,29 +76,30 @@ def run_verb(given: Sequence[str]) -> int:
         return 0
     if given[0].startswith("-"):
         raise UserError(f"{given[0]} comes before any command: give one of {', '.join(COMMANDS)} first")
-    verb, rest = choose("command", given[0], COMMANDS), given[1:]
+    name = choose("command", given[0], COMMANDS)
+    rest = given[1:]
     if {"-h", "--help"} & set(rest):
         rest = ["--help"]  # what came before it would be left out of the help
-    return parsed(verb, rest)()
+    return parsed(name, rest)()
 
 
-def parsed(verb: str, rest: Sequence[str]) -> Callable[[], int]:
-    """The verb with its parameters filled in. A value that a config refuses is said as plainly as any other error."""
-    ready: functools.partial[int] = functools.partial(int)  # for --help
+def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
+    """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
+    command = COMMANDS[name]
+    calls: list[functools.partial[int]] = []  # one; none where only help is shown
 
-    @functools.wraps(COMMANDS[verb])
+    @functools.wraps(command)
     def keep(*args: Any, **kwargs: Any) -> None:
-        nonlocal ready
-        ready = functools.partial(COMMANDS[verb], *args, **kwargs)
+        calls.append(functools.partial(command, *args, **kwargs))
 
-    preset = preset_of(verb, rest)
+    preset = preset_of(name, rest)
     defaults = {}
     if preset:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), json_fields():
-            tyro.cli(functools.partial(keep, **defaults), prog=f"attnlab {verb}", args=list(rest))
+            tyro.cli(functools.partial(keep, **defaults), prog=f"attnlab {name}", args=list(rest))
     except SystemExit as stop:
         error: BaseException | None = stop
         while error is not None:
@@ -106,26 +109,33 @@ def parsed(verb: str, rest: Sequence[str]) -> Callable[[], int]:
         print(message.getvalue(), end="", file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else 2
         return lambda: code
-    if preset and ready.keywords and ready.keywords["preset"] != preset:
-        raise UserError(f"the preset {ready.keywords['preset']!r} comes too late: put it right after attnlab {verb}")
+    (ready,) = calls
+    if preset and ready.keywords["preset"] != preset:
+        raise UserError(f"the preset {ready.keywords['preset']!r} comes too late: put it right after attnlab {name}")
     return ready
 
 
-def preset_of(verb: str, rest: Sequence[str]) -> str | None:
-    """The preset whose fields are the defaults of the options; None for a verb that has none."""
-    if verb not in PRESET:
+def preset_of(name: str, rest: Sequence[str]) -> str | None:
+    """Return the preset whose fields are the defaults of the options; None for a command without `config: Fields`.
+
+    The command's parameter `preset` says where it is given: as an option where it is keyword-only, else as the first
+    argument, which may be left out where there is a default. Raises `UserError` where it is needed and missing.
+    """
+    command = COMMANDS[name]
+    if get_type_hints(command, include_extras=True).get("config") != Fields:
         return None
-    if PRESET[verb] is OPTION:
+    parameter = inspect.signature(command).parameters["preset"]
+    if parameter.kind is parameter.KEYWORD_ONLY:
         return value_of("--preset", rest) or presets.names()[0]
     if rest and not rest[0].startswith("-"):
         return rest[0]
-    if PRESET[verb] is NEEDED and rest != ["--help"]:
-        raise UserError(f"attnlab {verb} needs a preset as its first argument: one of {', '.join(presets.names())}")
+    if parameter.default is parameter.empty and rest != ["--help"]:
+        raise UserError(f"attnlab {name} needs a preset as its first argument: one of {', '.join(presets.names())}")
     return presets.names()[0]
 
 
 def value_of(option: str, rest: Sequence[str]) -> str | None:
-    """What the last `option VALUE` or `option=VALUE` gives, before the whole line is parsed."""
+    """Return the value of the last `option VALUE` or `option=VALUE` in words that are not parsed yet; None: none."""
     found = None
     for word, following in zip(rest, [*rest[1:], None], strict=True):
         if word == option:
@@ -136,7 +146,7 @@ def value_of(option: str, rest: Sequence[str]) -> str | None:
 
 
 def json_fields() -> Any:
-    """Fields that are mappings are given as JSON: --model.options '{"mla": {"kv_rank": 32}}'."""
+    """Return a context in which mappings are given as JSON: --model.options '{"mla": {"kv_rank": 32}}'."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -155,9 +165,9 @@ def json_fields() -> Any:
 
 
 def overview() -> str:
-    """`attnlab --help`."""
+    """Return the text of `attnlab --help`."""
     width = max(map(len, COMMANDS))
-    lines = (f"  {name:<{width}}  {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in COMMANDS.items())
+    lines = (f"  {name:<{width}}  {(call.__doc__ or '').strip().splitlines()[0]}" for name, call in COMMANDS.items())
     return "\n".join(
         [
             "usage: attnlab COMMAND ...",
@@ -175,6 +185,7 @@ def overview() -> str:
 
 
 def sentence(error: UserError | OSError) -> str:
+    """Return an error in one sentence."""
     if isinstance(error, UserError):
         return str(error)
     if error.errno in DISK_FULL:

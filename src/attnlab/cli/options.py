@@ -1,14 +1,14 @@
-"""What verbs share: how options are spelt, read and refused."""
+"""The options that several commands have: their types, and how their values are read and refused."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -17,14 +17,17 @@ from ..errors import UserError, choose
 from ..results import RunResult
 from ..runs.launcher import rank
 
+if TYPE_CHECKING:
+    from ..comparison.progress import Show
+
 Flag = FlagCreatePairsOff[bool]
-Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # of a parameter json_
+Json = Annotated[bool, arg(name="json"), FlagCreatePairsOff]  # the type of a parameter json_
 Pack = Literal["stream", "documents"]
-Fields = Annotated[RunConfig, arg(name="")]  # its fields become --train.steps, --model.n-layers, ...
+Fields = Annotated[RunConfig, arg(name="")]  # the preset's config: fields become --train.steps, --model.n-layers, ...
 
 
 def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, Any]]:
-    """Config fields by mechanism, from JSON."""
+    """Return Config fields by mechanism, from JSON. Raises `UserError` for anything else."""
     value = json_object(option, text) or {}
     if not all(isinstance(fields, dict) for fields in value.values()):
         raise UserError(f'{option} {text!r} does not say whose options they are: give {{"mla": {{"kv_rank": 32}}}}')
@@ -32,11 +35,14 @@ def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, 
 
 
 def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pack: Pack | None = None) -> RunConfig:
-    """The config with the short options in place. An option of a mechanism that no layer uses any more goes with it."""
+    """Return the config with --mechanism, --data and --pack in place; None leaves a field as it is.
+
+    Options of a mechanism that no layer uses any more are dropped. Raises `UserError` for an unknown mechanism.
+    """
     from .. import attention
 
     if mechanism is not None:
-        layers = tuple(listed(mechanism))
+        layers = tuple(split_commas(mechanism))
         options = {name: fields for name, fields in config.model.options.items() if name in layers}
         config = replace(config, model=replace(config.model, mechanisms=layers, options=options))
     for name in config.model.mechanisms:
@@ -46,21 +52,16 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 
 
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
-    """`train` with a bar on the screen. None where it was asked to stop: how to go on is then said, and all is well."""
+    """Train with a bar on the screen. Return the result; None where it was asked to stop, after saying how to go on."""
     from ..terminal.progress import Progress
     from ..training.train import Stopped, train
 
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
-    tell: Callable[[Mapping[str, Any]], None] | None = None
     try:
-        with Progress() as progress:
-
-            def listen(event: Mapping[str, Any]) -> None:  # bad input ends before the first event, and shows no bar
-                nonlocal tell
-                tell = tell or progress.begin(name, config.train.steps)
-                tell(event)
-
-            return train(config, out, resume=resume, progress=listen, how=how)
+        with Progress() as bars:
+            begin = functools.cache(functools.partial(bars.begin, name, config.train.steps))
+            # the bar begins with the first event: bad input ends before it, and shows no bar
+            return train(config, out, resume=resume, progress=lambda event: begin()(event), how=how)
     except Stopped as stop:
         if rank() == 0:
             print(f"attnlab: {stop}; {again}", file=sys.stderr)
@@ -69,15 +70,27 @@ def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: E
         raise KeyboardInterrupt(f"stopped; what was saved is in {out}; {again}") from None
 
 
+def progress(quiet: bool = False) -> Show:
+    """Return what makes the bars of a comparison; with `quiet`, they are not shown."""
+    from rich.console import Console
+
+    from ..terminal.progress import Progress
+
+    return functools.partial(Progress, console=Console(quiet=True) if quiet else None)
+
+
 def this_command() -> str:
+    """Return the command line of this process."""
     return shlex.join(["attnlab", *sys.argv[1:]])
 
 
-def listed(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
+    """Return the words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def whole(option: str, text: str) -> int:
+def whole_number(option: str, text: str) -> int:
+    """Return a whole number. Raises `UserError`, which names the option, for anything else."""
     try:
         return int(text)
     except ValueError:
@@ -85,7 +98,7 @@ def whole(option: str, text: str) -> int:
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:
-    """The value of an option that is a JSON object."""
+    """Return the JSON object that an option gives; None: it was not given. Raises `UserError` for anything else."""
     if text is None:
         return None
     try:
@@ -97,5 +110,6 @@ def json_object(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def shown(value: float | None, digits: int = 4) -> str:
+def number_text(value: float | None, digits: int = 4) -> str:
+    """Return a number with `digits` decimals; "unknown" for None."""
     return "unknown" if value is None else f"{value:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""patch: another attention in a model of transformers. export: a model as a folder that transformers loads."""
+"""The command patch: put another attention into a model of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from ..errors import UserError, choose
 from ..terminal.progress import working
-from .options import Flag, json_object, listed, whole
+from .options import Flag, json_object, split_commas, whole_number
 
 
 def patch(
@@ -49,7 +49,7 @@ def patch(
         raise UserError("give a --mechanism or a --preset, one of the two")
     settings: dict[str, Any] = {"seed": seed}
     if layers is not None:
-        settings["layers"] = [whole("--layers", word) for word in listed(layers)]
+        settings["layers"] = [whole_number("--layers", word) for word in split_commas(layers)]
     if preset is not None:
         settings |= PRESETS[choose("preset", preset, PRESETS)]
     else:

@@ -1,4 +1,4 @@
-"""plan: what a model will take, before anything is paid for."""
+"""The command plan: what training and decoding take on GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Fields, Flag, Json, json_object, listed, options_of_mechanisms, with_choices
+from .options import Fields, Flag, Json, json_object, options_of_mechanisms, split_commas, with_choices
 
 
 def plan(
@@ -59,7 +59,7 @@ def plan(
     machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)
     config = with_choices(config, mechanism, None)
     given = options_of_mechanisms("--options", options)
-    labels = attention.names() if mechanisms is None else listed(mechanisms)
+    labels = attention.names() if mechanisms is None else split_commas(mechanisms)
     foresee = partial(plans, machine=machine, tokens=tokens, mfu=MFU if mfu is None else mfu, context=context)
     with working() as tell:
         tell(config.mechanism, 0, 1 + len(labels))

@@ -1,4 +1,4 @@
-"""Corpora and tokenizers: prepare, tokenizer."""
+"""The command prepare: turn text into a folder of token ids."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def prepare(
 
 
 def show(made: Any, text: str | None, json_: bool) -> int:
+    """Print what a tokenizer is, and `text` cut into its tokens. Return the exit code."""
     ids = None if text is None else made.encode(text)
     pieces = None if ids is None else [made.decode([i]) for i in ids]
     about = {name: getattr(made, name) for name in ("kind", "vocab_size", "end", "fingerprint")}
@@ -105,12 +106,13 @@ def show(made: Any, text: str | None, json_: bool) -> int:
 
 
 def described(about: Mapping[str, Any]) -> str:
+    """Return one line about a tokenizer, from its kind, vocab_size and end."""
     ends = "no end of document" if about["end"] is None else f"end of document {about['end']}"
     return f"{about['kind']} tokenizer, {about['vocab_size']:,} tokens, {ends}"
 
 
 def count(option: str, text: str) -> int:
-    """A number of tokens: 1500000, 100M, 1.5B."""
+    """Return a number of tokens: 1500000, 100M, 1.5B. Raises `UserError` for anything else."""
     number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
     try:
         return round(float(number) * UNITS[unit])
@@ -119,7 +121,7 @@ def count(option: str, text: str) -> int:
 
 
 def told(bars: Any) -> Callable[[Mapping[str, Any]], None]:
-    """Events of `prepare`, a bar for each part."""
+    """Return a listener for the events of `prepare`, with a bar for each part."""
     tells: dict[str, Callable[[Mapping[str, Any]], None]] = {}
 
     def tell(event: Mapping[str, Any]) -> None:

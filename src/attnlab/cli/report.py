@@ -1,4 +1,4 @@
-"""attnlab report."""
+"""The command report: write the page of a results folder."""
 
 from __future__ import annotations
 

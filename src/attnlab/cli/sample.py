@@ -1,4 +1,4 @@
-"""attnlab sample."""
+"""The command sample: text from a trained run."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def sample(
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
         json_: Print one JSON object at the end instead of the text.
     """
+    from ..inference.generate import Sampling
     from ..inference.text import sample_run
 
-    how = (tokens, temperature, top_k, top_p, seed)
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed)
     prompts = prompt or ["\n"]
     tell = None if json_ else stream(prompts[0])
-    found = sample_run(run, prompts, *how, checkpoint=checkpoint, device=device, on_text=tell)
+    found = sample_run(run, prompts, sampling, checkpoint=checkpoint, device=device, on_text=tell)
     return show(found, found.prompts, json_)

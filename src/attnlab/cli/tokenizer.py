@@ -1,14 +1,15 @@
-"""attnlab tokenizer."""
+"""The command tokenizer: learn a tokenizer from text, or show one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
-from .options import Json, listed
+from .options import Json, split_commas
 from .prepare import described, show, told
 
 
@@ -52,19 +53,20 @@ def tokenizer(
     from ..terminal.progress import Progress
 
     split = sources.open_source(name, documents).splits["train"]
+    lengths: list[int] = []  # characters of each piece
     with Progress() as bars:
-        tell, characters = told(bars), 0
+        tell = told(bars)
 
-        def texts() -> Any:
-            nonlocal characters
+        def texts() -> Iterator[str]:
             blocks = split.read(0)
             blocks = blocks if max_documents is None else sources.first(blocks, max_documents)
             for piece in pieces_of(blocks, bpe.SEAM):  # no word is cut in two
-                characters += len(piece.text)
+                lengths.append(len(piece.text))
                 tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})
                 yield piece.text
 
-        made = bpe.train(texts(), vocab_size, listed(special))
+        made = bpe.train(texts(), vocab_size, split_commas(special))
+    characters = sum(lengths)
     if not characters:
         raise UserError(f"{name} has no text in it; give a source that has")
     write_json(out, made.to_json())

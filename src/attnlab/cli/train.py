@@ -1,4 +1,4 @@
-"""attnlab train."""
+"""The command train: train one model in a run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config import Execution, RunConfig
 from ..errors import UserError
 from ..runs.launcher import rank
 from ..terminal import tables
-from .options import Fields, Flag, Pack, listed, shown, train_and_tell, with_choices
+from .options import Fields, Flag, Pack, number_text, split_commas, train_and_tell, with_choices
 
 
 def train(
@@ -59,10 +59,11 @@ def train(
         raise UserError("--flops is for --dry-run alone: give both or neither")
     presets.check_corpus(config)
     out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
-    how = Execution(strategy=strategy, recompute=recompute, track=tuple(listed(track or "")), peak=peak)
+    how = Execution(strategy=strategy, recompute=recompute, track=tuple(split_commas(track or "")), peak=peak)
     result = train_and_tell(config, out, f"{config.mechanism} s{config.seed}", resume, how)
     if result is not None and rank() == 0:
-        loss, rate = shown(result.val_loss), shown(result.tokens_per_s, 0)
+        loss = number_text(result.val_loss)
+        rate = number_text(result.tokens_per_s, 0)
         print(f"val loss {loss} after {result.steps} steps, {rate} tokens/s, {out}")
         if result.mfu is not None:
             print(f"model FLOPs used: {result.mfu:.0%} of {result.peak}", file=sys.stderr)
@@ -71,7 +72,7 @@ def train(
 
 
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
-    """`attnlab train --dry-run`."""
+    """Print what `attnlab train --dry-run` does. Return the exit code."""
     from ..costs.dry_run import forecast
     from ..training.train import resolve
 

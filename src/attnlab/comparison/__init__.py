@@ -1,1 +1,1 @@
-"""Mechanisms compared: which runs there are, where they are made, what can be told apart."""
+"""Comparison of mechanisms: the grid of runs, the engines that make them, and the verdicts."""

@@ -1,138 +1,148 @@
-"""Train mechanisms on the same data with paired seeds, and say what can be told apart.
+"""Training of mechanisms on the same data with paired seeds.
 
-A comparison is a folder. Each run in it has a folder of its own, named after its config, so that the same command skips
-what is finished, goes on with what was interrupted and tries again what failed. A synthetic task is one more preset,
-whose runs are also examined; a size is the preset with other layers and another width. Engines make the runs.
+A comparison is a folder. Each run in it has a folder of its own, named after its config. So the same command skips what
+is finished, resumes what was interrupted, and tries again what failed. A synthetic task is one more preset, whose runs
+are also examined. A size is the preset with other layers and another width. Engines make the runs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config import RunConfig
 from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
-from ..presets import Options
 from ..results import RunResult, environment
-from ..terminal.progress import Progress
-from .engines import Kind, Local, Needs, Outcome
+from .engines import Engine, Kind, Local, Needs, Outcome, Share
 from .extras import EXTRAS, write_extras
-from .grid import Cell, Sweep, default_command, sweep
-from .match import What
+from .grid import Cell, Comparison, Sweep, default_command, sweep
+from .progress import Progress, Show, Silent
 from .verdicts import summarize, summarize_size, summarize_task
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def compare(
-    preset: RunConfig,
-    mechanisms: Sequence[str],
-    seeds: int | Sequence[int],
+    comparison: Comparison,
     out: str | Path,
-    match: What = "none",
     *,
-    sizes: Sequence[str] = (),
-    tasks: Sequence[RunConfig] = (),
     engine: Kind = Local(),  # noqa: B008
-    jobs: int | None = None,
-    threads: int | None = None,
-    gpus: int | None = None,
-    options: Options | None = None,
+    share: Share = Share(),  # noqa: B008
     command: str = "",
     extras: Sequence[str] = EXTRAS,
-    console: Console | None = None,
-    quiet: bool = False,
+    show: Show = Silent,
 ) -> dict[str, Any]:
-    """Train what is not trained yet, `jobs` runs side by side, and write what is known into the folder `out`.
+    """Return what compare.json holds, after training what is not trained yet into the folder `out`.
 
-    `seeds` is how many, from the preset's on, or which. At a seed all mechanisms see the same batches. `match` is what
-    they are made equal in, within 1 %. `options` are Config fields by mechanism. `threads` and `gpus` are those of each
-    run. `sizes`, such as "4x128", are LAYERSxWIDTH: everything is compared within each.
-    `tasks` are presets of synthetic tasks: on each, each mechanism is trained with the same seeds, and then examined.
-    Returns what compare.json holds, which is rewritten after each run; the `extras`, such as laws.json, follow the
-    last one. A run that the machine may have spoilt is made once more. One that fails is reported, does not stop the
-    others, and is tried again by the next call. Ctrl-C finishes the steps under way, saves, and raises
-    `KeyboardInterrupt`, or leaves Slurm's jobs alone; the same call goes on from there, also where this process died.
+    `engine` makes the runs, and `share` says how many side by side, and what each gets. compare.json is rewritten after
+    each run. The `extras`, such as laws.json, follow the last run. `command` is what compare.json says made it ("": one
+    that would). `show` makes the display of progress.
+
+    A run that the machine may have spoilt is made once more. One that fails is reported, does not stop the others, and
+    is tried again by the next call. Ctrl-C finishes the steps under way, saves, and raises `KeyboardInterrupt`, or
+    leaves Slurm's jobs alone. The same call resumes from there, also where this process was killed. Raises `UserError`
+    before anything is trained or written.
     """
     need("accelerate", "train")
     out = Path(out)
-    work = sweep(preset, mechanisms, seeds, out, match, sizes=sizes, tasks=tasks, options=options)
-    cells = work.cells
-    known = {cell.folder: result for cell in cells if (result := cell.result()) is not None}
-    todo = [cell for cell in cells if not cell.finished()]
-    progress = _progress(sum(cell.config.train.steps for cell in todo), console, quiet)
-    share = {"jobs": jobs, "threads": threads, "gpus": gpus}
-    opened = engine.open(Needs(runs=len(todo), folder=out, device=preset.train.device, say=progress.say, **share))
-    command = command or default_command(work, out)
-    started = environment()
-
-    def write() -> dict[str, Any]:
-        found = summarize(work.main, known) | {"command": command, "environment": started}
-        found["tasks"] = [summarize_task(each, known) for each in (*work.sizes, *work.tasks) if each.task]
-        found["sizes"] = [summarize_size(each, known) for each in work.sizes if each.size]
-        write_json(out / "compare.json", found)
-        return found
-
-    with ExitStack() as stack:
-        stack.enter_context(opened)
+    work = sweep(comparison, out)
+    runs = Runs(work, out, command or default_command(work, out))
+    progress = show(sum(cell.config.train.steps for cell in runs.todo))
+    opened = engine.open(_needs(comparison, runs.todo, out, share, progress))
+    with opened:
         _make(out)
-        stack.enter_context(alone(out, "compares in", patience=1.0))
-        found = write()
-        stack.enter_context(progress)
-        for cell in cells:
-            if cell not in todo:
-                progress.say(f"{cell}: {_words(known[cell.folder])}, finished before")
-        attempts: Counter[Cell] = Counter()
-
-        def tell(number: int, outcome: Outcome, value: Any) -> None:
-            nonlocal found
-            cell = todo[number]
-            if outcome == "start":
-                attempts[cell] += 1
-                progress.begin(str(cell), cell.config.train.steps)
-            elif outcome == "event":
-                progress.update(str(cell), value)
-            elif outcome == "note":
-                progress.say(f"{cell}: {value}")
-            elif outcome == "again":
-                progress.end(str(cell), f"failed, and is tried once more: {value}")
-            else:
-                if outcome == "done" and attempts[cell] > 1:
-                    cell.count(attempts[cell])
-                result = cell.failed(value) if outcome == "failed" else cell.result()
-                if result is not None:
-                    known[cell.folder] = replace(result, attempts=max(result.attempts, attempts[cell]))
-                progress.end(str(cell), _words(result))
-                found = write()
-
-        try:
-            opened.run([cell.call for cell in todo], tell)
-            write_extras(work.main, out, opened, progress, extras)
-        except KeyboardInterrupt as stop:
-            done = sum(result.status == "done" for result in known.values())
-            left = f"; {stop}" if str(stop) else ""
-            raise KeyboardInterrupt(
-                f"stopped; {done} of {len(cells)} runs in {out} are finished{left}; the same command goes on from there"
-            ) from None
-    return found
+        with alone(out, "compares in", patience=1.0):
+            runs.write()
+            with progress:
+                runs.make(opened, progress, extras)
+    return runs.found
 
 
-def foresee(work: Sweep, out: Path, engine: Kind, needs: Mapping[str, Any]) -> str:
-    """What `compare` would do, in words; nothing is trained or written."""
-    todo = [cell for cell in work.cells if not cell.finished()]
-    opened = engine.open(Needs(runs=len(todo), folder=out, **needs))
+def foresee(comparison: Comparison, out: Path, engine: Kind, share: Share = Share()) -> str:  # noqa: B008
+    """Return what `compare` would do, in words; nothing is trained or written."""
+    cells = sweep(comparison, out).cells
+    todo = [cell for cell in cells if not cell.finished()]
+    opened = engine.open(_needs(comparison, todo, out, share, Silent()))
     lines = [
         f"{cell}: {parameters(cell.config.model):,} parameters, {cell.config.train.steps:,} steps" for cell in todo
     ]
-    runs = f"{len(todo)} of {len(work.cells)} runs are to be trained"
-    return "\n".join([*lines, f"{runs} {opened.describe([cell.call for cell in todo])}" if todo else f"{runs}"])
+    runs = f"{len(todo)} of {len(cells)} runs are to be trained"
+    return "\n".join([*lines, f"{runs} {opened.describe([cell.call for cell in todo])}" if todo else runs])
+
+
+def _needs(comparison: Comparison, todo: Sequence[Cell], out: Path, share: Share, progress: Progress) -> Needs:
+    device = comparison.preset.train.device
+    return Needs(runs=len(todo), folder=out, device=device, say=progress.say, **vars(share))
+
+
+class Runs:
+    """The runs of a comparison: which are still to be made, and what is known of the others."""
+
+    def __init__(self, work: Sweep, out: Path, command: str) -> None:
+        self.work = work
+        self.out = out
+        self.cells = work.cells
+        self.known = {cell.folder: result for cell in self.cells if (result := cell.result()) is not None}
+        self.todo = [cell for cell in self.cells if not cell.finished()]
+        self.attempts: Counter[Cell] = Counter()  # how often each was begun by this call
+        self.about = {"command": command, "environment": environment()}
+        self.found: dict[str, Any] = {}  # compare.json
+        self.progress: Progress = Silent()
+
+    def write(self) -> None:
+        """Write compare.json: what is known so far."""
+        work = self.work
+        found = summarize(work.main, self.known) | self.about
+        found["tasks"] = [summarize_task(each, self.known) for each in (*work.sizes, *work.tasks) if each.task]
+        found["sizes"] = [summarize_size(each, self.known) for each in work.sizes if each.size]
+        write_json(self.out / "compare.json", found)
+        self.found = found
+
+    def make(self, engine: Engine, progress: Progress, extras: Sequence[str]) -> None:
+        """Make the runs that are not finished, then the extras. `KeyboardInterrupt` says how many runs are finished."""
+        self.progress = progress
+        for cell in self.cells:
+            if cell not in self.todo:
+                progress.say(f"{cell}: {_words(self.known[cell.folder])}, finished before")
+        try:
+            engine.run([cell.call for cell in self.todo], self.hear)
+            write_extras(self.work.main, self.out, engine, progress, extras)
+        except KeyboardInterrupt as stop:
+            done = sum(result.status == "done" for result in self.known.values())
+            left = f"; {stop}" if str(stop) else ""
+            raise KeyboardInterrupt(
+                f"stopped; {done} of {len(self.cells)} runs in {self.out} are finished{left}; "
+                "the same command goes on from there"
+            ) from None
+
+    def hear(self, number: int, outcome: Outcome, value: Any) -> None:
+        """Show what an engine says of a run, and write down how the run ended."""
+        cell = self.todo[number]
+        name = str(cell)
+        if outcome == "start":
+            self.attempts[cell] += 1
+            self.progress.begin(name, cell.config.train.steps)
+        elif outcome == "event":
+            self.progress.update(name, value)
+        elif outcome == "note":
+            self.progress.say(f"{name}: {value}")
+        elif outcome == "again":
+            self.progress.end(name, f"failed, and is tried once more: {value}")
+        else:
+            self.close(cell, outcome, value)
+
+    def close(self, cell: Cell, outcome: Outcome, value: Any) -> None:
+        """Write down how a run ended: done, failed (`value` says why) or interrupted."""
+        attempts = self.attempts[cell]
+        if outcome == "done" and attempts > 1:
+            cell.write_attempts(attempts)
+        result = cell.failed(value) if outcome == "failed" else cell.result()
+        if result is not None:
+            self.known[cell.folder] = replace(result, attempts=max(result.attempts, attempts))
+        self.progress.end(str(cell), _words(result))
+        self.write()
 
 
 def _make(out: Path) -> None:
@@ -140,12 +150,6 @@ def _make(out: Path) -> None:
         (out / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): name a folder that you may write to") from None
-
-
-def _progress(total: int, console: Console | None, quiet: bool) -> Progress:
-    from rich.console import Console
-
-    return Progress(total, console=Console(quiet=True) if quiet else console)
 
 
 def _words(result: RunResult | None) -> str:
@@ -156,5 +160,5 @@ def _words(result: RunResult | None) -> str:
         return f"failed: {result.error}"
     loss = "" if result.val_loss is None else f"val loss {result.val_loss:.4f}"
     rate = "" if result.tokens_per_s is None else f"{result.tokens_per_s:,.0f} tokens/s"
-    told = ", ".join(filter(None, (loss, rate, f"{result.seconds:.0f} s")))
-    return told if result.status == "done" else f"interrupted and saved after step {result.steps}: {told}"
+    line = ", ".join(filter(None, (loss, rate, f"{result.seconds:.0f} s")))
+    return line if result.status == "done" else f"interrupted and saved after step {result.steps}: {line}"

@@ -1,4 +1,4 @@
-"""What is found out about trained models: laws, samples, attention maps and heads, each in a file."""
+"""Extra files about the trained models of a comparison: laws, samples, attention maps and heads."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ import torch
 from .. import data
 from ..files import read_json, write_bytes
 from ..heads import value_sizes, watch, whole
+from ..inference.generate import Sampling
 from ..inference.text import sample_run
 from ..laws import check_mechanism
 from ..results import LawResult
 from ..runs.folder import RunFolder, load_model
-from ..terminal.progress import Progress
 from .engines import Call, Engine, Outcome
-from .grid import Plan
+from .grid import Grid
+from .progress import Progress
 
-EXTRAS = ("laws", "samples", "attention")  # what is found out about the trained models, each in a file; also: "heads"
+EXTRAS = ("laws", "samples", "attention")  # the files by default; also: "heads"
 WINDOW = 32  # tokens whose attention is kept
 SAMPLE = 240  # tokens of text
 
 
-def write_extras(work: Plan, out: Path, engine: Engine, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
-    """The laws of every mechanism, a sample and attention maps of each one's first finished run, and, where they are
-    asked for, the heads of every finished run. A file that is newer than all those runs stays as it is."""
+def write_extras(work: Grid, out: Path, engine: Engine, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
+    """Write `files` into `out`. A file that is newer than all finished runs stays as it is.
+
+    "laws": of every mechanism. "samples" and "attention": of each mechanism's first finished run. "heads": of every
+    finished run.
+    """
     done = [cell for cell in work.cells if (result := cell.result()) is not None and result.status == "done"]
     first = {cell.label: cell for cell in reversed(done)}
     names = dict.fromkeys(name for label in work.mechanisms for name in label.split("+"))
@@ -54,9 +58,9 @@ def write_extras(work: Plan, out: Path, engine: Engine, progress: Progress, file
     if calls:
         progress.say(f"looking into what was trained: {', '.join(stale)}")
     engine.run([call for _, _, call in calls], tell)
-    for file, own in entries.items():
-        own.sort(key=lambda entry: (order.index(entry["mechanism"]), entry.get("seed", 0)))
-        write_bytes(out / f"{file}.json", (json.dumps(own, allow_nan=False) + "\n").encode())
+    for file, found in entries.items():
+        found.sort(key=lambda entry: (order.index(entry["mechanism"]), entry.get("seed", 0)))
+        write_bytes(out / f"{file}.json", (json.dumps(found, allow_nan=False) + "\n").encode())
 
 
 def _fresh(path: Path, newest: float, mechanisms: Sequence[str]) -> bool:
@@ -68,33 +72,35 @@ def _changed(path: Path) -> float:
 
 
 def heads_of_run(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
-    """What each head attends to, copies and is needed for; over training too, where checkpoints were kept."""
+    """Return what each head attends to, copies and is needed for; over training too, where checkpoints were kept."""
     steps = RunFolder.open(folder).steps()
     found = whole(load_model(folder)[0], run=folder if len(steps) > 2 else None)
     return [{"mechanism": label, "seed": seed} | found]
 
 
 def laws_of(name: str, report: Any = None) -> list[dict[str, Any]]:
-    """Every law, put to the mechanism."""
+    """Return the results of every law for the mechanism."""
     return [LawResult.to_dict(result) for result in check_mechanism(name)]
 
 
 def sample_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
-    """How the run goes on from the first held-out tokens, no further than it was trained."""
+    """Return a continuation of the first held-out tokens, no longer than the run was trained for."""
     config = RunFolder.open(folder).config
     count = min(24, max(1, config.model.context // 4))
     prompt = RunFolder.open(folder).tokenizer().decode(data.load(config.data).val.read(0, count).tolist())
     length = min(SAMPLE, config.model.context - count) if config.model.positions == "learned" else SAMPLE
     if length < 1:
         return []
-    found = sample_run(folder, [prompt], length, temperature=0.8, seed=seed, device="cpu")
+    found = sample_run(folder, [prompt], Sampling(length, temperature=0.8, seed=seed), device="cpu")
     return [{"mechanism": label, "seed": seed, "prompt": prompt, "text": found.texts[0]}]
 
 
 @torch.inference_mode()
 def attention_of(label: str, seed: int, folder: Path, report: Any = None) -> list[dict[str, Any]]:
-    """What each head of each layer looks at, in a held-out window, and how large each token's value is to it. A layer
-    that attends to no token has no heads."""
+    """Return the attention weights of each head of each layer in a held-out window, and the size of each token's value.
+
+    A layer that attends to no token has no heads.
+    """
     model, config = load_model(folder)
     length = min(WINDOW, config.model.context)
     tokens = data.load(config.data).windows(1, length).x

@@ -1,4 +1,4 @@
-"""Which runs a comparison has: mechanisms, seeds, sizes and tasks, each run in a folder of its own."""
+"""The grid of runs of a comparison: mechanisms by seeds, for each size and task, each run in a folder of its own."""
 
 from __future__ import annotations
 
@@ -14,39 +14,52 @@ from ..errors import UserError
 from ..evaluation.exam import examine
 from ..files import alone, read_json, write_json
 from ..model import parameters
-from ..presets import Options, variant
+from ..presets import BASELINE, Options, variant
 from ..results import RunResult, TaskResult
 from ..runs.folder import RunFolder
 from ..training.train import resolve, train
 from .engines import Call
 from .match import Matched, What, match
 
-BASELINE = "mha"  # where it is compared; else the first
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mechanisms, seeds and sizes that are compared. At a seed all mechanisms see the same batches."""
+
+    preset: RunConfig  # the run that all share
+    mechanisms: Sequence[str]  # labels; a hybrid is written sliding+sliding+mla
+    seeds: int | Sequence[int]  # how many, from the preset's on; or which
+    match: What = "none"  # in which they are made equal, within 1 %
+    sizes: Sequence[str] = ()  # LAYERSxWIDTH, such as "4x128", compared each by itself; none: the preset's
+    tasks: Sequence[RunConfig] = ()  # presets of synthetic tasks, on which each mechanism is trained and examined too
+    options: Options | None = None  # Config fields by mechanism; None: as the preset says
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
     """One run of a comparison."""
 
-    label: str
+    label: str  # of the mechanism
     seed: int
     config: RunConfig
     folder: Path
-    size: str = ""
+    size: str = ""  # LAYERSxWIDTH; "": the preset's
 
     def __str__(self) -> str:
         return " ".join(filter(None, (f"{self.label} s{self.seed}", self.size, self.task.name if self.task else "")))
 
     @property
     def call(self) -> Call:
+        """The call that trains it, for an engine."""
         return Call(train_cell, (self.config, self.folder), self.folder)
 
     @property
     def task(self) -> Task | None:
+        """The synthetic task that it is trained on; None: text."""
         return task_of(self.config.data)
 
     def result(self) -> RunResult | None:
-        """What is known of it: of a finished, interrupted or diverged run, or of none."""
+        """The result of the run, finished or not; None: nothing is known yet."""
         if not (self.folder / "result.json").exists():
             return None
         try:
@@ -56,16 +69,17 @@ class Cell:
         return None if found is None else replace(found, mechanism=self.label)
 
     def finished(self) -> bool:
-        """Trained to the end and, on a task, examined."""
+        """Return whether it was trained to the end and, on a task, examined."""
         result = self.result()
         return result is not None and result.status == "done" and (not self.task or self.exam.exists())
 
     @property
     def exam(self) -> Path:
+        """The file with the answers of a run on a task."""
         return self.folder / "task.json"
 
     def answers(self, known: RunResult) -> TaskResult:
-        """What the exam of a run on a task found, or why there is none."""
+        """The result of the exam of a run on a task, or why there is none."""
         if known.status == "done" and self.exam.exists():
             return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
         assert self.task is not None
@@ -81,35 +95,40 @@ class Cell:
         )
 
     def failed(self, error: str) -> RunResult:
+        """The result of a run that failed, with what is known of it and the sentence `error`."""
         config = self.config
         known = self.result() or RunResult(
             name=self.label, mechanism=self.label, seed=self.seed, key=config.key, context=config.model.context
         )
         return replace(known, status="failed", error=error)
 
-    def count(self, attempts: int) -> None:
-        """Write into the run's result how many it took."""
+    def write_attempts(self, attempts: int) -> None:
+        """Write into the run's result how many attempts it took."""
         run = RunFolder.open(self.folder)
         if (found := run.result()) is not None:
             run.write_result(replace(found, attempts=attempts))
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
+    """The runs of one size on one task or text: every mechanism with every seed."""
+
     preset: str
     mechanisms: list[str]
     seeds: list[int]
-    baseline: str
+    baseline: str  # the mechanism that the others are compared with
     match: str
-    matched: dict[str, Matched]
-    cells: list[Cell]  # seed by seed, so that whatever is finished compares
+    matched: dict[str, Matched]  # by mechanism, where a width was solved
+    cells: list[Cell]  # seed by seed, so that the runs that are finished can be compared
     task: Task | None
-    size: str = ""
+    size: str = ""  # LAYERSxWIDTH; "": the preset's
 
 
 def sized(preset: RunConfig, size: str) -> RunConfig:
-    """`preset` with LAYERSxWIDTH, as "4x128", or LAYERSxWIDTHxHEADS. Heads keep their size unless they are counted, and
-    a feed-forward width that the preset gives grows with the width."""
+    """Return `preset` with LAYERSxWIDTH, as "4x128", or LAYERSxWIDTHxHEADS. Raises `UserError` for anything else.
+
+    Heads keep their size unless they are counted. A feed-forward width that the preset gives grows with the width.
+    """
     model = preset.model
     parts = [int(part) for part in size.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size) else []
     if not parts:
@@ -128,81 +147,71 @@ def sized(preset: RunConfig, size: str) -> RunConfig:
     return replace(preset, model=shape)
 
 
-def plan(
-    preset: RunConfig,
-    mechanisms: Sequence[str],
-    seeds: int | Sequence[int],
-    out: str | Path,
-    match_what: What = "none",
-    options: Options | None = None,
-    size: str = "",
-) -> Plan:
-    """Every run of one size, with the free width solved. Raises `UserError` before anything is trained or written."""
-    labels = list(dict.fromkeys(mechanisms))
-    chosen = list(range(preset.seed, preset.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    if not labels or not chosen:
-        raise UserError(f"there are {len(labels)} mechanisms and {len(chosen)} seeds: give at least one of each")
+def grid(comparison: Comparison, out: str | Path, size: str = "") -> Grid:
+    """Return every run of one size, with the free width solved, for the folder `out`.
+
+    Raises `UserError` before anything is trained or written.
+    """
+    preset, given = comparison.preset, comparison.seeds
+    labels = list(dict.fromkeys(comparison.mechanisms))
+    seeds = list(range(preset.seed, preset.seed + given)) if isinstance(given, int) else list(given)
+    if not labels or not seeds:
+        raise UserError(f"there are {len(labels)} mechanisms and {len(seeds)} seeds: give at least one of each")
     preset = resolve(sized(preset, size) if size else preset)[0]
-    configs = {label: variant(preset, label, options) for label in labels}
+    configs = {label: variant(preset, label, comparison.options) for label in labels}
     baseline = BASELINE if BASELINE in labels else labels[0]
     matched: dict[str, Matched] = {}
     for label, config in configs.items():
         parameters(config.model)  # builds it, on the meta device: what does not fit together is refused here
         if label != baseline:
-            configs[label], found = match(config, configs[baseline], match_what)
+            configs[label], found = match(config, configs[baseline], comparison.match)
             matched |= {label: found} if found else {}
     cells = []
-    for seed in chosen:
+    for seed in seeds:
         for label, config in configs.items():
             config = replace(config, seed=seed)
             cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}", size))
-    return Plan(preset.name, labels, chosen, baseline, match_what, matched, cells, task_of(preset.data), size)
+    task = task_of(preset.data)
+    return Grid(preset.name, labels, seeds, baseline, comparison.match, matched, cells, task, size)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every run of a comparison: the plans by size, and those of tasks."""
+    """Every run of a comparison: the grids by size, and those of tasks."""
 
-    sizes: list[Plan]  # the largest last; without sizes: the preset as it is
-    tasks: list[Plan]
+    sizes: list[Grid]  # the largest last; without sizes: the preset as it is
+    tasks: list[Grid]
 
     @property
-    def main(self) -> Plan:
-        """What the comparison is about first: the largest size."""
+    def main(self) -> Grid:
+        """The grid that compare.json is about first: the largest size."""
         return self.sizes[-1]
 
     @property
     def cells(self) -> list[Cell]:
-        """Those of one folder once: sizes may come to the same."""
+        """All runs, those of one folder once: two sizes may give the same config."""
         return list({cell.folder: cell for each in (*self.sizes, *self.tasks) for cell in each.cells}.values())
 
 
-def sweep(
-    preset: RunConfig,
-    mechanisms: Sequence[str],
-    seeds: int | Sequence[int],
-    out: str | Path,
-    match: What = "none",
-    *,
-    sizes: Sequence[str] = (),
-    tasks: Sequence[RunConfig] = (),
-    options: Options | None = None,
-) -> Sweep:
-    """Every run of `compare`, planned. Raises `UserError` before anything is trained or written."""
-    plans = [plan(preset, mechanisms, seeds, out, match, options, size) for size in dict.fromkeys(sizes or ("",))]
+def sweep(comparison: Comparison, out: str | Path) -> Sweep:
+    """Return every run of `compare`. Raises `UserError` before anything is trained or written."""
+    preset = comparison.preset
+    grids = [grid(comparison, out, size) for size in dict.fromkeys(comparison.sizes or ("",))]
+    tasks = [task for task in comparison.tasks if task.data != preset.data]  # else the sizes have it
     others = [
-        plan(with_device(task, preset.train.device), mechanisms, plans[0].seeds, out, match, options)
+        grid(replace(comparison, preset=with_device(task, preset.train.device), seeds=grids[0].seeds), out)
         for task in tasks
-        if task.data != preset.data  # which are examined already
     ]
-    return Sweep(sorted(plans, key=lambda each: parameters(each.cells[0].config.model)), others)
+    return Sweep(sorted(grids, key=lambda each: parameters(each.cells[0].config.model)), others)
 
 
 def with_device(config: RunConfig, device: str) -> RunConfig:
+    """Return `config`, to be trained on `device`."""
     return replace(config, train=replace(config.train, device=device))
 
 
 def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
+    """Train a run into `folder`, and examine it where its data is a task; `report` is told of its events."""
     with alone(folder, "trains into"):
         train(config, folder, resume=True, progress=report)
         if task_of(config.data):
@@ -210,6 +219,7 @@ def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
 
 
 def default_command(work: Sweep, out: Path) -> str:
+    """Return a command that makes these runs."""
     main = work.main
     words = f"attnlab compare {main.preset} --mechanisms {','.join(main.mechanisms)} --seeds {len(main.seeds)}"
     sizes = f" --sizes {','.join(each.size for each in work.sizes)}" if main.size else ""

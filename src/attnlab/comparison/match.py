@@ -1,7 +1,7 @@
-"""Configs that differ in their mechanism and in nothing else, or in one width more, which makes the comparison fair.
+"""Configs made equal to a baseline in one size, by changing one width.
 
-Matched parameters: the feed-forward width gives way. Matched cache: the mechanism's own width does, which its Config
-names in `cache_width`. Parameters are counted on the meta device, cache floats by `cache_spec`; nothing is guessed.
+Equal parameters: the feed-forward width changes. Equal cache: the mechanism's own width changes, which its Config names
+in `cache_width`. Parameters are counted on the meta device, cache floats by `cache_spec`; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..results import Record
 from ..spec import AttentionConfig, CacheSpec
 
 What = Literal["params", "cache", "none"]
-TOLERANCE = 0.01  # what counts as equal
+TOLERANCE = 0.01  # relative difference up to which two counts are equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matched(Record):
-    """The width that gave way, and how near it came."""
+    """The width that was changed, and how near the result came to the baseline."""
 
-    field: str | None  # None: nothing did
-    before: int | None  # as it was, and
-    after: int | None  # as it is now
+    field: str | None  # the width; None: there is none to change
+    before: int | None  # its value before
+    after: int | None  # its value now
     count: int  # parameters, or cache floats of one sequence at full context
-    target: int  # the baseline's
+    target: int  # the baseline's count
 
     @property
     def off(self) -> float:
@@ -38,6 +38,7 @@ class Matched(Record):
 
     @property
     def equal(self) -> bool:
+        """Whether it equals the baseline, within 1 %."""
         return abs(self.off) <= TOLERANCE
 
     def __str__(self) -> str:
@@ -47,7 +48,11 @@ class Matched(Record):
 
 
 def match(config: RunConfig, baseline: RunConfig, what: What) -> tuple[RunConfig, Matched | None]:
-    """`config` with the free width set so that it equals `baseline`, as nearly as whole numbers allow."""
+    """Return `config` with the free width set so that it equals `baseline` as nearly as whole numbers allow, and how.
+
+    `what`: "params", "cache", or "none", which changes nothing. Raises `UserError` for another word, and where the
+    baseline has no cache to match.
+    """
     choose("match", what, ("params", "cache", "none"))
     if what == "none":
         return config, None
@@ -55,7 +60,7 @@ def match(config: RunConfig, baseline: RunConfig, what: What) -> tuple[RunConfig
 
 
 def match_parameters(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matched]:
-    """Solves `model.ff_dim`: a multiple of 8, for speed, where that is near enough, else any."""
+    """Solve `model.ff_dim`: a multiple of 8, for speed, where that is near enough, else any."""
     target = parameters(baseline.model)
     before = config.model.resolved_ff_dim
 
@@ -75,7 +80,7 @@ def match_parameters(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig,
 
 
 def match_cache(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matched]:
-    """Solves the width that the mechanism itself names; of a hybrid's several, the one that comes nearest."""
+    """Solve the width that the mechanism's Config names; of a hybrid's several, the one that comes nearest."""
     target = cache_floats(baseline.model)
     if not target:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What can be told apart: what compare.json says of the runs that are known."""
+"""Verdicts on the runs that are known: the contents of compare.json."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from ..results import FORMAT, RunResult
 from ..stats import paired
-from .grid import Plan
+from .grid import Grid
 from .match import Matched
 
 Known = Mapping[Path, RunResult]  # by run folder
 
 
-def summarize(work: Plan, known: Known) -> dict[str, Any]:
-    """compare.json, without the command that made it."""
+def summarize(work: Grid, known: Known) -> dict[str, Any]:
+    """The contents of compare.json, without the command that made it."""
     cells = [known[cell.folder] for cell in work.cells if cell.folder in known]
     return {
         "format": FORMAT,
@@ -38,16 +38,16 @@ def _matched(found: Matched, what: str) -> dict[str, Any]:
     return change | count | {"off": found.off, "equal": found.equal, "text": str(found)}
 
 
-def summarize_size(work: Plan, known: Known) -> dict[str, Any]:
-    """What compare.json says about one size: all that it says about the largest."""
+def summarize_size(work: Grid, known: Known) -> dict[str, Any]:
+    """The entry of one size in compare.json: the same fields as the largest size has at the top."""
     model = work.cells[0].config.model
     shape = {"size": work.size, "n_layers": model.n_layers, "d_model": model.d_model, "n_heads": model.n_heads}
     about = summarize(work, known)
     return shape | {name: about[name] for name in ("matched", "cells", "summary")}
 
 
-def summarize_task(work: Plan, known: Known) -> dict[str, Any]:
-    """What compare.json says about a task: accuracies at the context, and their differences to the baseline's."""
+def summarize_task(work: Grid, known: Known) -> dict[str, Any]:
+    """The entry of a task in compare.json: accuracies at the context, and their differences to the baseline's."""
     assert work.task is not None
     cells = [cell.answers(known[cell.folder]) for cell in work.cells if cell.folder in known]
     wrong: dict[str, dict[int, float]] = {label: {} for label in work.mechanisms}
@@ -56,7 +56,9 @@ def summarize_task(work: Plan, known: Known) -> dict[str, Any]:
             wrong[cell.mechanism][cell.seed] = 1 - cell.accuracy
     rows = []
     for row in differences(wrong, work.baseline, "wrong"):
-        share, difference, interval = row.pop("wrong"), row["difference"], row["interval"]
+        share = row.pop("wrong")
+        difference = row["difference"]
+        interval = row["interval"]
         row["accuracy"] = None if share is None else 1 - share
         row["difference"] = None if difference is None else -difference  # of accuracies: more is better
         row["interval"] = None if interval is None else [-interval[1], -interval[0]]
@@ -73,7 +75,7 @@ def summarize_task(work: Plan, known: Known) -> dict[str, Any]:
 
 
 def verdicts(cells: Sequence[RunResult], mechanisms: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """A row per mechanism: its mean validation loss, and how it differs from the baseline's."""
+    """Return a row per mechanism: its mean validation loss (nats), and the difference to the baseline's."""
     losses: dict[str, dict[int, float]] = {label: {} for label in mechanisms}
     for cell in cells:
         if cell.status == "done" and cell.val_loss is not None:
@@ -82,8 +84,11 @@ def verdicts(cells: Sequence[RunResult], mechanisms: Sequence[str], baseline: st
 
 
 def differences(losses: Mapping[str, Mapping[int, float]], baseline: str, name: str) -> list[dict[str, Any]]:
-    """A row per mechanism of `losses`, which holds them by mechanism and seed: the mean, and the difference to the
-    baseline over the seeds that both have finished, as a mean with a 95 % interval and in words."""
+    """Return a row per mechanism of `losses`, which holds a number by mechanism and seed.
+
+    A row has the mean as `name`. It has the difference to the baseline over the seeds that both have finished: the
+    mean, the 95 % interval, and the verdict in words.
+    """
     rows = []
     for label, own in losses.items():
         row: dict[str, Any] = {"mechanism": label, "n": len(own), name: fmean(own.values()) if own else None}

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
+from ..results import Tell
 from ..spec import AttentionConfig
 from . import low_rank, targets
-from .calibration import Statistics, Tell, gather
+from .calibration import Statistics, gather
 from .certificate import Certificate, compare
 from .dense import Dense
 from .width import Wish

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..model import Decoder
 from ..recording import record_attention
-
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, how much there is
+from ..results import Tell
 
 
 @dataclass(frozen=True)

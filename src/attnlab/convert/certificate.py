@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model import Decoder
-from ..results import Record
-from .calibration import Tell, record_inputs
+from ..results import Record, Tell
+from .calibration import record_inputs
 
 EXACT = 1e-9  # logits that differ by less than this, in float64, are the same function
 

@@ -1,1 +1,1 @@
-"""What attention costs: measured here (bench), and foreseen for machines that are not here (plan, dry run)."""
+"""Costs of attention: measured here (bench), and planned for machines that are not here (plan, dry run)."""

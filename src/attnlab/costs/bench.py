@@ -1,13 +1,14 @@
-"""Speed and memory: a training step, reading a prompt, one more token. Nothing is timed before its output was checked.
+"""Measurement of speed and memory: a training step, reading a prompt, one more token.
 
-Mechanisms take turns, so that a slow moment of the machine hits all of them, and a time is the median of its repeats.
+Nothing is timed before its output was checked. Mechanisms take turns, so that a slow moment of the machine hits all of
+them, and a time is the median of its repeats.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +17,18 @@ from .. import attention, data
 from ..config import RunConfig
 from ..errors import UserError, choose
 from ..measure.counters import counted_flops, interleaved, peak_growth
-from ..presets import Options, variant, with_options
+from ..presets import BASELINE, Options, variant, with_options
 from ..results import BenchRecord, Tell
 from ..training.train import resolve
 from .subjects import Case, Kind, Subject
 
-BASELINE = "mha"  # what `relative` is relative to
+
+@dataclass(frozen=True)
+class Timing:
+    """The number of calls from which a time is taken. The time is the median of the repeats."""
+
+    repeats: int = 7
+    steps: int = 16  # new tokens in a repeat, when decoding is measured
 
 
 def bench(
@@ -32,23 +39,23 @@ def bench(
     *,
     options: Options | None = None,
     batch: int | None = None,
-    repeats: int = 7,
-    steps: int = 16,
+    timing: Timing = Timing(),
     progress: Tell | None = None,
 ) -> list[BenchRecord]:
-    """Measure each mechanism in the shape of `preset`, at each context (default: the preset's).
+    """Return a record of each mechanism in the shape of `preset`, at each context (default: the preset's).
 
     train: one optimizer step on `batch` sequences (default: the preset's) of `context` tokens, as `train` makes it.
-    prefill: reading prompts of `context` tokens into an empty cache. decode: one token after another, of which each
-    repeat takes `steps`, the last of them with `context` tokens held; `batch` is 1 by default. A mechanism with several
-    modes is measured in each, except in training, which takes the one it takes by itself.
+    prefill: reading prompts of `context` tokens into an empty cache. decode: one token after another, `timing.steps` in
+    each repeat, the last of them with `context` tokens held. `batch` is 1 by default for both. A mechanism with several
+    modes is measured in each. In training it is measured in the mode that it chooses.
 
     A record whose outputs were wrong, or that could not run, has an `error` and no time. Peak memory is that of
-    tensors: what is resident, and the most that one call adds. `UserError` for an unknown name or too small a number.
+    tensors: those that stay, and the most that one call adds. Raises `UserError` for an unknown name or too small a
+    number.
     """
     choose("kind", kind, ("train", "prefill", "decode"))
     contexts = (preset.model.context,) if contexts is None else contexts
-    numbers = [("repeats", repeats), ("steps", steps), ("batch", 1 if batch is None else batch)]
+    numbers = [("repeats", timing.repeats), ("steps", timing.steps), ("batch", 1 if batch is None else batch)]
     for what, number in [*numbers, *(("the context", context) for context in contexts)]:
         if number < 1:
             raise UserError(f"{what} is {number}: give 1 or more")
@@ -63,16 +70,16 @@ def bench(
         if kind == "decode" and context < 2:
             raise UserError(f"the context is {context}: decoding needs at least 2 tokens, one held and one new")
         cases = [
-            Case(kind, label, mode, with_context(config, context), batch, min(steps, context - 1), 1)
+            Case(kind, label, mode, with_context(config, context), batch, min(timing.steps, context - 1), 1)
             for label in mechanisms
             for mode, config in modes_of(variant(preset, label, options), split=kind != "train")
         ]
-        records += measure_cases(cases, corpus, repeats, tell)
+        records += measure_cases(cases, corpus, timing.repeats, tell)
     return records
 
 
 def measure_cases(cases: Sequence[Case], corpus: data.Corpus | None, repeats: int, tell: Tell) -> list[BenchRecord]:
-    """Check, then time those that passed, in turns, then count FLOPs and memory."""
+    """Return a record of each case: all are checked, those that passed are timed in turns, then FLOPs are counted."""
     subjects: dict[Case, Subject | None] = {}
     errors: dict[Case, str] = {}
     for number, case in enumerate(cases):
@@ -95,15 +102,17 @@ def measure_cases(cases: Sequence[Case], corpus: data.Corpus | None, repeats: in
 
     seconds = interleaved({case: timed(case) for case in good}, repeats)
     records = [_record(case, subjects.get(case), seconds.get(case, []), errors[case]) for case in cases]
-    base = {r.context: r.ms for r in records if r.mechanism == BASELINE}
-    return [
-        replace(record, relative=record.ms / mha) if record.ms and (mha := base.get(record.context)) else record
-        for record in records
-    ]
+    baseline = {record.context: record.ms for record in records if record.mechanism == BASELINE}
+    return [_relative(record, baseline.get(record.context)) for record in records]
+
+
+def _relative(record: BenchRecord, baseline: float | None) -> BenchRecord:
+    """The record with its time over that of the baseline, both in ms, where both are known."""
+    return replace(record, relative=record.ms / baseline) if record.ms and baseline else record
 
 
 def _checked(case: Case, corpus: data.Corpus | None) -> tuple[Subject | None, str]:
-    """What cannot be made or run (a kernel without gradients, memory that is not there) spoils no other case."""
+    """The subject of a case, and what is wrong with it. One that cannot be made or run spoils no other case."""
     try:
         subject = case.subject(corpus)
         return subject, subject.check()
@@ -145,7 +154,7 @@ def _record(case: Case, subject: Subject | None, seconds: Sequence[float], error
 
 
 def modes_of(config: RunConfig, *, split: bool) -> list[tuple[str, RunConfig]]:
-    """The ways to compute that its mechanisms declare, or just its own."""
+    """Return the config in each mode that its mechanisms declare. With `split` unset: in its own, named ""."""
     declared = {name: attention.module(name).Config.modes for name in config.model.mechanisms}
     modes = dict.fromkeys(mode for each in declared.values() for mode in each)
     if not (split and modes):
@@ -157,4 +166,5 @@ def modes_of(config: RunConfig, *, split: bool) -> list[tuple[str, RunConfig]]:
 
 
 def with_context(config: RunConfig, context: int) -> RunConfig:
+    """Return `config` with `context` tokens per sequence."""
     return replace(config, model=replace(config.model, context=context))

@@ -1,4 +1,4 @@
-"""Where one mechanism becomes faster than another."""
+"""The crossover of two modes of a mechanism: from where on one is faster than the other."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .subjects import Case
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover(Record):
-    """Where one way to compute a mechanism becomes faster than the other."""
+    """The point at which one mode of a mechanism becomes faster than the other."""
 
     mechanism: str
-    axis: str  # context (tokens held while decoding), or queries (new tokens in a call)
+    axis: str  # "context": tokens held while decoding; "queries": new tokens in a call
     modes: tuple[str, str]
-    points: list[tuple[int, float, float]]  # on the axis; ms of the first mode, ms of the second
-    at: float | None  # where the winner changes, between two points on logarithmic axes; None: it does not
+    points: list[tuple[int, float, float]]  # place on the axis; ms of the first mode; ms of the second
+    at: float | None  # place where the faster mode changes, interpolated on logarithmic axes; None: it does not change
 
     def __str__(self) -> str:
-        first, last = self.points[0], self.points[-1]
+        first = self.points[0]
+        last = self.points[-1]
         early, late = (self.modes[point[1] > point[2]] for point in (first, last))
         unit = {"context": "tokens held", "queries": "new tokens per call"}[self.axis]
         if self.at is None:
@@ -35,7 +36,7 @@ class Crossover(Record):
 
 
 def context_crossovers(records: Sequence[BenchRecord]) -> list[Crossover]:
-    """From decode records: the context at which a mechanism's first two modes cost the same."""
+    """Return, from decode records, the contexts at which a mechanism's first two modes take the same time."""
     times: dict[str, dict[str, dict[int, float]]] = {}
     for r in records:
         if r.kind == "decode" and r.mode and r.ms is not None:
@@ -53,7 +54,10 @@ def query_crossover(
     repeats: int = 7,
     progress: Tell | None = None,
 ) -> Crossover:
-    """How many new tokens per call make the other mode the faster, with `context` tokens held in the end."""
+    """Return the number of new tokens per call at which the other mode becomes faster, with `context` tokens held.
+
+    Raises `UserError` for a mechanism with one mode, and for a case that cannot be measured.
+    """
     config = with_context(variant(preset, label, options), context or preset.model.context)
     modes = modes_of(config, split=True)
     if len(modes) < 2:
@@ -74,7 +78,7 @@ def _crossover(label: str, axis: str, times: dict[str, dict[int, float]]) -> Cro
     points = [(x, a[x], b[x]) for x in sorted(a.keys() & b.keys())]
     at = None
     (_, *start), (_, *end) = points[0], points[-1]
-    if (start[0] < start[1]) == (end[0] < end[1]):  # where they cross to and fro, that was noise
+    if (start[0] < start[1]) == (end[0] < end[1]):  # crossings in both directions are noise
         return Crossover(mechanism=label, axis=axis, modes=(first, second), points=points, at=None)
     for (x, *before), (y, *after) in pairwise(points):
         low, high = (math.log(p / q) for p, q in (before, after))

@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: its model is built without memory, its text is not opened."""
+"""The forecast of a run before it begins: its model is built without memory, its text is not opened."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ FLOAT = 4  # bytes of a cached number, in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast(Record):
-    """Times in seconds, sizes in bytes, FLOPs of matrix products."""
+    """The costs of a run. Times in seconds, sizes in bytes, FLOPs of matrix products."""
 
     parameters: int
-    tokens: int  # that training reads
+    tokens: int  # read in training
     tokens_per_step: int
     flops_per_token: float  # of training
-    flops: float  # of all of it
-    cache_bytes_per_token: float  # that each further token costs while decoding, all layers, float32
+    flops: float  # of all training
+    cache_bytes_per_token: float  # of each further token while decoding, all layers, float32
     cache_bytes: int  # of one sequence at full context
     rate: float  # FLOPs per second
-    measured: bool  # rate: of a matrix product here, or as given
-    seconds: float  # at that rate: training reaches a part of it, so take this as the least
+    measured: bool  # whether the rate is that of a matrix product here; else it was given
+    seconds: float  # of training at that rate; training reaches a part of it, so this is the least
 
 
 def forecast(config: RunConfig, rate: float | None = None) -> Forecast:
-    """`rate` in FLOPs per second; None: measured on the device and in the precision of the run, in about a second.
+    """Return the costs of a run.
 
+    `rate` is in FLOPs per second. None: it is measured on the run's device in its precision, in about a second.
     Raises `UserError` for a model that does not fit together and for a device that is not there.
     """
     model, train = config.model, config.train

@@ -1,8 +1,9 @@
-"""What a training step holds in memory, counted: one layer of each kind takes a step between the model's own ends, on
-the meta device, where tensors have sizes and no memory, and every tensor is followed from its birth to its end.
+"""The memory of a training step, counted.
 
-So a new mechanism needs no formula. On the meta device code takes the way that it takes on a GPU, and what PyTorch
-itself decides by device, `AsOnGpu` decides. Counted on the CPU, the layers really run, through the CPU's kernels.
+One layer of each kind takes a step between the model's embedding and head. It does so on the meta device, where tensors
+have sizes and no memory. Every tensor is followed from where it is made to where it is freed. So a new mechanism needs
+no formula. On the meta device code takes the branch that it takes on a GPU, and `AsOnGpu` decides what PyTorch itself
+decides by device. Counted on the CPU, the layers really run, through the CPU's kernels.
 """
 
 from __future__ import annotations
@@ -27,26 +28,28 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a step."""
+    """The forward or the backward pass of one layer, in a step."""
 
-    change: int = 0  # by how many bytes of tensors more are in use after it than before
-    rise: int = 0  # the most that are in use within it, above what was before
+    change: int = 0  # bytes of tensors in use after it, minus those before it
+    rise: int = 0  # the most bytes in use within it, minus those before it
     flops: int = 0  # of its matrix products
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One kind of layer, or an end of the model."""
+    """The two passes of one kind of layer, of the embedding, or of the head."""
 
     forward: Part
     backward: Part
-    copies: int = 0  # bytes of the narrow copies of its weights that its forward pass leaves for the backward pass
+    copies: int = 0  # bytes of bfloat16 copies of its weights that its forward pass keeps for the backward pass
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A step: embed, every layer, the head (whose forward part is the loss and the way back to the last layer), every
-    layer backwards, embed."""
+    """The passes of a step, in this order: forward through embed, layers and head; backward through layers and embed.
+
+    The backward pass of the head is counted in its forward part.
+    """
 
     embed: Layer
     layers: tuple[Layer, ...]
@@ -54,7 +57,7 @@ class Footprint:
 
     @property
     def flops(self) -> int:
-        """Of the matrix products of the step."""
+        """FLOPs of the matrix products of the step."""
         return sum(layer.forward.flops + layer.backward.flops for layer in (self.embed, *self.layers, self.head))
 
     @property
@@ -64,12 +67,12 @@ class Footprint:
 
     @property
     def copies(self) -> int:
-        """Bytes of those of weights, where they are most."""
+        """Bytes of bfloat16 copies of weights, where they are most."""
         return sum(layer.copies for layer in (self.embed, *self.layers, self.head))
 
 
 def on_meta(config: RunConfig) -> Decoder:
-    """The model, without memory, and with what is not to learn frozen."""
+    """Return the model on the meta device, with the weights frozen that are not to be trained."""
     with META:
         model = Decoder(config.model)
     freeze(model, config.train.train)
@@ -85,8 +88,11 @@ def footprint(
     accumulated: bool = False,
     device: torch.device = META,
 ) -> Footprint:
-    """Of a step on `batch` sequences. `recompute`: only its input is kept of a layer, and the layer is run again for
-    its backward pass. `accumulated`: gradients are there before, and new ones are added to them."""
+    """Return the memory of a step on `batch` sequences.
+
+    `precision`: "bf16" or "fp32". `recompute`: only the input of a layer is kept, and the layer is run again for its
+    backward pass. `accumulated`: gradients are there before the step, and new ones are added to them.
+    """
     with torch.random.fork_rng([]), device:
         model = Decoder(config.model)
         tokens, targets = (torch.zeros(batch, config.model.context, dtype=torch.int64) for _ in "xy")
@@ -110,57 +116,72 @@ def footprint(
         with forward:
             loss = model.loss(tokens, targets)
         stand_in.forget()
-        laps.turn()
+        laps.mark_loss()
         loss.backward()
     parts = laps.layers()
     return Footprint(parts[0], tuple(parts[1 + kinds.index(kind)] for kind in order), parts[-1])
 
 
 class Laps(Follow):
-    """Follows tensors through a step, from mark to mark, and counts FLOPs beside."""
+    """The memory and the FLOPs of a step, cut into parts where the passes meet a `Mark`."""
 
     def __init__(self, stand_in: AsOnGpu) -> None:
         super().__init__()
-        self.stand_in, self.counter = stand_in, flop_counter()
-        self.start, self.flops = 0, 0
-        self.copied = [0]  # at the start, at each mark, and at the loss
-        self.there: list[Part] = []  # embed, layers, and at last the head, there and back
-        self.back: list[Part] = []  # layers backwards, embed
+        self.stand_in = stand_in
+        self.counter = flop_counter()
+        self.start = 0  # bytes in use at the last cut
+        self.flops = 0  # counted at the last cut
+        self.copied = [0]  # bytes of copies of weights: at the start, at each mark, and at the loss
+        self.forward: list[Part] = []  # embed, then each layer
+        self.head: Part | None = None  # with its backward pass
+        self.backward: list[Part] = []  # the last layer first, embed last
 
-    def lap(self, parts: list[Part]) -> None:
+    def cut(self) -> Part:
+        """Return the part of the step since the last cut."""
         flops = self.counter.get_total_flops()
-        parts.append(Part(self.now - self.start, self.peak - self.start, flops - self.flops))
+        part = Part(self.now - self.start, self.peak - self.start, flops - self.flops)
         self.start = self.peak = self.now
         self.flops = flops
+        return part
 
-    def forth(self) -> None:
-        self.lap(self.there)
+    def mark_forward(self) -> None:
+        """Cut where the forward pass leaves embed or a layer."""
+        self.forward.append(self.cut())
         self.copied.append(self.stand_in.copied)
 
-    def turn(self) -> None:
+    def mark_loss(self) -> None:
+        """Note the copies of weights where the forward pass ends."""
         self.copied.append(self.stand_in.copied)
 
-    def back_again(self) -> None:
-        head_is_done = len(self.there) == len(self.copied) - 1
-        self.lap(self.back if head_is_done else self.there)
+    def mark_backward(self) -> None:
+        """Cut where the backward pass leaves the head, which is first, or a layer."""
+        part = self.cut()
+        if self.head is None:
+            self.head = part
+        else:
+            self.backward.append(part)
 
     def layers(self) -> list[Layer]:
-        """Embed, each layer, head."""
-        self.back_again()
+        """Return embed, each layer, and the head, once the backward pass has ended."""
+        self.mark_backward()
+        assert self.head is not None
+        frozen = len(self.forward) - len(self.backward)  # frozen layers below all others get no backward pass
+        backward = [*[Part()] * frozen, *reversed(self.backward), Part()]
         copies = [after - before for before, after in pairwise(self.copied)]
-        back = self.back + [Part()] * (len(self.there) - 1 - len(self.back))  # below what learns there is no way back
-        parts = zip(self.there, [*reversed(back), Part()], copies, strict=True)
-        return [Layer(forth, back, made * self.stand_in.keep) for forth, back, made in parts]
+        if not self.stand_in.keep:
+            copies = [0] * len(copies)
+        return [Layer(*parts) for parts in zip([*self.forward, self.head], backward, copies, strict=True)]
 
 
 class Mark(nn.Module):
-    """Stands between two layers, and looks at the memory in use when the pass comes by, in both directions."""
+    """A mark between two layers: the memory in use is noted when a pass goes through it, in both directions."""
 
     def __init__(self, laps: Laps) -> None:
         super().__init__()
         self.laps = laps
 
     def forward(self, x: Tensor, *args: Any) -> tuple[Tensor, None]:
+        """Return `x` and no cache, as a layer does."""
         return _Mark.apply(x, self.laps), None
 
 
@@ -168,21 +189,24 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, laps: Laps) -> Tensor:
         ctx.laps = laps
-        laps.forth()
+        laps.mark_forward()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.laps.back_again()
+        ctx.laps.mark_backward()
         return grads[0], None
 
 
 class Recomputed(nn.Module):
+    """A layer of which only the input is kept: it is run again in the backward pass."""
+
     def __init__(self, block: nn.Module, stand_in: AsOnGpu) -> None:
         super().__init__()
         self.block, self.stand_in = block, stand_in
 
     def forward(self, x: Tensor, *args: Any) -> Any:
+        """Return what the layer returns."""
         real = x.device.type != "meta"
 
         def around() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -197,22 +221,27 @@ FUSED = "scaled_dot_product_attention"
 
 
 class AsOnGpu(TorchFunctionMode):
-    """What PyTorch would do on a GPU: attention in a fused kernel, which keeps queries, keys, values, output and one
-    number per query; with `bf16`, autocast, whose copies of weights are shared where `keep` is set. A meta tensor has
-    no numbers, so all experts are given equally many tokens."""
+    """A mode in which PyTorch computes as on a GPU.
+
+    Attention runs in a fused kernel, which keeps queries, keys, values, output and one number per query. `bf16` is
+    autocast, and `keep` says that a copy of a weight is made once and shared. A meta tensor has no numbers, so all
+    experts are given equally many tokens.
+    """
 
     def __init__(self, bf16: bool, keep: bool) -> None:
         super().__init__()
         self.bf16, self.keep = bf16, keep
         self.copied = 0  # bytes of copies of weights
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}  # id of a weight -> its copy
         self.pairs = 0  # of tokens and experts
 
     def forget(self) -> None:
+        """Drop the copies of weights, as autocast does where it ends."""
         self.kept.clear()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        name = getattr(function, "__name__", "")
+        kwargs = kwargs or {}
         if name == "bincount":
             self.pairs = args[0].numel()
             return args[0].new_empty(kwargs["minlength"])
@@ -226,12 +255,13 @@ class AsOnGpu(TorchFunctionMode):
         return fused(*args, **kwargs) if name == FUSED else function(*args, **kwargs)
 
     def narrow(self, x: Tensor) -> Tensor:
+        """Return `x` in bfloat16 where it is float32; the copy of a weight is made once where `keep` is set."""
         if x.dtype != torch.float32:
             return x
         if id(x) in self.kept:
             return self.kept[id(x)]
         copy = x.to(torch.bfloat16)
-        weight = x if x._base is None else x._base  # one expert's are a view
+        weight = x if x._base is None else x._base  # the weights of one expert are a view
         if isinstance(weight, nn.Parameter):
             self.copied += copy.nbytes
             if self.keep and weight is x:
@@ -240,6 +270,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def widen(x: Tensor) -> Tensor:
+    """Return `x` in float32 where it is bfloat16."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -252,6 +283,7 @@ def fused(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
+    """Return `scaled_dot_product_attention` of q [B N L H], k [B N S H] and v [B N S V], by a fused kernel."""
     bias = None if seen is None else torch.zeros_like(seen, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout, is_causal, scale=scale)[0]

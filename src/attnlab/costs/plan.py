@@ -1,4 +1,4 @@
-"""What a model will cost on GPUs that are not here, before anyone pays: memory, FLOPs, time, and decoding.
+"""The plan of a training run on GPUs that are not here: memory, FLOPs, time, and decoding.
 
 Memory and FLOPs of training are counted (`footprint`); what is assumed is said with the result.
 """
@@ -6,7 +6,7 @@ Memory and FLOPs of training are counted (`footprint`); what is assumed is said 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,18 +21,18 @@ from ..measure.gpus import Gpu
 from ..model import Decoder, attention_configs, cache_floats, flops_per_token
 from ..results import Record
 from ..training.optimizers import make_optimizers
-from .memory import META, Footprint, Part, footprint, on_meta
+from .memory import META, Footprint, footprint, on_meta
 from .sharding import find_sharding
 
 BF16 = 2  # bytes
-USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA, communication and what fragmentation wastes
-MFU = 0.4  # of the peak, where nothing is said
-MOST_GPUS = 2**16  # that are thought about
+USABLE = 0.9  # share of a GPU's memory; the rest goes to CUDA, communication and fragmentation
+MFU = 0.4  # share of the peak FLOPs that training reaches, where nothing is said
+MOST_GPUS = 2**16  # the most that a remedy proposes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a model is trained on, and how."""
+    """The GPUs that a model is trained on, and the strategy. Raises `UserError` for numbers that mean nothing."""
 
     gpu: Gpu
     gpus: int = 1
@@ -48,26 +48,29 @@ class Machine:
 
     @property
     def usable(self) -> int:
+        """Bytes of each GPU that tensors can take."""
         return round(USABLE * self.gpu.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Record):
-    """Bytes on the fullest GPU, of training. Each part is given at its largest; not all are so at once, and operations
-    need room on the way, so that the peak is not their sum."""
+    """Bytes on the fullest GPU, in training. Each part is given at its largest.
+
+    The peak is not their sum: not all are largest at once, and operations need memory for their own results.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     copies: int  # bfloat16 copies of weights
-    gathered: int  # whole weights of the layers at work, where weights are sharded
+    gathered: int  # whole weights of the layers that are computed, where weights are sharded; else 0
     activations: int
     peak: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding(Record):
-    """One model over all GPUs, split evenly, weights and cache in bfloat16. Sizes in bytes, times in seconds."""
+    """The costs of decoding: one model over all GPUs, split evenly, in bfloat16. Sizes in bytes, times in seconds."""
 
     context: int  # tokens held
     weights: int  # of the whole model
@@ -79,7 +82,7 @@ class Decoding(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Record):
-    """SI units: bytes, seconds, FLOPs of matrix products."""
+    """The costs of training and decoding, in SI units: bytes, seconds, FLOPs of matrix products."""
 
     name: str
     mechanism: str
@@ -94,12 +97,12 @@ class Plan(Record):
     usable: int  # bytes of each GPU
     memory: Memory
     fits: bool
-    remedy: str  # what would fit, where this does not
-    tokens: int
-    mfu: float
-    flops_per_token: float  # of training, what is computed twice included
-    flops: float
-    seconds: float | None  # None: what these GPUs reach in this precision is not known
+    remedy: str  # options with which training would fit; "": it fits, or nothing was found
+    tokens: int  # to train on
+    mfu: float  # share of the peak FLOPs that is assumed
+    flops_per_token: float  # of training, recomputation included
+    flops: float  # of all training
+    seconds: float | None  # of all training; None: the peak of these GPUs in this precision is not known
     decode: Decoding
 
 
@@ -112,8 +115,10 @@ def plan(
     context: int | None = None,
     advise: bool = True,
 ) -> Plan:
-    """`tokens` to train on; None: as many as the config says. `context`: held while decoding; None: the config's.
-    `advise`: look for what would fit, where this does not.
+    """Return what training and decoding cost on `machine`.
+
+    `tokens`: to train on (None: as many as the config says). `context`: tokens held while decoding (None: the
+    config's). `advise`: look for options with which training would fit, where it does not.
 
     Raises `UserError` for a model that does not fit together and for numbers that mean nothing.
     """
@@ -153,7 +158,7 @@ def plan(
 
 
 class Sizes:
-    """What is known of a model whatever it is trained on. Nothing is counted twice."""
+    """The sizes of a model, on whatever machine it is trained. Each step is counted once."""
 
     def __init__(self, config: RunConfig, device: torch.device = META) -> None:
         self.config, self.device = config, device
@@ -161,13 +166,14 @@ class Sizes:
         self.model = model = on_meta(config)
         self.parameters = model.parameter_count()
         self.weights = list(model.parameters())
-        self.learning = [p for p in self.weights if p.requires_grad]
-        self.layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.layers]
-        self.taught = [sum(p.nbytes for p in layer.parameters() if p.requires_grad) for layer in model.layers]
+        self.trained = [p for p in self.weights if p.requires_grad]
+        self.layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.layers]  # bytes of weights
+        self.gradients = [sum(p.nbytes for p in layer.parameters() if p.requires_grad) for layer in model.layers]
         self.states, self.working = optimizer_states(config, model)
         self.steps: dict[tuple[int, bool, bool], Footprint] = {}
 
     def step(self, batch: int, recompute: bool, accumulated: bool) -> Footprint:
+        """Return the memory of a step on `batch` sequences, as `footprint` counts it."""
         case = batch, recompute, accumulated
         if case not in self.steps:
             how: dict[str, Any] = {"precision": self.precision, "device": self.device}
@@ -175,38 +181,49 @@ class Sizes:
         return self.steps[case]
 
     def rows(self, machine: Machine) -> int:
-        """Sequences of a step on each GPU."""
+        """Return the sequences of a step on each GPU."""
         return -(-self.config.train.batch_size * self.config.train.accumulate // machine.gpus)
 
     def batch(self, machine: Machine) -> int:
-        """Those of them that it takes at a time."""
+        """Return the sequences that each GPU takes at a time."""
         return machine.batch or min(self.config.train.batch_size, self.rows(machine))
 
     def training_flops(self, machine: Machine) -> float:
-        """Per token, counted: what kernels compute again for their backward passes is in it."""
+        """Return FLOPs per token, counted, with those that kernels compute again for their backward passes."""
         batch = self.batch(machine)
         return self.step(batch, machine.recompute, False).flops / (batch * self.config.model.context)
 
     def memory(self, machine: Machine) -> Memory:
-        """Of a training step, once the optimizer has its state."""
-        how, gpus = find_sharding(machine.strategy), machine.gpus
-        shards = how.sharded if gpus > 1 else frozenset()
-        alone = "gradients" not in shards
-        stay = self.rows(machine) > self.batch(machine) or (
-            how.buckets and gpus > 1
-        )  # gradients, through a forward pass
-        step = self.step(self.batch(machine), machine.recompute, stay and alone)
+        """Return the memory of a training step, once the optimizer has its state."""
+        sharding = find_sharding(machine.strategy)
+        gpus = machine.gpus
+        sharded = sharding.sharded if gpus > 1 else frozenset()
 
-        def kept(what: str, tensors: list[Tensor]) -> int:
-            return largest_share(tensors, gpus if what in shards else 1, how.by_rows)
+        def share(what: str, tensors: Iterable[Tensor]) -> int:
+            return largest_share(tensors, gpus if what in sharded else 1, sharding.by_rows)
 
-        weights, optimizer = kept("weights", [*self.weights]), kept("optimizer", self.states)
-        gradients = sum(p.nbytes for p in self.learning) if alone else kept("gradients", [*self.learning])
-        ends = sum(p.nbytes for p in self.weights) - sum(self.layers)
-        gathered = ends + sum(sorted(self.layers)[-2:]) if "weights" in shards else 0  # one layer, and the next to come
-        there = weights + optimizer + gathered + stay * gradients
-        buffers = [0 if alone else size for size in self.taught]
-        gone = [size if stay else size - size // gpus for size in buffers]
+        weights = share("weights", self.weights)
+        optimizer = share("optimizer", self.states)
+        gradients = share("gradients", self.trained)
+        gathered = self.gathered() if "weights" in sharded else 0
+
+        accumulates = self.rows(machine) > self.batch(machine)
+        in_buckets = sharding.buckets and gpus > 1
+        gradients_stay = accumulates or in_buckets  # in memory while a forward pass runs
+        if "gradients" in sharded:
+            step = self.step(self.batch(machine), machine.recompute, accumulated=False)
+            buffers = self.gradients  # each layer's are whole until they are spread over the GPUs
+        else:
+            step = self.step(self.batch(machine), machine.recompute, accumulated=gradients_stay)
+            buffers = [0] * len(self.gradients)
+        before = weights + optimizer + gathered
+        if gradients_stay:
+            before += gradients
+            freed = buffers  # the GPU's own shard has its memory already
+        else:
+            freed = [size - size // gpus for size in buffers]
+        in_passes = before + walk(step, buffers, freed)
+        in_optimizer = weights + optimizer + gradients + self.working
         return Memory(
             weights=weights,
             gradients=gradients,
@@ -214,12 +231,20 @@ class Sizes:
             copies=step.copies,
             gathered=gathered,
             activations=step.activations,
-            peak=max(there + walk(step, buffers, gone), weights + optimizer + gradients + self.working),
+            peak=max(in_passes, in_optimizer),
         )
 
+    def gathered(self) -> int:
+        """Return the bytes of whole weights that sharded ones are gathered into: one layer, the next, and the ends."""
+        ends = sum(p.nbytes for p in self.weights) - sum(self.layers)
+        return ends + sum(sorted(self.layers)[-2:])
+
     def decoding(self, machine: Machine, context: int | None = None) -> Decoding:
-        """A roofline: a step reads the weights that its tokens meet and every sequence's cache, or it computes,
-        whichever takes longer."""
+        """Return the costs of decoding with `context` tokens held (None: the config's), by a roofline.
+
+        A step takes the time of its reading or of its FLOPs, whichever is longer. It reads the weights that its tokens
+        use, and every sequence's cache. Raises `UserError` for a context that the model cannot have.
+        """
         model, gpu = self.config.model, machine.gpu
         context = model.context if context is None else context
         if context < 1 or (model.positions == "learned" and context > model.context):
@@ -227,17 +252,21 @@ class Sizes:
             raise UserError(f"the context to decode at is {context}: give 1 or more{most}")
         weights, cache = BF16 * self.parameters, BF16 * cache_floats(model, context)
         room = machine.gpus * machine.usable - weights
-        most_sequences = (None if room >= 0 else 0) if not cache else max(room, 0) // cache
+        most_sequences: int | None
+        if cache:
+            most_sequences = max(room, 0) // cache
+        else:
+            most_sequences = None if room >= 0 else 0
         looked_up = [self.model.place.weight.numel()] if self.model.place is not None else []
         looked_up += [] if model.tied else [self.model.embed.weight.numel()]
         experts = BF16 * sum(e.into.numel() + e.out.numel() for e in self.model.modules() if isinstance(e, Experts))
         always = weights - experts - BF16 * sum(looked_up)
-        passed_by = 1 - model.experts_per_token / model.n_experts  # the chance that a token leaves an expert alone
+        unused = 1 - model.experts_per_token / model.n_experts  # the chance that a token does not use an expert
         read = BF16 * sum(layer.cache_spec.read(context) for layer in attention_configs(model))
         flops = flops_per_token(model, context, 1)
 
         def seconds(batch: int) -> float:
-            reading = always + experts * (1 - passed_by**batch) + batch * read
+            reading = always + experts * (1 - unused**batch) + batch * read
             return max(reading / gpu.bandwidth, batch * flops / gpu.flops) / machine.gpus
 
         return Decoding(
@@ -250,30 +279,25 @@ class Sizes:
         )
 
 
-def walk(step: Footprint, buffers: list[int], gone: list[int]) -> int:
-    """The most that a pass there and back has in use, in bytes, above what was there before.
+def walk(step: Footprint, buffers: Sequence[int], freed: Sequence[int]) -> int:
+    """Return the most bytes that a forward and a backward pass have in use, above those that were in use before.
 
-    `buffers`, `gone`: what the gradients of each layer need while they are spread over the GPUs, and what of them is
-    then no longer here.
+    `buffers`: by layer, the bytes of the whole gradients while they are spread over the GPUs. `freed`: by layer, the
+    bytes of them that are freed afterwards.
     """
+    parts = [(layer.forward, 0, 0) for layer in (step.embed, *step.layers, step.head)]
+    layers = [*zip(step.layers, buffers, freed, strict=True)]
+    parts += [(layer.backward, buffer, away) for layer, buffer, away in reversed(layers)]
+    parts.append((step.embed.backward, 0, 0))
     now = peak = 0
-
-    def go(part: Part, buffer: int = 0, away: int = 0) -> None:
-        nonlocal now, peak
+    for part, buffer, away in parts:
         peak = max(peak, now + part.rise + buffer)
         now += part.change - away
-
-    for layer in (step.embed, *step.layers):
-        go(layer.forward)
-    go(step.head.forward)
-    for layer, buffer, away in reversed([*zip(step.layers, buffers, gone, strict=True)]):
-        go(layer.backward, buffer, away)
-    go(step.embed.backward)
     return peak
 
 
 def largest_share(tensors: Iterable[Tensor], gpus: int, by_rows: bool) -> int:
-    """Bytes of the largest of equal parts. What is a single number everybody has."""
+    """Return the bytes of the largest of equal parts, one for each GPU. Single numbers are on every GPU."""
     tensors = list(tensors)
     numbers = sum(t.nbytes for t in tensors if not t.ndim)
     rest = [t for t in tensors if t.numel() and t.ndim]
@@ -283,22 +307,23 @@ def largest_share(tensors: Iterable[Tensor], gpus: int, by_rows: bool) -> int:
 
 
 def optimizer_states(config: RunConfig, model: Decoder) -> tuple[list[Tensor], int]:
-    """What the optimizers keep between steps, and the bytes that they need besides while they step."""
+    """Return the tensors that the optimizers keep between steps, and the bytes that they need besides in a step."""
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    optimizers = make_optimizers(config.train, model).values()
+    found: list[Tensor] = []
     working = 0
-    for optimizer in optimizers:
+    for optimizer in make_optimizers(config.train, model).values():
         optimizer.step()
-        if "fused" not in optimizer.defaults:  # one that can be fused is, where it counts, and then needs nothing
+        if "fused" not in optimizer.defaults:  # a fused one needs no memory of its own on a GPU
             working = max(working, peak_growth(optimizer.step, META))
+        for state in optimizer.state.values():
+            found += [value for value in state.values() if isinstance(value, Tensor)]
     model.zero_grad()
-    found = [s for optimizer in optimizers for state in optimizer.state.values() for s in state.values()]
-    return [s for s in found if isinstance(s, Tensor)], working
+    return found, working
 
 
 def remedy(sizes: Sizes, machine: Machine) -> str:
-    """The options of the first of the `easier` that fits."""
+    """Return the options of the first of the `easier` machines that fits; "" where none does."""
     for other in easier(machine, sizes.config.train.batch_size):
         if sizes.memory(other).peak <= other.usable:
             return " ".join(
@@ -315,7 +340,10 @@ def remedy(sizes: Sizes, machine: Machine) -> str:
 
 
 def easier(machine: Machine, batch: int) -> Iterator[Machine]:
-    """What takes less memory, the least costly first: sharding, computing twice, smaller batches, more GPUs."""
+    """Yield machines on which training needs less memory, the least costly change first.
+
+    The changes add up: sharding, recomputation, smaller batches, more GPUs.
+    """
     batch = machine.batch or batch
     if machine.gpus > 1:
         yield (machine := replace(machine, strategy="fsdp"))

@@ -1,4 +1,4 @@
-"""What is measured: a training step, a prefill, decoding; each knows how to prepare, run and check itself."""
+"""The subjects of a benchmark: a training step, a prefill, decoding. Each prepares, runs and checks itself."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What is to be measured."""
+    """A mechanism in a mode, at a context, to be measured."""
 
     kind: Kind
     label: str
     mode: str
     config: RunConfig
-    batch: int | None
+    batch: int | None  # sequences; None: the preset's for training, else 1
     steps: int  # decode: calls in a repeat
     queries: int  # decode: new tokens in a call
 
@@ -41,6 +41,7 @@ class Case:
         return " ".join(filter(None, (self.label, self.mode, f"at {self.config.model.context}")))
 
     def subject(self, corpus: data.Corpus | None) -> Subject:
+        """Return the case ready to be measured; `corpus` is for training alone."""
         if self.kind == "train":
             assert corpus is not None
             return Training(self, corpus)
@@ -58,22 +59,24 @@ class Subject(Protocol):
     model: Decoder
 
     def check(self) -> str:
-        """What is wrong with its outputs; "" where nothing is."""
+        """Return what is wrong with its outputs; "" where nothing is."""
 
     def timed(self) -> float:
-        """Seconds of one repeat, preparation left out."""
+        """Return the seconds of one repeat, without its preparation."""
 
     def prepare(self) -> Callable[[], object]:
-        """Gets one call ready, as uncompiled code, and returns it, to have its FLOPs and memory counted."""
+        """Prepare one call and return it, uncompiled, to have its FLOPs and memory counted."""
 
     def resident(self) -> int:
-        """Bytes of the tensors that stay between calls."""
+        """Return the bytes of the tensors that stay between calls."""
 
     def cache_bytes(self) -> int | None:
-        """Live, of the whole batch, after the last repeat; None where there is no cache."""
+        """Return the live bytes of the cache, all sequences, after the last repeat; None where there is none."""
 
 
 class Training:
+    """A training step."""
+
     def __init__(self, case: Case, corpus: data.Corpus) -> None:
         config = case.config
         vocabulary = max(config.model.vocab_size, corpus.vocab_size)
@@ -94,7 +97,7 @@ class Training:
         self.step = 0
 
     def check(self) -> str:
-        """The loss, against float64 by the reference kernel, and that all gradients are finite."""
+        """Compare the loss with that in float64 by the reference kernel, and check that all gradients are finite."""
         few = self.trainer.batch(0)[0].rows(0, 2).to(self.device)
         self.model.eval()
         with torch.no_grad():
@@ -111,6 +114,7 @@ class Training:
         return f"the gradient of {broken[0]} is not finite" if broken else ""
 
     def timed(self) -> float:
+        """Return the seconds of one step."""
         wait_for(self.device)
         began = time.perf_counter()
         done = train_step(self.trainer, self.step)
@@ -122,6 +126,8 @@ class Training:
         return took
 
     def prepare(self) -> Callable[[], object]:
+        """Return a step, uncompiled."""
+
         def uncompiled() -> None:
             with torch.compiler.set_stance("force_eager"):
                 train_step(self.trainer, self.step)
@@ -129,11 +135,13 @@ class Training:
         return uncompiled
 
     def resident(self) -> int:
+        """Return the bytes of weights, buffers and optimizer states."""
         states = [s for o in self.trainer.strategy.optimizers.values() for s in o.state.values()]
         moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return tensor_bytes([*self.model.parameters(), *self.model.buffers(), *moments])
 
     def cache_bytes(self) -> int | None:
+        """Return None: training has no cache."""
         return None
 
 
@@ -154,11 +162,12 @@ class Inference:
 
     @torch.inference_mode()
     def check(self) -> str:
-        """The whole text at once, and in chunks and steps through a cache, against float64 by the reference kernel."""
+        """Compare logits, at once and through a cache, with those in float64 by the reference kernel."""
         text = self.text[:, :CHECKED]
         length = text.shape[1]
         exact = reference_twin(self.model)(text)[0]
-        cache, parts = self.model.empty_cache(*text.shape), []
+        cache = self.model.empty_cache(*text.shape)
+        parts = []
         for part in text.split([length - length // 2, length // 2 - length // 4, *[1] * (length // 4)], 1):
             logits, kept = self.model(part, cache=cache)
             parts.append(logits)
@@ -172,20 +181,25 @@ class Inference:
         return ""
 
     def resident(self) -> int:
+        """Return the bytes of weights, buffers and cache."""
         weights = tensor_bytes([*self.model.parameters(), *self.model.buffers()])
         return weights + sum(cache.allocated_bytes() for cache in self.after)
 
     def cache_bytes(self) -> int | None:
+        """Return the live bytes of the cache after the last repeat."""
         return sum(cache.nbytes() for cache in self.after)
 
 
 class Prefilling(Inference):
+    """Reading prompts into an empty cache."""
+
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.calls, self.tokens = 1, self.batch * self.context
 
     @torch.inference_mode()
     def timed(self) -> float:
+        """Return the seconds of reading the prompts once."""
         call = self.prepare()
         wait_for(self.device)
         began = time.perf_counter()
@@ -194,13 +208,14 @@ class Prefilling(Inference):
         return time.perf_counter() - began
 
     def prepare(self) -> Callable[[], list[Cache]]:
+        """Return the reading of the prompts."""
         with torch.inference_mode():
             cache = self.model.empty_cache(self.batch, self.context)
         return torch.inference_mode()(lambda: prefill(self.model, self.text, cache)[1])
 
 
 class Decoding(Inference):
-    """Each repeat reads the same `queries` times `calls` last tokens of the context; before, the others are held."""
+    """Decoding. Each repeat reads the last `queries` x `calls` tokens of the context; the others are held before."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -210,7 +225,7 @@ class Decoding(Inference):
         self.held: list[Cache] = []
 
     def fill(self) -> list[Cache]:
-        """By reading text, so that every kind of memory is as text leaves it; forked, to be begun from again."""
+        """Return a fork of the cache that reading the first tokens leaves, so that each repeat begins from the same."""
         if not self.held:
             self.held = self.model.empty_cache(self.batch, self.context)
             for part in self.text[:, : self.context - self.calls * self.queries].split(CHUNK, 1):
@@ -218,12 +233,14 @@ class Decoding(Inference):
         return [cache.fork() for cache in self.held]
 
     def read(self, tokens: Tensor, cache: list[Cache]) -> list[Cache]:
+        """Return the cache after one call on tokens [B queries]."""
         if self.queries == 1:
             return step(self.model, tokens[:, 0], cache)[1]
         return prefill(self.model, tokens, cache)[1]
 
     @torch.inference_mode()
     def timed(self) -> float:
+        """Return the seconds of all calls of a repeat."""
         cache = self.fill()
         wait_for(self.device)
         began = time.perf_counter()
@@ -235,7 +252,7 @@ class Decoding(Inference):
         return seconds
 
     def prepare(self) -> Callable[[], object]:
-        """The last call of a repeat: all tokens are held but those it reads."""
+        """Return the last call of a repeat: all tokens are held but those that it reads."""
         with torch.inference_mode():
             cache = self.fill()
             for tokens in self.new[:-1]:
@@ -244,7 +261,7 @@ class Decoding(Inference):
 
 
 def reference_twin(model: Decoder) -> Decoder:
-    """The same weights in float64, through the reference kernel."""
+    """Return a model with the same weights in float64, through the reference kernel."""
     config = model.config
     options = {name: {**fields, "impl": "reference"} for name, fields in config.options.items()}
     twin = Decoder(replace(config, impl="reference", options=options))
@@ -253,7 +270,7 @@ def reference_twin(model: Decoder) -> Decoder:
 
 
 def _inference_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of weights and cache. "auto" is float32 on a CPU, as `sample` runs there."""
+    """The dtype of weights and cache. "auto" is float32 on a CPU, as in `attnlab sample`."""
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else find_precision(precision, device)
     return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 
 from ..errors import UserError, choose
 from ..files import checksum, read_json
+from ..results import Tell
 from . import nanogpt
 from .tokenizer import Tokenizer, tokenizer
 from .tokens import Tokens
@@ -32,8 +33,6 @@ FORMAT = 1
 SPLITS = ("train", "val", "test")
 UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
 CHUNK = 1 << 20
-
-Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
 
 
 def file_name(split: str, number: int, layout: str) -> str:
@@ -105,7 +104,7 @@ class Prepared:
         sums = [shard["sha256"] for shard in [*split["shards"], split["index"]]]
         return Tokens(parts, lambda: self._documents(split), hashlib.sha256(" ".join(sums).encode()).hexdigest())
 
-    def verify(self, progress: Progress = lambda what, done, of: None) -> None:
+    def verify(self, progress: Tell = lambda what, done, of: None) -> None:
         """Read every byte. UserError names the file whose checksum the manifest does not have."""
         files = [
             file for split in self.manifest["splits"].values() for file in [*split["shards"], split.get("index", {})]

@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity of held-out text, and exams on synthetic tasks."""
+"""Evaluation of trained models: perplexity of held-out text, and exams on synthetic tasks."""

@@ -1,4 +1,4 @@
-"""What a run on a synthetic task has learnt: accuracy by length, against the bytes of its cache, and by depth."""
+"""Exams of runs on synthetic tasks: accuracy by length, with the bytes of the cache, and by depth."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from ..model import cache_floats
 from ..results import TaskResult
 from ..runs.folder import RunFolder, load_model
 
-SEQUENCES = 512  # held out, of each length
-DEPTHS = 8  # parts of the haystack
+SEQUENCES = 512  # held-out sequences of each length
+DEPTHS = 8  # parts of the haystack, by depth
 
 
 def examine(folder: str | Path) -> TaskResult:
-    """Put held-out sequences to the newest checkpoint of a run folder: of a quarter, half, all, twice and four times
-    the context it was trained with, as far as the task has symbols and the model has positions."""
+    """Return what the newest checkpoint of a run folder answers to held-out sequences.
+
+    Their lengths are a quarter, half, all, twice and four times the context of the run, as far as the task has symbols
+    and the model has positions. Raises `UserError` for a run that was not trained on a task.
+    """
     run = RunFolder.open(folder)
-    config, task = run.config, task_of(run.config.data)
+    config = run.config
+    task = task_of(config.data)
     if task is None:
         raise UserError(f"{folder} was trained on {config.data.source!r}, which is no task; attnlab eval measures text")
     device = find_device(config.train.device)
@@ -36,7 +40,8 @@ def examine(folder: str | Path) -> TaskResult:
         for length in lengths(task, config.model)
     }
     size = model.embed.weight.element_size()
-    trained, known = found[config.model.context], run.result()
+    trained = found[config.model.context]
+    known = run.result()
     return TaskResult(
         task=task.name,
         mechanism=config.mechanism,
@@ -64,13 +69,14 @@ def examine(folder: str | Path) -> TaskResult:
 
 
 def lengths(task: Task, model: ModelConfig) -> list[int]:
+    """Return the lengths (tokens) at which a model is examined."""
     longest = model.context if model.positions == "learned" else 4 * model.context
     asked = (model.context // 4, model.context // 2, model.context, 2 * model.context, 4 * model.context)
     return [n for n in asked if n <= min(longest, task.longest or longest)]
 
 
 def by_depth(found: Score) -> Iterator[tuple[float, float]]:
-    """The middle of each part of the haystack, and the accuracy of the answers that lie in it."""
+    """Yield the middle of each part of the haystack, from 0 to 1, and the accuracy of the answers that lie in it."""
     if found.depth is None:
         return
     part = np.minimum((found.depth * DEPTHS).astype(int), DEPTHS - 1)
@@ -81,13 +87,14 @@ def by_depth(found: Score) -> Iterator[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model gets right on held-out sequences of one length."""
+    """The right answers of a model to held-out sequences of one length."""
 
     right: np.ndarray  # bool [sequences questions]: every sequence of one length asks equally many
-    depth: np.ndarray | None  # the same shape, where the task has one
+    depth: np.ndarray | None  # of each answer, from 0 to 1, in the same shape; None: the task has no depth
 
     @property
     def accuracy(self) -> float:
+        """The share of right answers."""
         return float(self.right.mean())
 
     @property
@@ -98,7 +105,7 @@ class Score:
 
 @torch.inference_mode()
 def score(logits: Callable[[Tensor], Tensor], task: Task, length: int, count: int, batch: int = 64) -> Score:
-    """Put `count` held-out sequences to a model: `logits` is from token ids [B T] to [B T V]."""
+    """Return the answers of a model to `count` held-out sequences; `logits` takes token ids [B T] to [B T V]."""
     tokens, targets = task.held_out(count, length)
     answers = torch.cat([logits(x).argmax(-1) for x in torch.from_numpy(tokens).split(batch)]).numpy()
     right = (answers == targets)[targets >= 0].reshape(count, -1)

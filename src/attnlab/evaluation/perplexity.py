@@ -1,22 +1,22 @@
-"""How well a model predicts documents it was not trained on: each real token once, the same number however batched.
+"""Perplexity of documents that a model was not trained on: each real token counts once, however it is batched.
 
-A document is predicted in windows of at most C tokens. The first predicts whatever follows its tokens; each later one
-ends S tokens (the stride) further on and predicts those S, having seen at least C - S tokens before each; the last
-reaches back so that it too is full. S = C reads every token once; a smaller stride costs C / S times as much and shows
-more of the past to each token. lm_eval rolls like this with S = C, and the strided perplexity of transformers' guide is
-S < C with one token more of `max_length`, but that its last window may be short.
+A document is predicted in windows of at most C tokens. The first window predicts the token after each of its tokens.
+Each later one ends S tokens (the stride) further on and predicts those S, with at least C - S tokens before each. The
+last one begins earlier, so that it too is full. S = C reads every token once. A smaller stride costs C / S times as
+much and shows more of the past to each token. lm_eval rolls like this with S = C. The strided perplexity of
+transformers' guide is S < C with one token more of `max_length`, but its last window may be short.
 
-Where the tokenizer has an end-of-document token, that stands before the first token, which is then predicted too; so
-does the token with which a pretrained model's documents begin, where it has one of its own. Neither is ever predicted:
-they are not text, and models without one must compare.
+Where the tokenizer has an end-of-document token, it stands before the first token, which is then predicted too. So does
+the token with which a pretrained model's documents begin, where it has one of its own. Neither is ever predicted: they
+are not text, and models without one must be comparable.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,22 +36,21 @@ from ..data.tokenizer import Tokenizer
 from ..data.tokens import Tokens
 from ..device import find_device
 from ..errors import UserError, choose
+from ..inference.generate import evaluating
 from ..model import Decoder
-from ..results import EvalResult
+from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
+from .overlap import seen_share
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
 PIECE = 1 << 16  # tokens decoded at once
-LOGITS = 1 << 24  # held at once: a long context times a large vocabulary would not fit
-PASSAGE, PASSAGES = 64, 16  # tokens, and how many such passages are looked for in the training part
-CHUNK, SEARCHED = 1 << 22, 1 << 26  # tokens searched at once; a training part beyond which nothing is looked for
+LOGITS = 1 << 24  # numbers held at once: a long context times a large vocabulary would not fit
 
-Progress = Callable[[str, int, int], None]
 Ids = Sequence[int] | np.ndarray
 
 
 class Window(NamedTuple):
-    """Inputs `start` to `stop` of a document, and how many of their targets count: the last ones."""
+    """The inputs `start` to `stop` of a document, and the number of targets that count: the last ones."""
 
     document: int
     start: int
@@ -60,7 +59,7 @@ class Window(NamedTuple):
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, scored) of the windows in which `length` tokens in a row are each predicted once."""
+    """Yield (start, stop, scored) of the windows in which `length` tokens in a row are each predicted once."""
     done = 0
     while done < length:
         stop = min(done + (stride if done else context), length)
@@ -68,49 +67,54 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         done = stop
 
 
-class Documents:
+class ScoredDocuments:
     """Documents as they are predicted: a token in front, where there is one, and none that only ends them."""
 
     def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: int | None = None) -> None:
         self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
-        self.front, self.starts = front, tokens.documents
+        self.front = front
+        self.starts = tokens.documents
         stops = np.append(tokens.documents[1:], len(tokens))
         if end is not None and len(tokens):
             stops = stops - (tokens.gather(np.maximum(stops - 1, 0), 1)[:, 0].numpy() == end)
         self.lengths = np.maximum(stops - self.starts - (front is None), 0)  # tokens to predict
 
     def inputs(self, document: int, start: int, stop: int) -> Tensor:
-        """Tokens `start` to `stop` of a document, counted from the one in front."""
-        at, extra = int(self.starts[document]), self.front is not None
-        read = self.tokens.read(at + max(start - extra, 0), at + stop - extra)
-        return torch.cat([torch.tensor([self.front]), read]) if extra and not start else read
+        """Return tokens `start` to `stop` of a document, counted from the one in front."""
+        at = int(self.starts[document])
+        if self.front is None:
+            return self.tokens.read(at + start, at + stop)
+        read = self.tokens.read(at + max(start - 1, 0), at + stop - 1)
+        return read if start else torch.cat([torch.tensor([self.front]), read])
 
     def windows(self, context: int, stride: int) -> Iterator[Window]:
+        """Yield the windows of all documents."""
         for document, length in enumerate(self.lengths.tolist()):
             for window in windows(length, context, stride):
                 yield Window(document, *window)
 
     def bytes(self, tokenizer: Tokenizer) -> int:
-        """UTF-8 bytes of the text of all tokens that are predicted."""
-        first = self.starts + (self.front is None)
+        """Return the UTF-8 bytes of the text of all tokens that are predicted."""
+        first = self.starts + 1 if self.front is None else self.starts
         return sum(map(partial(text_bytes, tokenizer, self.tokens), first.tolist(), (first + self.lengths).tolist()))
 
 
 def joined(documents: Iterable[Ids]) -> Tokens:
-    """Token lists as one row. Empty ones have nothing to predict, and are left out."""
+    """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
     full = [np.asarray(ids) for ids in documents if len(ids)]
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 
 def text_bytes(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> int:
-    """UTF-8 bytes of the text of these tokens, read in pieces that do not cut a character in two."""
+    """Return the UTF-8 bytes of the text of these tokens, read in pieces that do not cut a character in two."""
     total = 0
     while start < stop:
         for end in range(min(start + PIECE, stop), min(start + PIECE + 3, stop) + 1):  # a character is 4 bytes at most
             text = tokenizer.decode(tokens.read(start, end).tolist())
             if not text.endswith("\ufffd"):
                 break
-        total, start = total + len(text.encode("utf-8", "surrogatepass")), end
+        total += len(text.encode("utf-8", "surrogatepass"))
+        start = end
     return total
 
 
@@ -124,9 +128,9 @@ def evaluate(
     batch_size: int = 8,
     tokenizer: Tokenizer | None = None,
     front: int | None = None,
-    progress: Progress | None = None,
+    progress: Tell = lambda what, done, of: None,
 ) -> EvalResult:
-    """Predict every token of `documents` (token lists, or a row of tokens that knows where documents begin).
+    """Return how well `model` predicts `documents`: token lists, or a row of tokens that knows where documents begin.
 
     `context` is the longest window (None: the model's), `stride` how far one ends from the next (None: the context).
     `tokenizer` names the end-of-document token and counts bytes; without it there is none, and `bits_per_byte` is None.
@@ -138,49 +142,57 @@ def evaluate(
     """
     context, stride = fitting(model, context, stride, batch_size)
     end = None if tokenizer is None else tokenizer.end
-    pages = Documents(documents, end, end if front is None else front)
-    total = int(pages.lengths.sum())
+    scored = ScoredDocuments(documents, end, end if front is None else front)
+    total = int(scored.lengths.sum())
     if not total:
         raise UserError("there is no token to predict: give text of at least two tokens")
-    by_document = np.zeros(len(pages.lengths))
-    by_seen = np.zeros((2, context))  # losses, and how many, of tokens that had 1, 2, ... tokens before them
-    done, began, training = 0, time.perf_counter(), model.training
-    model.eval()
-    try:
-        for part in batches(pages.windows(context, stride), batch_size):
-            tokens, positions, targets = padded(pages, part, model)
-            rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
-            losses = token_losses(model, tokens, targets, positions).numpy()
-            np.add.at(by_document, np.array([window.document for window in part])[rows], losses)
-            np.add.at(by_seen[0], columns, losses)
-            np.add.at(by_seen[1], columns, 1)
-            done += len(losses)
-            if progress is not None:
-                progress("tokens predicted", done, total)
-    finally:
-        model.train(training)
+    began = time.perf_counter()
+    sums = LossSums(len(scored.lengths), context)
+    with evaluating(model):
+        for part in batches(scored.windows(context, stride), batch_size):
+            sums.add(model, scored, part)
+            progress("tokens predicted", sums.tokens, total)
     seconds = time.perf_counter() - began
-    assert done == total
-    loss = float(by_document.sum() / total)
-    size = None if tokenizer is None else pages.bytes(tokenizer)
+    assert sums.tokens == total
+    loss = float(sums.by_document.sum() / total)
+    size = None if tokenizer is None else scored.bytes(tokenizer)
     return EvalResult(
         context=context,
         stride=stride,
         tokens=total,
-        documents=int((pages.lengths > 0).sum()),
+        documents=int((scored.lengths > 0).sum()),
         bytes=size,
         loss=loss,
-        stderr=ratio_error(by_document, pages.lengths),
+        stderr=ratio_error(sums.by_document, scored.lengths),
         perplexity=math.exp(min(loss, 700.0)),  # beyond, it is no longer a float
         bits_per_byte=loss * total / math.log(2) / size if size else None,
-        by_position=binned(*by_seen),
+        by_position=binned(*sums.by_seen),
         seconds=seconds,
         tokens_per_s=total / seconds,
     )
 
 
+class LossSums:
+    """The sums of losses (nats) over the tokens that were predicted so far."""
+
+    def __init__(self, documents: int, context: int) -> None:
+        self.tokens = 0
+        self.by_document = np.zeros(documents)
+        self.by_seen = np.zeros((2, context))  # losses, and how many, of tokens that had 1, 2, ... tokens before them
+
+    def add(self, model: Decoder, documents: ScoredDocuments, part: Sequence[Window]) -> None:
+        """Predict the tokens of a batch of windows, and add their losses."""
+        tokens, positions, targets = padded(documents, part, model)
+        rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
+        losses = token_losses(model, tokens, targets, positions).numpy()
+        np.add.at(self.by_document, np.array([window.document for window in part])[rows], losses)
+        np.add.at(self.by_seen[0], columns, losses)
+        np.add.at(self.by_seen[1], columns, 1)
+        self.tokens += len(losses)
+
+
 def fitting(model: Decoder, context: int | None, stride: int | None, batch_size: int) -> tuple[int, int]:
-    """Context and stride, where the model can have them."""
+    """Return context and stride. Raises `UserError` where the model cannot have them, and for a bad batch size."""
     trained = model.config.context
     context = trained if context is None else context
     stride = context if stride is None else stride
@@ -195,21 +207,25 @@ def fitting(model: Decoder, context: int | None, stride: int | None, batch_size:
 
 
 def batches(found: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    """Windows in batches of similar length."""
+    """Yield windows in batches of similar length."""
     found = iter(found)
     while shelf := list(islice(found, SHELF)):
         shelf.sort(key=lambda window: window.stop - window.start, reverse=True)
         yield from (shelf[i : i + size] for i in range(0, len(shelf), size))
 
 
-def padded(pages: Documents, part: Sequence[Window], model: Decoder) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(tokens, positions, targets), int64 [B L]: padding on the right, at position -1; a target of -1 does not count.
-    No positions where nothing is padded."""
+def padded(documents: ScoredDocuments, part: Sequence[Window], model: Decoder) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return tokens, positions and targets, int64 [B L]: padding is on the right, at position -1.
+
+    A target of -1 does not count. There are no positions where nothing is padded. Raises `UserError` for a token that
+    the model's vocabulary lacks.
+    """
     lengths = torch.tensor([window.stop - window.start for window in part])
     width = int(lengths.max())
-    tokens, targets = torch.zeros(len(part), width, dtype=torch.long), torch.full((len(part), width), -1)
+    tokens = torch.zeros(len(part), width, dtype=torch.long)
+    targets = torch.full((len(part), width), -1)
     for row, (document, start, stop, scored) in enumerate(part):
-        ids = pages.inputs(document, start, stop + 1)
+        ids = documents.inputs(document, start, stop + 1)
         tokens[row, : len(ids) - 1] = ids[:-1]
         targets[row, stop - start - scored : stop - start] = ids[-scored:]
     vocabulary = model.config.vocab_size
@@ -221,13 +237,15 @@ def padded(pages: Documents, part: Sequence[Window], model: Decoder) -> tuple[Te
 
 
 def token_losses(model: Decoder, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-    """-log p of every target that counts (not -1), in nats, row by row: float64 on the CPU."""
+    """Return -log p of every target that counts (not -1), in nats, row by row: float64 on the CPU."""
     device = model.embed.weight.device
     x, _ = model.hidden(tokens.to(device), None if positions is None else positions.to(device))
     counts = targets >= 0
-    x, wanted = x[counts.to(device)], targets[counts].to(device)
+    x = x[counts.to(device)]
+    wanted = targets[counts].to(device)
+    rows = max(1, LOGITS // model.config.vocab_size)
     losses = []
-    for part, ids in zip(*(t.split(max(1, LOGITS // model.config.vocab_size)) for t in (x, wanted)), strict=True):
+    for part, ids in zip(x.split(rows), wanted.split(rows), strict=True):
         logits = model.head(part)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses.append(F.cross_entropy(exact, ids, reduction="none").double().cpu())
@@ -235,8 +253,11 @@ def token_losses(model: Decoder, tokens: Tensor, targets: Tensor, positions: Ten
 
 
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of sum(sums) / sum(counts) over documents, which are drawn whole: neighbouring tokens are not
-    independent (the ratio estimator; Cochran 1977, section 6.3). None for fewer than two documents."""
+    """Return the standard error of sum(sums) / sum(counts) over documents; None for fewer than two documents.
+
+    Documents are drawn whole, as neighbouring tokens are not independent: this is the ratio estimator (Cochran 1977,
+    section 6.3).
+    """
     number = int((counts > 0).sum())
     if number < 2:
         return None
@@ -245,8 +266,9 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
-    """[first, last, tokens, loss] by how many tokens the model saw before the one it predicts: 1, 2, 3-4, 5-8, ..."""
-    bins, first = [], 0
+    """Return [first, last, tokens, loss] by the number of tokens before the one predicted: 1, 2, 3-4, 5-8, ..."""
+    bins = []
+    first = 0
     while first < len(losses):
         last = min(max(2 * first, 1), len(losses))
         if count := counts[first:last].sum():
@@ -255,23 +277,31 @@ def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
     return bins
 
 
+@dataclass(frozen=True)
+class Rolling:
+    """The windows in which documents are predicted."""
+
+    context: int | None = None  # tokens of the longest window; None: the model's
+    stride: int | None = None  # tokens from the end of a window to the end of the next; None: the context
+    batch_size: int = 8  # windows side by side; it changes the speed and nothing else
+
+
 def evaluate_source(
     source: str | Path,
     data_source: str | None = None,
     split: str = "val",
     *,
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
+    rolling: Rolling = Rolling(),
     checkpoint: int | None = None,
     device: str = "auto",
     trust: bool = False,
-    progress: Progress | None = None,
+    progress: Tell = lambda what, done, of: None,
 ) -> EvalResult:
-    """`evaluate` for whatever `pretrained.load` opens, on what `data_source` names (None: what a run was trained on).
+    """Return `evaluate` of the model that `pretrained.load` opens, on the text that `data_source` names.
 
-    `split` is "val", "test" or "train"; a text file that the run was not trained on has no parts and is taken whole.
-    Raises `UserError` where most of the text is found in what the run was trained on, unless that was asked for.
+    `data_source` None: what a run was trained on. `split` is "val", "test" or "train"; a text file that the run was not
+    trained on has no parts and is taken whole. Raises `UserError` where most of the text is found in what the run was
+    trained on, unless that was asked for.
     """
     choose("split", split, SPLITS)
     where = find_device(device)
@@ -279,12 +309,7 @@ def evaluate_source(
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so no text can be given to it: put its tokenizer.json beside it")
     folder = RunFolder.open(source) if loaded.family == pretrained.RUN else None
-    if data_source is None and folder is None:
-        raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
-    own = folder is not None and data_source in (None, folder.config.data.source)
-    config = folder.config.data if folder and own else DataConfig(source=data_source or "")
-    if (task := task_of(config)) is not None:
-        raise UserError(f"{config.source!r} is a synthetic task and no text: attnlab compare {task.name} examines it")
+    config, own = data_of(source, folder, data_source)
     training = None if folder is None else trained_on(folder)
     if own and training is None:
         raise UserError(
@@ -298,16 +323,8 @@ def evaluate_source(
             f"{seen:.0%} of the passages looked for in {config.source!r} are in the training part of {source}: give "
             f"text that it was not trained on{', or say --split train' if own else ''}"
         )
-    found = evaluate(
-        loaded.model,
-        tokens,
-        context=context,
-        stride=stride,
-        batch_size=batch_size,
-        tokenizer=loaded.tokenizer,
-        front=loaded.about.get("config", {}).get("bos_token_id"),
-        progress=progress,
-    )
+    front = loaded.about.get("config", {}).get("bos_token_id")
+    found = evaluate(loaded.model, tokens, **vars(rolling), tokenizer=loaded.tokenizer, front=front, progress=progress)
     return replace(
         found,
         model=str(source),
@@ -319,8 +336,22 @@ def evaluate_source(
     )
 
 
+def data_of(source: str | Path, folder: RunFolder | None, data_source: str | None) -> tuple[DataConfig, bool]:
+    """Return the text to evaluate on, and whether it is the one that the run in `folder` was trained on.
+
+    Raises `UserError` where nothing says which text, and for a synthetic task.
+    """
+    if data_source is None and folder is None:
+        raise UserError(f"{source} does not say what it was trained on: say what to evaluate it on with --data")
+    own = folder is not None and data_source in (None, folder.config.data.source)
+    config = folder.config.data if folder and own else DataConfig(source=data_source or "")
+    if (task := task_of(config)) is not None:
+        raise UserError(f"{config.source!r} is a synthetic task and no text: attnlab compare {task.name} examines it")
+    return config, own
+
+
 def trained_on(folder: RunFolder) -> Tokens | None:
-    """The training part of a run's corpus, where that is still there as it was."""
+    """Return the training part of a run's corpus; None where it is gone or has changed."""
     try:
         corpus = data.load(folder.config.data)
     except UserError:
@@ -329,7 +360,10 @@ def trained_on(folder: RunFolder) -> Tokens | None:
 
 
 def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool = False) -> tuple[Tokens, str]:
-    """(a part of the text that `config` names, in the tokens of `tokenizer`; which part it is)."""
+    """Return a part of the text that `config` names, in the tokens of `tokenizer`, and which part it is.
+
+    `whole`: a text file has no parts, and all of it is returned. Raises `UserError` for a part that is not there.
+    """
     kind, _, path = config.source.partition(":")
     if whole and kind == "text":
         if split != "val":
@@ -346,23 +380,5 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
-    """Texts as documents in a row."""
+    """Return texts as documents in a row."""
     return joined(tokenizer.encode_array(text) for text in texts)
-
-
-def seen_share(tokens: Tokens, training: Tokens) -> float | None:
-    """Share of passages of 64 tokens, taken evenly from all of `tokens`, that occur in `training`. None where no
-    document is that long, or the training part is so large that looking would take longer than evaluating."""
-    room = np.maximum(np.diff(tokens.documents, append=len(tokens)) - PASSAGE + 1, 0)  # places where one can begin
-    before = np.cumsum(room) - room
-    if not room.sum() or len(training) > SEARCHED:
-        return None
-    picked = np.linspace(0, room.sum() - 1, PASSAGES).astype(np.int64)
-    document = np.searchsorted(before + room, picked, "right")
-    starts = tokens.documents[document] + picked - before[document]
-    passages = {row.astype("<i4").tobytes() for row in tokens.gather(starts, PASSAGE).numpy()}
-    found: set[bytes] = set()
-    for at in range(0, len(training), CHUNK):
-        chunk = training.read(at, min(at + CHUNK + PASSAGE, len(training))).numpy().astype("<i4").tobytes()
-        found |= {passage for passage in passages - found if passage in chunk}
-    return len(found) / len(passages)

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import UserError
 from ..model import Decoder
-from ..results import HeadScores
+from ..results import HeadScores, Tell
 from ..stats import beyond, holm, welch
 from .capture import output_matrix, watch
 
@@ -40,8 +40,6 @@ CONTENT = ("duplicate token", "induction")  # need a repeat, so a sequence witho
 SPREAD = ("entropy", "distance")
 ALPHA = 0.01
 FRESH = 8  # untrained models
-
-Tell = Callable[[str, int, int], None]  # (what, done, of)
 
 
 def repeated(vocab_size: int, sequences: int, segment: int, seed: int, *, repeat: bool = True) -> Tensor:

@@ -1,1 +1,1 @@
-"""Decoding: from a model and a prompt to tokens and text."""
+"""Inference: from a model and a prompt to tokens and text."""

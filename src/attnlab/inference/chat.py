@@ -1,7 +1,7 @@
-"""A conversation in the form that a model was trained on: the template of its folder, rendered in a sandbox.
+"""Chat templates: a conversation in the form that a model was trained on, rendered in a sandbox.
 
 Templates are programs in Jinja that came with the weights, so they run where they can neither read nor write anything.
-What they see is what transformers shows them.
+They are given the same variables and filters as in transformers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from ..errors import UserError
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
-    """The text of `messages` ({"role", "content"}), and the beginning of an answer. `special`: "bos_token" and the like
-    -> name. Raises `UserError` for a template that is broken, or that refuses these messages."""
+    """Return the text of `messages` ({"role", "content"}), and the beginning of an answer.
+
+    `special`: "bos_token" and the like -> name. Raises `UserError` for a template that is broken, or that refuses these
+    messages.
+    """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -34,7 +37,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special: Mappin
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered template: unlike in a user's text, the name of a special token stands for the token."""
+    """Return the token ids of a rendered template. Other than in a user's text, a special token's name is the token."""
     names = special_tokens(tokenizer)
     if not names:
         return tokenizer.encode(text)
@@ -44,7 +47,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Name -> id."""
+    """Return the special tokens of a tokenizer: name -> id."""
     return {token["content"]: token["id"] for token in tokenizer.to_json().get("added_tokens") or []}
 
 

@@ -1,4 +1,4 @@
-"""Inference in three verbs: `prefill` reads prompts, `step` adds one token, `generate` repeats it."""
+"""Generation of tokens: `prefill` reads prompts, `step` adds one token, `generate` repeats it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = 64  # kinds of blocks that one process may compile
 def prefill(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
-    """Read prompts, tokens [B L]. Returns (the logits after the last token [B V], the cache).
+    """Read prompts, tokens [B L]. Return the logits after the last token [B V], and the cache.
 
     `positions` [B L] for prompts of different lengths: padding on the left, at position -1. None: no padding.
     """
@@ -35,12 +35,38 @@ def prefill(
 def step(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
-    """Add one token to each sequence, tokens [B] at `positions` [B]. Returns (the logits after it [B V], the cache)."""
+    """Add one token to each sequence, tokens [B] at `positions` [B]. Return the logits after it [B V] and the cache."""
     return prefill(model, tokens[:, None], cache, None if positions is None else positions[:, None])
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The number of tokens that follow a prompt, and the choice of each from the model's probabilities."""
+
+    n: int = 200  # tokens
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = None  # choose among this many likeliest tokens only; None: among all
+    top_p: float | None = None  # choose among the likeliest tokens that together have this probability; None: among all
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `UserError` where a number means nothing."""
+        if self.seed < 0:
+            raise UserError(f"the seed is {self.seed}; give a whole number from 0 up")
+        if self.n < 0:
+            raise UserError(f"{self.n} tokens were asked for; give 0 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is {self.temperature}; give 0 (always the likeliest token) or a number above it"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; give 1 or more, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; give a share above 0 and at most 1, or leave it out")
+
+
 @torch.inference_mode()
-def generate(
+def generate(  # the public function takes the fields of Sampling one by one
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     n: int,
@@ -53,26 +79,26 @@ def generate(
     stop: Collection[int] = (),
     compile: bool = False,
 ) -> list[list[int]]:
-    """The `n` tokens that follow each prompt, the prompt left out; fewer where one of `stop` comes, which ends its row.
+    """Return the `n` tokens that follow each prompt, without the prompt; fewer where one of `stop` comes and ends them.
 
     `temperature` 0 takes the likeliest token. `top_k` and `top_p` narrow the choice, in this order. A prompt's sample
-    depends on `seed` and the prompt alone, not on its neighbours; a prompt given twice gets two samples. `on_token` is
+    depends on `seed` and the prompt alone, not on its neighbours. A prompt given twice gets two samples. `on_token` is
     told (number of the prompt, token) as tokens come. `compile` runs the blocks through torch.compile, which takes up
     to a minute before the second token (benchmarks/decode.py has what it brings). Raises `UserError` for an empty
     prompt, a token that the model does not know, or a length that learned positions do not reach.
     """
-    check(model, prompts, n, temperature, top_k, top_p, seed)
-    how = (temperature, top_k, top_p, seed)
-    return continuation(model, prompts, n, *how, on_token=on_token, stop=stop, compile=compile).rows
+    sampling = Sampling(n, temperature, top_k, top_p, seed)
+    check(model, prompts, sampling)
+    return continuation(model, prompts, sampling, on_token, stop=stop, compile=compile).rows
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What `generate` found, and what it took."""
+    """The tokens that follow each prompt, and what it took to make them."""
 
     rows: list[list[int]]
-    cache: list[Cache]  # after the last step
-    steps: int  # after the first token
+    cache: list[Cache]  # of each layer, after the last step
+    steps: int
     prefill_seconds: float  # until every prompt has its first token
     step_seconds: float  # all steps together
 
@@ -81,32 +107,30 @@ class Continuation:
 def continuation(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
-    n: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling,
     on_token: Callable[[int, int], None] | None = None,
     *,
     stop: Collection[int] = (),
     compile: bool = False,
 ) -> Continuation:
-    """`generate`, unchecked, with its cache and its clock."""
+    """Return what `generate` returns, with the cache and the times. Nothing is checked."""
+    n = sampling.n
     if not prompts or not n:
         return Continuation([[] for _ in prompts], [], 0, 0.0, 0.0)
-    going, out = set(range(len(prompts))), []
+    going = set(range(len(prompts)))  # the prompts whose rows have not ended
+    out = []
     device = next(model.parameters()).device
     tokens, positions = (part.to(device) for part in left_padded(prompts))
     lengths = positions[:, -1] + 1
     ragged = bool((positions < 0).any())
-    draws = uniforms(prompts, n, seed).to(device) if temperature > 0 else None
+    draws = uniforms(prompts, n, sampling.seed).to(device) if sampling.temperature > 0 else None
     began = time.perf_counter()
     with evaluating(model):
         cache = model.empty_cache(len(prompts), tokens.shape[1] + n, ragged=ragged)
         logits, cache = prefill(model, tokens, cache, positions if ragged else None)
         with compiled(model) if compile else nullcontext():
             for i in range(n):
-                token = choose_token(logits, None if draws is None else draws[:, i], temperature, top_k, top_p)
+                token = choose_token(logits, None if draws is None else draws[:, i], sampling)
                 out.append(token)
                 if on_token is not None or stop:  # else no step waits for the device
                     for number in sorted(going):
@@ -126,13 +150,13 @@ def continuation(
 
 
 def until(stop: Collection[int], row: list[int]) -> list[int]:
-    """The row up to the first of `stop`, which is its last."""
+    """Return the row up to the first token of `stop`, which is then its last."""
     return row[: next((i for i, token in enumerate(row, 1) if token in stop), None)]
 
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Inside, the model does not drop anything; afterwards it is in the mode that it was in."""
+    """Put the model into evaluation mode inside, and back into its own mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -143,7 +167,7 @@ def evaluating(model: Decoder) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: Decoder) -> Iterator[None]:
-    """Inside, a block is one compiled function, the same for all blocks that are alike, and so is the head."""
+    """Compile the blocks and the head inside: one function for all blocks that are alike."""
     check_compiler("compile", next(model.parameters()).device)
     from torch._dynamo import config
 
@@ -151,7 +175,9 @@ def compiled(model: Decoder) -> Iterator[None]:
     for part in parts:
         part.compile(dynamic=True)
     try:
-        with config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):  # its default is to stop quietly
+        with config.patch(
+            recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True
+        ):  # by default PyTorch would go on uncompiled
             yield
     finally:
         for part in parts:
@@ -159,7 +185,7 @@ def compiled(model: Decoder) -> Iterator[None]:
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(tokens, positions), int64 [B L]: rows end together; padding is token 0 at position -1."""
+    """Return tokens and positions, int64 [B L]: rows end together, and padding is token 0 at position -1."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     padding = torch.tensor([width - len(prompt) for prompt in prompts])
@@ -167,7 +193,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
-    """[B n] float64 numbers in [0, 1), a row a function of the seed, its prompt, and how often that came before."""
+    """Return float64 numbers in [0, 1), [B n]. A row depends on the seed, its prompt, and earlier rows of that."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
     for prompt in map(tuple, prompts):
@@ -177,53 +203,37 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float64) * 2.0**-53)
 
 
-def choose_token(
-    logits: Tensor, draw: Tensor | None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """[B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B]; None: the first."""
-    if draw is None or temperature == 0:
+def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:
+    """Return tokens [B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B].
+
+    `draw`: numbers in [0, 1); None: the likeliest token.
+    """
+    if draw is None or sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
-    p = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
-    if top_k is not None:
-        p[:, top_k:] = 0
-    if top_p is not None:
+    p = ((ordered - ordered[:, :1]) / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None:
+        p[:, sampling.top_k :] = 0
+    if sampling.top_p is not None:
         p = p / p.sum(-1, keepdim=True)
-        p[p.cumsum(-1) - p >= top_p] = 0  # the token that reaches top_p stays, so one always does
+        p[p.cumsum(-1) - p >= sampling.top_p] = 0  # the token that reaches top_p stays, so one always does
     total = p.cumsum(-1)
     at = torch.searchsorted(total, draw[:, None] * total[:, -1:], right=True)
     likeliest_last = (p > 0).sum(-1, keepdim=True) - 1  # rounding must not step past what has probability
     return tokens.gather(-1, torch.minimum(at, likeliest_last))[:, 0]
 
 
-def check(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> None:
-    """UserError where `generate` could not do what is asked."""
+def check(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise `UserError` where `generate` could not do what is asked."""
+    sampling.check()
     config = model.config
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; give a whole number from 0 up")
-    if n < 0:
-        raise UserError(f"{n} tokens were asked for; give 0 or more")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; give 0 (always the likeliest token) or a number above it")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}; give 1 or more, or leave it out")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; give a share above 0 and at most 1, or leave it out")
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} is empty; give at least one token to go on from, such as a line break")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise UserError(f"prompt {number} has a token outside 0 to {config.vocab_size - 1}, which the model lacks")
-        if config.positions == "learned" and len(prompt) + n > config.context:
+        if config.positions == "learned" and len(prompt) + sampling.n > config.context:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and {n} are to follow, but this model has learned positions "
-                f"for {config.context}; ask for fewer tokens, or shorten the prompt"
+                f"prompt {number} has {len(prompt)} tokens and {sampling.n} are to follow, but this model has learned "
+                f"positions for {config.context}; ask for fewer tokens, or shorten the prompt"
             )

@@ -1,4 +1,4 @@
-"""Text in, text out, with any trained model: prompts to tokens, `decode.generate`, tokens to text as they come."""
+"""Continuations of texts by any trained model: prompts to tokens, `generate`, tokens to text as they come."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..measure.counters import tensor_bytes
 from ..model import Decoder
 from ..runs.folder import RunFolder
 from . import chat
-from .generate import check, continuation
+from .generate import Continuation, Sampling, check, continuation
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts in the order of the prompts, prompts left out, and what it took."""
+    """Continuations in the order of the prompts, without the prompts, and what it took to make them."""
 
     prompts: list[str]
     texts: list[str]
@@ -31,36 +31,34 @@ class Samples:
     prompt_tokens: int
     prefill_tokens_per_s: float  # prompt tokens, until every prompt has its first new one
     decode_tokens_per_s: float | None  # the new ones after the first; None where there are none
-    read_bytes_per_s: float | None  # weights and cache, each step once
+    read_bytes_per_s: float | None  # weights and cache, read once in each step; None where there are no steps
     cache_bytes: int  # live, all prompts and layers, after the last step
     mechanism: str
     dtype: str
     device: str
-    step: int | None  # of a run's checkpoint
+    step: int | None  # of a run's checkpoint; None: not from a run
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as one JSON object."""
         return asdict(self)
 
 
 def continue_texts(
     loaded: pretrained.Loaded,
     prompts: Sequence[str],
-    n: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008
     *,
     chatting: bool = False,
     system: str | None = None,
     compile: bool = False,
     on_text: Callable[[int, str], None] | None = None,
 ) -> Samples:
-    """Continue `prompts`, each until the end of a text or for `n` tokens.
+    """Return continuations of `prompts`, each until the end of a text or for `sampling.n` tokens.
 
-    `chatting`: each is what a user says, after `system`, in the form of the model's chat template. `on_text` is told
-    (number of the prompt, piece of text) as it comes; pieces are whole characters, and joined they are the text. Raises
-    `UserError` as `generate` does, for a model without a tokenizer, and without a template where one is asked for.
+    `chatting`: each prompt is what a user says, after `system`, in the form of the model's chat template. `on_text` is
+    told (number of the prompt, piece of text) as it comes. Pieces are whole characters, and joined they are the text.
+    Raises `UserError` as `generate` does, for a model without a tokenizer, and without a template where one is asked
+    for.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     if tokenizer is None:
@@ -68,36 +66,40 @@ def continue_texts(
     if system is not None and not chatting:
         raise UserError("a system message is for a chat; add --chat, or put it into the prompt")
     ids = [in_chat(loaded, prompt, system) if chatting else tokenizer.encode(prompt) for prompt in prompts]
-    check(model, ids, n, temperature, top_k, top_p, seed)
-    if not ids or not n:
-        raise UserError(f"there are {len(ids)} prompts and {n} tokens to sample; give at least one of each")
-    streams = [Stream(tokenizer) for _ in ids]
+    check(model, ids, sampling)
+    if not ids or not sampling.n:
+        raise UserError(f"there are {len(ids)} prompts and {sampling.n} tokens to sample; give at least one of each")
+    stop = ends(loaded, tokenizer)
+    if on_text is None:
+        found = continuation(model, ids, sampling, stop=stop, compile=compile)
+    else:
+        streams = Streams(tokenizer, len(ids), on_text)
+        found = continuation(model, ids, sampling, streams.add, stop=stop, compile=compile)
+        streams.rest()
+    texts = [tokenizer.decode(row) for row in found.rows]
+    return samples(loaded, list(prompts), texts, found, sum(map(len, ids)))
 
-    def tell(number: int, token: int) -> None:
-        if on_text is not None and (piece := streams[number].add(token)):
-            on_text(number, piece)
 
-    listen = tell if on_text is not None else None
-    found = continuation(
-        model, ids, n, temperature, top_k, top_p, seed, listen, stop=ends(loaded, tokenizer), compile=compile
-    )
-    for number, stream in enumerate(streams):
-        if on_text is not None and (piece := stream.rest()):
-            on_text(number, piece)
+def samples(
+    loaded: pretrained.Loaded, prompts: list[str], texts: list[str], found: Continuation, prompt_tokens: int
+) -> Samples:
+    """Return the texts with what it took to make them."""
+    model = loaded.model
     cache_bytes = sum(layer.nbytes() for layer in found.cache)
-    tokens, asked = sum(map(len, found.rows)), sum(map(len, ids))
+    read_bytes = (weight_bytes(model) + cache_bytes) * found.steps
+    tokens = sum(map(len, found.rows))
+    later = tokens - len(prompts)  # after the first of each prompt
     seconds = found.prefill_seconds + found.step_seconds
-    later = tokens - len(ids)
     return Samples(
-        prompts=list(prompts),
-        texts=[tokenizer.decode(row) for row in found.rows],
+        prompts=prompts,
+        texts=texts,
         tokens=tokens,
         seconds=seconds,
         tokens_per_s=tokens / seconds,
-        prompt_tokens=asked,
-        prefill_tokens_per_s=asked / found.prefill_seconds,
+        prompt_tokens=prompt_tokens,
+        prefill_tokens_per_s=prompt_tokens / found.prefill_seconds,
         decode_tokens_per_s=later / found.step_seconds if later else None,
-        read_bytes_per_s=(weight_bytes(model) + cache_bytes) * found.steps / found.step_seconds if later else None,
+        read_bytes_per_s=read_bytes / found.step_seconds if later else None,
         cache_bytes=cache_bytes,
         mechanism="+".join(dict.fromkeys(model.config.layers)),
         dtype=str(model.embed.weight.dtype).removeprefix("torch."),
@@ -109,50 +111,68 @@ def continue_texts(
 def sample_run(
     path: str | Path,
     prompts: Sequence[str],
-    n: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008
     *,
     checkpoint: int | None = None,
     device: str = "auto",
     on_text: Callable[[int, str], None] | None = None,
 ) -> Samples:
-    """`continue_texts` with the model in the run folder `path`; `checkpoint` is a step, None the newest.
+    """Return `continue_texts` of the model in the run folder `path`; `checkpoint` is a step, None the newest.
 
     Raises `UserError` as that does, for a character that the run's tokenizer lacks, and for a folder that holds no
     whole run.
     """
-    RunFolder.open(path)  # refuses what is no run folder before anyone looks for it on a hub
+    RunFolder.open(path)  # refuses what is no run folder before it is looked for on a hub
     loaded = pretrained.load(path, checkpoint=checkpoint, device=find_device(device))
-    return continue_texts(loaded, prompts, n, temperature, top_k, top_p, seed, on_text=on_text)
+    return continue_texts(loaded, prompts, sampling, on_text=on_text)
 
 
 class Stream:
-    """Tokens that come one by one as text: what may still change, the beginning of a character, is held back."""
+    """Tokens that come one by one, as text. The first bytes of a character are held back, as it may still change."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.told = 0  # characters
+        self.told = 0  # characters that were returned
 
     def add(self, token: int) -> str:
-        """What can be said now that `token` has come."""
+        """Return the text that is certain once `token` has come."""
         self.ids.append(token)
-        return self._say(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+        return self._new(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
 
     def rest(self) -> str:
-        """What was held back, when nothing more will come."""
-        return self._say(self.tokenizer.decode(self.ids))
+        """Return the text that was held back, when no more tokens will come."""
+        return self._new(self.tokenizer.decode(self.ids))
 
-    def _say(self, text: str) -> str:
-        piece, self.told = text[self.told :], max(self.told, len(text))
+    def _new(self, text: str) -> str:
+        piece = text[self.told :]
+        self.told = max(self.told, len(text))
         return piece
 
 
+class Streams:
+    """The streams of several prompts: `tell` gets (number of the prompt, piece of text)."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, tell: Callable[[int, str], None]) -> None:
+        self.streams = [Stream(tokenizer) for _ in range(count)]
+        self.tell = tell
+
+    def add(self, number: int, token: int) -> None:
+        """Tell the text that is certain once `token` of prompt `number` has come."""
+        self._pass_on(number, self.streams[number].add(token))
+
+    def rest(self) -> None:
+        """Tell the text that was held back, when no more tokens will come."""
+        for number, stream in enumerate(self.streams):
+            self._pass_on(number, stream.rest())
+
+    def _pass_on(self, number: int, piece: str) -> None:
+        if piece:
+            self.tell(number, piece)
+
+
 def in_chat(loaded: pretrained.Loaded, prompt: str, system: str | None) -> list[int]:
-    """Token ids of a conversation in which the user has said `prompt`."""
+    """Return the token ids of a conversation in which the user has said `prompt`."""
     template, tokenizer = loaded.about.get("chat_template"), loaded.tokenizer
     assert tokenizer is not None
     if template is None:
@@ -169,18 +189,18 @@ def in_chat(loaded: pretrained.Loaded, prompt: str, system: str | None) -> list[
 
 
 def ends(loaded: pretrained.Loaded, tokenizer: Tokenizer) -> Collection[int]:
-    """The tokens that end a text: as the model's config says, which may name several, and as its tokenizer says."""
+    """Return the tokens that end a text: those that the model's config names, and the tokenizer's."""
     said = loaded.about.get("config", {}).get("eos_token_id")
     return {i for i in (*several(said), tokenizer.end) if i is not None}
 
 
 def several(said: int | list[int] | None) -> list[int | None]:
-    """A config names one token, or a list of them."""
+    """Return a list for one token, a list of tokens, or None, as a config may name them."""
     return [*said] if isinstance(said, list) else [said]
 
 
 def weight_bytes(model: Decoder) -> int:
-    """Of the weights that a step reads: no table of which it takes a row, nor experts that do not answer."""
+    """Return the bytes of weights that a step reads: no table of which it takes one row, nor experts that it skips."""
     tables = [model.place, None if model.config.tied else model.embed]
     skipped = sum(tensor_bytes([table.weight]) for table in tables if table is not None)
     for experts in (block.ff for block in model.blocks() if isinstance(block.ff, Experts)):

@@ -1,8 +1,8 @@
-"""Where the runs of a comparison are made: here, on Ray, or by Slurm. Importing it is light."""
+"""Engines make the runs of a comparison: here, on Ray, or by Slurm. Importing them is light."""
 
-from .base import Call, Engine, Kind, Needs, Outcome
+from .base import Call, Engine, Kind, Needs, Outcome, Share
 from .local import Local
 from .ray import Ray
 from .slurm import Slurm
 
-__all__ = ["Call", "Engine", "Kind", "Local", "Needs", "Outcome", "Ray", "Slurm"]
+__all__ = ["Call", "Engine", "Kind", "Local", "Needs", "Outcome", "Ray", "Share", "Slurm"]

@@ -1,7 +1,7 @@
-"""What all engines share: calls go in, outcomes come back as they happen, and what a machine spoilt is made again.
+"""The engine: calls go in, outcomes come back as they happen, and what the machine may have spoilt is made again.
 
-A call is a function of a module with arguments that pickle; it gets one argument more, `report`, to tell what it is
-doing. A call that trains names its run folder, so that whoever cannot hear it may read there how far it is.
+A call is a function of a module with arguments that pickle. It gets one argument more, `report`, to tell what it is
+doing. A call that trains names its run folder, so that an engine on another machine can read there how far it is.
 """
 
 from __future__ import annotations
@@ -27,30 +27,40 @@ MACHINE = (OSError, MemoryError, RuntimeError)  # what may be the machine's faul
 
 
 class Call(NamedTuple):
+    """A function to be called by an engine."""
+
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    folder: Path | None = None  # of the run that it trains
+    folder: Path | None = None  # the run folder that it trains into; None: it does not train
 
 
 class Failure(NamedTuple):
+    """The reason why a call failed."""
+
     sentence: str
-    again: bool  # whether it may go well the next time
+    again: bool  # whether it may succeed the next time
 
 
 Waiting = deque[tuple[int, Call]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What an engine has to know. None: it decides."""
+class Share:
+    """The share of the machine that runs get. None: the engine decides."""
 
-    runs: int  # calls there will be
-    folder: Path  # for files of its own
-    jobs: int | None = None  # side by side
-    threads: int | None = None  # of each
-    gpus: int | None = None  # of each
+    jobs: int | None = None  # runs side by side
+    threads: int | None = None  # CPU threads of each run
+    gpus: int | None = None  # GPUs of each run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs(Share):
+    """The work for which an engine is opened. Raises `UserError` for a share that is too small."""
+
+    runs: int  # number of calls that will come
+    folder: Path  # where the engine keeps files of its own
     device: str = "auto"  # train.device
-    say: Callable[[str], None] = lambda text: None  # where a line goes about what takes long
+    say: Callable[[str], None] = lambda text: None  # shows a line about something that takes long
 
     def __post_init__(self) -> None:
         for name, least in (("jobs", 1), ("threads", 1), ("gpus", 0)):
@@ -59,7 +69,7 @@ class Needs:
 
 
 class Engine(ABC):
-    """Where calls are made; a context that lets go of what it holds."""
+    """A maker of calls; a context that releases its processes and connections."""
 
     def __enter__(self) -> Self:
         return self
@@ -71,13 +81,13 @@ class Engine(ABC):
 
     @abstractmethod
     def describe(self, calls: Sequence[Call]) -> str:
-        """What `run` would do, for a dry run."""
+        """Return what `run` would do, in words, for a dry run."""
 
     def run(self, calls: Sequence[Call], tell: Listener) -> None:
-        """Make all calls; `tell` hears of each. A call that fails is told as a sentence and the rest go on.
+        """Make all calls, and tell `tell` of each. A call that fails is told as a sentence, and the others go on.
 
-        What may be the machine's fault is told as "again" and made once more, after those that wait.
-        `KeyboardInterrupt` once an interrupt was passed on; calls not begun are then not told at all.
+        A failure that may be the machine's is told as "again", and the call is made once more, after those that wait.
+        Raises `KeyboardInterrupt` once an interrupt was passed on; calls that had not begun are then not told at all.
         """
         waiting: Waiting = deque(enumerate(calls))
         tried: set[int] = set()
@@ -96,17 +106,18 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(self, waiting: Waiting, tell: Listener) -> None:
-        """Until nothing waits and nothing is under way; to tell a `Failure` may make a call wait again."""
+        """Make the calls that wait, until none is left. Telling a `Failure` may append a call to `waiting`."""
 
 
 class Kind(Protocol):
     """The options of an engine."""
 
-    def open(self, needs: Needs) -> Engine: ...
+    def open(self, needs: Needs) -> Engine:
+        """Return the engine. Raises `UserError` for needs that it cannot meet."""
 
 
 def attempt(call: Call, report: Callable[[Any], None]) -> tuple[Outcome, Any]:
-    """Make a call, and say how it ended."""
+    """Make a call, and return how it ended: "done" and its value, "interrupted", or "failed" and a `Failure`."""
     try:
         return "done", call.function(*call.arguments, report)
     except KeyboardInterrupt:
@@ -129,6 +140,7 @@ def interrupts(pass_on: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use `count` CPU threads inside, and as many as before afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -140,5 +152,5 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def cores() -> int:
-    """Those this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

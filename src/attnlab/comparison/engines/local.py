@@ -1,6 +1,7 @@
-"""Calls side by side in a few lasting processes here: torch is imported once in each, and one bad call spoils no other.
+"""The engine local: calls side by side in a few lasting processes here.
 
-An interrupt reaches every worker once; each finishes its step and saves. So it does where the driver dies.
+PyTorch is imported once in each process, and one bad call spoils no other. An interrupt reaches every worker once: each
+finishes its step and saves. The same happens where the process that started them is killed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from .base import Call, Engine, Failure, Listener, Needs, Waiting, attempt, core
 
 @dataclass(frozen=True)
 class Local:
+    """The options of the engine local: none."""
+
     def open(self, needs: Needs) -> Workers:
-        """By default a run per core or per GPU: side by side, small models lose less time waiting for each other's
-        threads."""
+        """Return workers: by default as many as there are cores, or GPUs.
+
+        Small models lose less time waiting for threads when several runs are made side by side.
+        """
         import torch
 
         from ...device import find_device
@@ -41,18 +46,20 @@ class Local:
 
 @dataclass
 class Worker:
+    """A process that makes calls, one after another."""
+
     process: SpawnProcess
     pipe: Connection
-    call: int | None = None  # what it works on
+    call: int | None = None  # number of the call that it makes; None: it waits
 
 
 @dataclass
 class Workers(Engine):
-    """`jobs` processes of `threads` threads each. One job needs no process: it runs here."""
+    """Processes that make calls. With one job there are none: calls are made in this process."""
 
-    jobs: int
-    threads: int
-    devices: int = 0  # accelerators to share out, in turns
+    jobs: int  # processes
+    threads: int  # of each
+    devices: int = 0  # GPUs to share out, in turns; 0: no process is bound to one
     _workers: list[Worker] = field(default_factory=list)
     _interrupts: int = 0
 
@@ -67,6 +74,7 @@ class Workers(Engine):
         self._workers.clear()
 
     def describe(self, calls: Sequence[Call]) -> str:
+        """Return how many calls are made side by side, in words."""
         return f"here, {self.jobs} side by side, {self.threads} threads each"
 
     def _run(self, waiting: Waiting, tell: Listener) -> None:
@@ -80,7 +88,7 @@ class Workers(Engine):
             while waiting or any(worker.call is not None for worker in self._workers):
                 if self._interrupts:
                     waiting.clear()
-                self._hand_out(waiting, tell)
+                self._assign(waiting, tell)
                 for ready in wait([worker.pipe for worker in self._workers], timeout=0.5):
                     worker = next(worker for worker in self._workers if worker.pipe is ready)
                     self._hear(worker, tell)
@@ -94,20 +102,20 @@ class Workers(Engine):
         if outcome == "interrupted":
             raise KeyboardInterrupt
 
-    def _hand_out(self, waiting: Waiting, tell: Listener) -> None:
+    def _assign(self, waiting: Waiting, tell: Listener) -> None:
         while waiting and len(self._workers) < self.jobs:
-            self._workers.append(self._hire(len(self._workers)))
+            self._workers.append(self._start(len(self._workers)))
         for worker in self._workers:
             if waiting and worker.call is None:
                 worker.call, call = waiting.popleft()
                 tell(worker.call, "start", None)
                 worker.pipe.send(call)
 
-    def _hire(self, number: int) -> Worker:
+    def _start(self, number: int) -> Worker:
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         device = number % self.devices if self.devices else None
-        process = spawn.Process(target=_serve, args=(theirs, self.threads, device), daemon=True)
+        process = spawn.Process(target=_work, args=(theirs, self.threads, device), daemon=True)
         with _signals_held():
             process.start()
         theirs.close()
@@ -123,7 +131,7 @@ class Workers(Engine):
             if number is not None and self._interrupts:
                 tell(number, "interrupted", None)
             elif number is not None:
-                tell(number, "failed", Failure(f"its process ended: {_last_words(worker.process.exitcode)}", True))
+                tell(number, "failed", Failure(f"its process ended: {_exit_reason(worker.process.exitcode)}", True))
             return
         assert worker.call is not None
         number = worker.call
@@ -141,8 +149,8 @@ class Workers(Engine):
                 os.kill(worker.process.pid, signal.SIGINT)
 
 
-def _serve(pipe: Connection, threads: int, device: int | None) -> None:
-    """A worker's life."""
+def _work(pipe: Connection, threads: int, device: int | None) -> None:
+    """Make the calls that come through `pipe`, until it is closed or a call is interrupted."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # a terminal's Ctrl-C goes to the parent, who passes it on
     if device is not None:
@@ -157,19 +165,19 @@ def _serve(pipe: Connection, threads: int, device: int | None) -> None:
                 if outcome == "interrupted":
                     return
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        return  # the parent has gone, or wants us to go
+        return  # the parent has ended, or wants this process to end
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would break what is done at the exit
 
 
 def _report(pipe: Connection, event: Any) -> None:
-    """Where nobody listens any more, the call is about to be interrupted, and saves."""
+    """Send an event. Where nobody reads it any more, the call is about to be interrupted, and saves."""
     with suppress(BrokenPipeError, ConnectionResetError):
         pipe.send(("event", event))
 
 
 def _end_with_parent() -> None:
-    """Nobody could pass an interrupt on any more, so this does."""
+    """Interrupt this process when its parent has ended, which can then pass no interrupt on."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -178,7 +186,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """A process begun here has interrupts wait until it is ready for them, or they would break its imports."""
+    """Hold interrupts back from a process that is started inside, as they would break its imports."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -199,7 +207,7 @@ def _visible(device: int) -> str:
     return allowed.split(",")[device] if allowed else str(device)
 
 
-def _last_words(code: int | None) -> str:
+def _exit_reason(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"

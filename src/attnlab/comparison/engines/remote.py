@@ -1,5 +1,7 @@
-"""Calls that another program runs, perhaps on other machines. Run folders lie on a file system that all of them share,
-so how far a run is can be read from its metrics."""
+"""The engine for calls that another program makes, perhaps on other machines.
+
+Run folders lie on a file system that all machines share, so how far a run is can be read from its metrics.
+"""
 
 from __future__ import annotations
 
@@ -16,51 +18,49 @@ from .base import Call, Engine, Listener, Outcome, Waiting, interrupts
 
 
 class Refused(UserError):
-    """It takes no more calls now, or never."""
+    """The other program takes no more calls now, or never."""
 
 
 @dataclass
 class Job:
-    handle: Any
-    tail: Tail
-    told: bool = False  # that it started
+    """A call that was handed over."""
+
+    handle: Any  # as the other program names it
+    tail: Tail  # of the metrics of its run
+    told: bool = False  # whether its start was told
 
 
 class Remote(Engine):
-    """`limit` calls at a time, or all at once."""
+    """An engine whose calls are made elsewhere."""
 
-    limit: int | None = None
-    pause = 0.5  # seconds between looks
+    limit: int | None = None  # calls at a time; None: all at once
+    pause = 0.5  # seconds between two looks at them
 
     @abstractmethod
     def begin(self, call: Call) -> tuple[Any, str]:
-        """Hand a call over, or find that it was: its handle, and what there is to say of it. Raises `Refused`."""
+        """Hand a call over, or find that it was. Return its handle, and a note ("": none). Raises `Refused`."""
 
     @abstractmethod
     def ended(self, handle: Any) -> tuple[Outcome, Any] | None:
-        """How it ended; None: not yet."""
+        """Return how a call ended; None: not yet."""
 
     @abstractmethod
     def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
-        """Have them end in order, or at once where `hard`. `KeyboardInterrupt`: they are left alone."""
+        """Ask calls to save and end; with `hard`, end them at once. Raises `KeyboardInterrupt` to leave them alone."""
 
     def forget(self, call: Call) -> None:
-        """Its end was told."""
+        """Drop what is known of a call whose end was told."""
 
     def _run(self, waiting: Waiting, tell: Listener) -> None:
         under_way: dict[int, tuple[Call, Job]] = {}
-        asked = passed = 0
-
-        def note(count: int) -> None:
-            nonlocal asked
-            asked = count
-
-        with interrupts(note):
+        asked: list[int] = []  # a number for each interrupt
+        passed = 0  # how many of them were passed on
+        with interrupts(asked.append):
             while waiting or under_way:
                 if asked:
                     waiting.clear()
-                if asked > passed:
-                    passed = asked
+                if len(asked) > passed:
+                    passed = len(asked)
                     self.interrupt([job.handle for _, job in under_way.values()], hard=passed > 1)
                 self._begin(waiting, under_way, tell)
                 for number, (call, job) in list(under_way.items()):
@@ -80,14 +80,14 @@ class Remote(Engine):
             except Refused:
                 if not under_way:
                     raise
-                return  # it may take more once something has ended
+                return  # it may take more once a call has ended
             waiting.popleft()
             under_way[number] = call, Job(handle, tail)
             if said:
                 tell(number, "note", said)
 
     def _look(self, number: int, job: Job, tell: Listener) -> bool:
-        """Tell what is new; whether it has ended."""
+        """Tell what is new of a call, and return whether it has ended."""
         ended = self.ended(job.handle)  # before its last records are read
         news = job.tail.news()
         if not job.told and (news or ended):
@@ -101,16 +101,18 @@ class Remote(Engine):
 
 
 class Tail:
-    """What is added to the metrics of a run folder from now on; all of them where they are written anew."""
+    """The records that are added to the metrics of a run from now on; all of them where the file is written anew."""
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / "metrics.jsonl"
-        self.file, self.read = -1, 0  # inode, bytes
+        self.file = -1  # inode
+        self.read = 0  # bytes
         if self.path is not None and self.path.exists():
             about = self.path.stat()
             self.file, self.read = about.st_ino, about.st_size
 
     def news(self) -> list[dict[str, Any]]:
+        """Return the whole records that were added since the last call."""
         if self.path is None:
             return []
         try:

@@ -1,5 +1,8 @@
-"""Calls as Slurm jobs, by submitit. Jobs outlive the driver: their ids are in a file, and the same command finds them
-again instead of submitting them twice."""
+"""The engine slurm: calls as Slurm jobs, by submitit.
+
+Jobs outlive the process that submitted them. Their ids are in a file, so that the same command finds them again instead
+of submitting them twice.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from .base import Call, Failure, Listener, Needs, Outcome, Waiting, attempt, cor
 from .local import Workers
 from .remote import Refused, Remote
 
-SITTINGS = 100  # how often a run may go on in a new job because its time was up
-GRACE = 5.0  # seconds until a result that a job wrote is seen here
+REQUEUES = 100  # how often a run may go on in a new job because its time was up
+GRACE = 5.0  # seconds until a result that a job wrote can be read here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """How jobs are submitted."""
+    """The options of the engine slurm."""
 
     partition: str | None = None  # where jobs queue; None: the cluster's default
     time: str = "4:00:00"  # the most that a job takes, as sbatch reads it; what needs longer goes on in a new job
@@ -38,14 +41,15 @@ class Slurm:
     cluster: Literal["slurm", "local"] = "slurm"  # local: to try it out without Slurm, submitit runs processes here
 
     def open(self, needs: Needs) -> OnSlurm:
+        """Return an engine that has submitted nothing. Raises `UserError` for options that sbatch does not take."""
         return {"slurm": OnSlurm, "local": OnStandIn}[self.cluster](self, needs)
 
 
 class OnSlurm(Remote):
-    """One job for each run; what does not train is small, and made here."""
+    """Jobs of Slurm, one for each run. Calls that do not train are small, and made in this process."""
 
     pause = 1.0
-    command = "scancel"  # ends a job
+    command = "scancel"  # the command that ends a job
 
     def __init__(self, options: Slurm, needs: Needs) -> None:
         self.submitit = need("submitit", "scale")
@@ -56,10 +60,10 @@ class OnSlurm(Remote):
         self.minutes = minutes(options.time)
         self.partition, self.account = options.partition, options.account
         self.lines = dict(map(_line, options.sbatch))
-        self.book: dict[str, str] = {}  # run folder's name -> job id
+        self.book: dict[str, str] = {}  # name of the run folder -> job id
         if self._file.exists():
             self.book = read_json(self._file)
-        self.seen: dict[str, float] = {}  # job id -> when it had ended without a result
+        self.seen: dict[str, float] = {}  # job id -> when it was first found ended without a result, in seconds
 
     @property
     def _file(self) -> Path:
@@ -79,7 +83,7 @@ class OnSlurm(Remote):
         pass
 
     def executor(self, name: str) -> Any:
-        """What submits a job of this name."""
+        """Return submitit's executor, which submits a job of this name."""
         variables = {k: v for k in ("PYTHONPATH",) if (v := os.environ.get(k))} | {"OMP_NUM_THREADS": self.threads}
         given: dict[str, Any] = {
             "job_name": name,
@@ -91,19 +95,20 @@ class OnSlurm(Remote):
             "additional_parameters": self.lines or None,
             "setup": [f"export {variable}={shlex.quote(str(value))}" for variable, value in variables.items()],
         }
-        executor = _slurm_executor()(self.folder / "%j", max_num_timeout=SITTINGS)
+        executor = _slurm_executor()(self.folder / "%j", max_num_timeout=REQUEUES)
         executor.update_parameters(**{field: value for field, value in given.items() if value is not None})
         return executor
 
     def job(self, number: str) -> Any:
-        """The job of this id."""
+        """Return the job of this id."""
         return self.submitit.SlurmJob(self.folder / "%j", number)
 
     def over(self, job: Any) -> bool:
+        """Return whether a job has ended."""
         return bool(job.done())
 
     def describe(self, calls: Sequence[Call]) -> str:
-        """The batch file of each run, as sbatch would read it: they differ in the name alone."""
+        """Return the batch file of the runs, as sbatch would read it: they differ in the name alone."""
         names = [call.folder.name for call in calls if call.folder is not None]
         executor = self.executor(names[0])
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -112,6 +117,7 @@ class OnSlurm(Remote):
         return f"by sbatch{limit}, each with this file and a name of its own\n\n{text}{others}"
 
     def begin(self, call: Call) -> tuple[Any, str]:
+        """Submit a call as a job, or find the job that was submitted before."""
         assert call.folder is not None
         name = call.folder.name
         if name in self.book:
@@ -120,7 +126,7 @@ class OnSlurm(Remote):
                 return job, f"job {job.job_id}, submitted before"
         absolute = call._replace(arguments=tuple(a.absolute() if isinstance(a, Path) else a for a in call.arguments))
         try:
-            job = self.executor(name).submit(Sitting(self.threads), absolute)
+            job = self.executor(name).submit(JobCall(self.threads), absolute)
         except (self.submitit.core.utils.FailedJobError, self.submitit.core.utils.FailedSubmissionError) as error:
             said = (str(error).strip().splitlines() or ["no reason given"])[-1]
             raise Refused(f"sbatch refused a job ({said}): look at it with --dry-run, and change --slurm.*") from None
@@ -129,18 +135,20 @@ class OnSlurm(Remote):
         return job, f"job {job.job_id}"
 
     def forget(self, call: Call) -> None:
+        """Drop the job id of a call that has ended."""
         assert call.folder is not None
         del self.book[call.folder.name]
         write_json(self._file, self.book)
 
     def ended(self, handle: Any) -> tuple[Outcome, Any] | None:
+        """Return how a job ended; None: not yet, or its result may still appear."""
         if not self.over(handle):
             return None
         if handle.paths.result_pickle.exists():
             try:
                 found: tuple[Outcome, Any] = handle.result()
                 return found
-            except self.submitit.core.utils.UncompletedJobError as error:  # what it raised, written down
+            except self.submitit.core.utils.UncompletedJobError as error:  # the error that the call raised
                 return "failed", Failure(f"job {handle.job_id} failed: {_last_error(str(error))}", again=True)
         if time.monotonic() - self.seen.setdefault(handle.job_id, time.monotonic()) < GRACE:
             return None
@@ -150,6 +158,7 @@ class OnSlurm(Remote):
         return "failed", Failure(said, again=True)
 
     def interrupt(self, handles: Sequence[Any], *, hard: bool) -> None:
+        """Leave the jobs alone, and say how to end them. Raises `KeyboardInterrupt`."""
         numbers = " ".join(handle.job_id for handle in handles)
         raise KeyboardInterrupt(f"its jobs are left alone, and '{self.command} {numbers}' ends them" if numbers else "")
 
@@ -163,7 +172,7 @@ class OnSlurm(Remote):
 
 
 class OnStandIn(OnSlurm):
-    """submitit's local executor in Slurm's place: processes here, which outlive the driver too."""
+    """Jobs of submitit's local executor: processes here, which outlive the one that submitted them too."""
 
     command = "kill"
 
@@ -175,15 +184,17 @@ class OnStandIn(OnSlurm):
         return self
 
     def executor(self, name: str) -> Any:
+        """Return submitit's local executor."""
         executor = self.submitit.LocalExecutor(self.folder)
         executor.update_parameters(timeout_min=self.minutes, gpus_per_node=self.gpus)
         return executor
 
     def job(self, number: str) -> Any:
+        """Return the job of this process id."""
         return self.submitit.LocalJob(self.folder, number)
 
     def over(self, job: Any) -> bool:
-        """submitit knows that of its own children alone; another driver's are looked up."""
+        """Return whether a job has ended. submitit knows that of its own children alone; others are looked up."""
         try:
             there = b"submitit" in Path(f"/proc/{job.job_id}/cmdline").read_bytes()
         except OSError:
@@ -191,12 +202,16 @@ class OnStandIn(OnSlurm):
         return bool(job.done()) and not there
 
     def describe(self, calls: Sequence[Call]) -> str:
+        """Return how many jobs run side by side, in words."""
         return f"by submitit's local executor, {self.limit} at a time, {self.threads} threads each"
 
 
-class Sitting:
-    """What a job does. Shortly before its time is up, or when it has to make room, the run saves and the job is queued
-    again; whoever is told to end saves and ends without a result."""
+class JobCall:
+    """The function of a job: it makes a call.
+
+    Shortly before its time is up, or when it has to make room, the run saves and the job is queued again. A job that is
+    cancelled saves and ends without a result.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -223,14 +238,17 @@ class Sitting:
         return outcome, value
 
     def checkpoint(self, call: Call) -> Any:
-        """What submitit queues again."""
+        """Return the job that submitit queues again."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, call)
 
 
 def minutes(text: str) -> int:
-    """The time of sbatch: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS and so on; rounded up."""
+    """Return the minutes of a time as sbatch reads it, rounded up. Raises `UserError` for anything else.
+
+    MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS.
+    """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if found:
         days, *parts = (None if part is None else int(part) for part in found.groups())
@@ -245,7 +263,7 @@ def minutes(text: str) -> int:
 
 
 def _line(word: str) -> tuple[str, Any]:
-    """A further line of the batch file."""
+    """Return the name and the value of a further option of sbatch."""
     name, equals, value = word.lstrip("-").partition("=")
     if not re.fullmatch(r"[a-z][a-z-]*", name) or "\n" in value:
         raise UserError(
@@ -255,7 +273,7 @@ def _line(word: str) -> tuple[str, Any]:
 
 
 def _slurm_executor() -> type[Any]:
-    """submitit's, which a machine without Slurm can make too, to show what it would submit."""
+    """Return submitit's executor, made usable on a machine without Slurm, to show what it would submit."""
     from submitit.slurm.slurm import SlurmExecutor
 
     class Anywhere(SlurmExecutor):
@@ -267,6 +285,6 @@ def _slurm_executor() -> type[Any]:
 
 
 def _last_error(text: str) -> str:
-    """The exception's own line in a traceback that submitit has framed."""
+    """Return the last exception's own line in a traceback that submitit has framed."""
     lines = [line.strip() for line in text.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
     return lines[-1] if lines else text.strip().splitlines()[0]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...model import Decoder
-from ..calibration import Tell, record_inputs
+from ...results import Tell
+from ..calibration import record_inputs
 from ..dense import Dense
 from ..width import Wish
 from . import mla
