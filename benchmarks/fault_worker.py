@@ -97,7 +97,7 @@ def fill(path: Path) -> None:
 
 
 def nth(number: int, act: Act) -> Act:
-    """What acts when it is called for the number-th time."""
+    """Return a function that acts when it is called for the number-th time."""
     count = 0
 
     def tick() -> None:
@@ -211,7 +211,7 @@ PLACES: dict[str, Callable[[Act, dict[str, Any]], None]] = {
 
 
 def poison(places: dict[int, str], ranks: list[int], mark: Path) -> None:
-    """Batches whose loss or gradient is wrong, whoever meets them and however often."""
+    """Make the loss or the gradient of some steps wrong, in some ranks, each time that they are made."""
     if not places or rank() not in ranks:
         return
     kind = ""
