@@ -122,6 +122,8 @@ class AttentionConfig:
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     carries: ClassVar[str] = "qkvo"  # its projections that mean what they do in multi-head attention
+    latent_up: ClassVar[tuple[str, ...]] = ()  # layers that rebuild keys and values from a latent; (): no latent
+    selects: ClassVar[str | None] = None  # the field with how many tokens an indexer selects per query; None: all
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
 
     def __init_subclass__(cls) -> None:
