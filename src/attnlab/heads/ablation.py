@@ -1,25 +1,24 @@
-"""Causal evidence: what happens to in-context learning when one head stops saying anything about its input.
+"""Mean ablation: the loss that in-context learning has without one head.
 
-Mean ablation: what a head hands to the output matrix is replaced by its mean over all tokens and sequences, so later
-layers see typical values (unlike zeros). Measured is the loss on the second half of repeated random tokens, the only
-place where the context tells what comes.
+The output of the head is replaced by its mean over all tokens and sequences, so that later layers read typical values
+(unlike zeros). The loss is measured on the second half of repeated random tokens, which only the context can predict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
 from ..model import Decoder
-from ..results import Ablation
+from ..results import Ablation, Tell
 from ..stats import t_quantile
 from .capture import heads_replaced, watch
-from .scores import lengths, repeated
+from .scores import check_sequences, lengths, repeated
 
 
 @torch.no_grad()
@@ -30,40 +29,35 @@ def ablate(
     segment: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    tell: Callable[[str, int, int], None] = lambda what, done, of: None,
+    tell: Tell = lambda what, done, of: None,
 ) -> Ablation:
-    """Mean-ablate each head of `model` in turn. `segment` None: half of the context, at most 128 tokens."""
+    """Return what mean-ablating each head of `model` in turn does to the loss, in nats per token.
+
+    `segment`: tokens that are repeated; None: half of the context, at most 128. Raises `UserError` for fewer than 2
+    sequences, and for a segment that does not fit twice into the context.
+    """
     config = model.config
     segment = lengths(config, None if segment is None else [segment])[-1]
-    if sequences < 2:
-        raise UserError(
-            f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
-        )
-    training, device = model.training, next(model.parameters()).device
+    check_sequences(sequences)
+    training = model.training
+    device = next(model.parameters()).device
     model.eval()
     tokens = repeated(config.vocab_size, sequences, segment, seed).to(device)
     batches = tokens.split(batch_size)
-    blocks = model.blocks()
+    layers = len(model.blocks())
     means = _means(model, batches)
     whole = losses(model, batches)
-    change, interval = [], []
+    change = []
+    interval = []
     for layer, mean in enumerate(means):
+        heads = mean.shape[0]
         rows = []
-        for head in range(mean.shape[0]):
-
-            def silence(wrote: Tensor, head: int = head, mean: Tensor = mean) -> Tensor:
-                wrote = wrote.clone()
-                wrote[:, :, head] = mean[head].to(wrote.dtype)
-                return wrote
-
-            with heads_replaced(model, layer, silence):
+        for head in range(heads):
+            with heads_replaced(model, layer, partial(_silenced, head=head, mean=mean[head])):
                 rows.append((losses(model, batches) - whole)[:, segment:].mean(1))
-            tell("ablating heads", layer * mean.shape[0] + head + 1, len(blocks) * mean.shape[0])
+            tell("ablating heads", layer * heads + head + 1, layers * heads)
         change.append([row.mean().item() for row in rows])
-        half = t_quantile(0.95, sequences - 1) / math.sqrt(sequences)
-        interval.append(
-            [[r.mean().item() - half * r.std().item(), r.mean().item() + half * r.std().item()] for r in rows]
-        )
+        interval.append([_interval(row) for row in rows])
     model.train(training)
     by_position = whole.mean(0)
     return Ablation(
@@ -78,8 +72,21 @@ def ablate(
     )
 
 
-def _means(model: Decoder, batches: tuple[Tensor, ...]) -> list[Tensor]:
-    """What each head of each layer hands on, on average: N V."""
+def _silenced(wrote: Tensor, head: int, mean: Tensor) -> Tensor:
+    """Return what the heads wrote (B L N V) with one head's part replaced by `mean` (V)."""
+    wrote = wrote.clone()
+    wrote[:, :, head] = mean.to(wrote.dtype)
+    return wrote
+
+
+def _interval(row: Tensor) -> list[float]:
+    """Return the 95 % interval of the mean of one value per sequence (B)."""
+    half = t_quantile(0.95, len(row) - 1) / math.sqrt(len(row))
+    return [row.mean().item() - half * row.std().item(), row.mean().item() + half * row.std().item()]
+
+
+def _means(model: Decoder, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the mean output of each head, per layer N V."""
     sums: list[Tensor] = []
     for batch in batches:
         with watch(model) as layers:
@@ -90,8 +97,11 @@ def _means(model: Decoder, batches: tuple[Tensor, ...]) -> list[Tensor]:
     return [total / count for total in sums]
 
 
-def losses(model: Decoder, batches: tuple[Tensor, ...]) -> Tensor:
-    """Nats of each token but the first: B (2n - 1), float64. Column i is the loss of the token at position i + 1."""
+def losses(model: Decoder, batches: Sequence[Tensor]) -> Tensor:
+    """Return the loss in nats of each token but the first: B (2n - 1), float64.
+
+    Column i is the loss of the token at position i + 1. `batches` are token ids (b 2n).
+    """
     found = []
     for batch in batches:
         logits, _ = model(batch)
