@@ -122,8 +122,8 @@ class AttentionConfig:
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     carries: ClassVar[str] = "qkvo"  # its projections that mean what they do in multi-head attention
-    latent_up: ClassVar[tuple[str, ...]] = ()  # layers that rebuild keys and values from a latent; (): no latent
-    selects: ClassVar[str | None] = None  # the field with how many tokens an indexer selects per query; None: all
+    from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
+    selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it is known, and documented, not to obey
 
     def __init_subclass__(cls) -> None:

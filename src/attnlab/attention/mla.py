@@ -42,7 +42,7 @@ class Config(AttentionConfig):
     caches, carries = "one latent of R floats and one rotary key", "o"
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
-    cache_width, latent_up = "kv_rank", ("k_up", "v_up")
+    cache_width, from_latent = "kv_rank", ("k_up", "v_up")
     variants = {**modes, "q": {"q_rank": 24, "norm": "layer", "v_dim": 12}, "flat": {"rope_dim": 0, "norm": "none"}}
 
     def __post_init__(self) -> None:

@@ -53,8 +53,8 @@ def inside(model: Decoder, tokens: Tensor) -> list[Inside]:
         one = Inside(number, model.config.layers[number])
         if layer.latent is not None:
             _latent(one, layer.latent)
-        if layer.config.latent_up:
-            weights = [block.attention.get_parameter(f"{name}.weight") for name in layer.config.latent_up]
+        if layer.config.from_latent:
+            weights = [block.attention.get_parameter(f"{name}.weight") for name in layer.config.from_latent]
             per_head = [weight.unflatten(0, (layer.config.n_heads, -1)) for weight in weights]
             one.key_angles, one.value_angles = map(angles, per_head)
         if layer.config.selects is not None:
