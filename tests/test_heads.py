@@ -219,6 +219,16 @@ def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
     assert value_sizes(model, layers) == [None, None]
 
 
+def test_a_model_that_cannot_be_watched_keeps_no_hooks() -> None:
+    model = small("mha")
+    attention = model.blocks()[1].attention
+    attention.mix = attention.o
+    del attention.o
+    with pytest.raises(UserError, match="no output matrix 'o'"), watch(model):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def dense(maps: Maps, length: int) -> list[torch.Tensor]:
     """Each map with a column per key position, wherever its keys were stored: B N L length."""
     found = []

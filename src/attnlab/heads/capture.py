@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..model import Block, Decoder
-from ..recording import record_attention, record_notes
+from ..recording import Maps, record_attention, record_notes
 from ..spec import AttentionConfig, Mask
 
 
@@ -65,44 +66,56 @@ def _over_tokens(weights: Tensor, keys: Tensor, group: int, length: int) -> Tens
     return out.scatter_add_(-1, tokens[:, None, None].expand_as(spread), spread)[..., :length]
 
 
+class _Recorder:
+    """Hooks of one block: they keep what its attention reads and writes, and add a `Layer` to `seen` at the end."""
+
+    def __init__(self, maps: Maps, notes: dict[str, list[Tensor]], seen: list[Layer]) -> None:
+        self.maps = maps
+        self.notes = notes
+        self.seen = seen
+
+    def register(self, block: Block) -> Iterator[RemovableHandle]:
+        """Register the hooks, and yield the handle of each."""
+        matrix = output_matrix(block.attention)
+        yield block.register_forward_pre_hook(self._enter)
+        yield matrix.register_forward_pre_hook(self._write)
+        yield block.register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.residual = inputs[0].detach()
+
+    def _write(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.wrote = inputs[0].detach()
+
+    def _leave(self, module: Block, *_: object) -> None:
+        config: AttentionConfig = module.attention.config
+        noted = {name: values[0] for name, values in self.notes.items()}
+        self.seen.append(
+            Layer(
+                config=config,
+                maps=tuple(self.maps),
+                keys=tuple(keys for _, keys in self.maps.at),
+                gate=noted.get("gate"),
+                wrote=self.wrote.unflatten(-1, (config.n_heads, -1)),
+                residual=self.residual,
+                latent=noted.get("latent"),
+                load=noted.get("load"),
+            )
+        )
+        self.maps.clear()
+        self.maps.at.clear()
+        self.notes.clear()
+
+
 @contextmanager
 def watch(model: Decoder) -> Iterator[list[Layer]]:
     """Yield a list to which every forward pass of `model` adds one `Layer` per block, while it is open."""
     seen: list[Layer] = []
-    handles = []
+    handles: list[RemovableHandle] = []
     with record_attention() as maps, record_notes() as notes:
-        for block in model.blocks():
-            state: dict[str, Tensor] = {}
-
-            def enter(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
-                state["residual"] = inputs[0].detach()
-
-            def wrote(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
-                state["wrote"] = inputs[0].detach()
-
-            def leave(module: Block, *_: object, state: dict[str, Tensor] = state) -> None:
-                config: AttentionConfig = module.attention.config
-                noted = {name: values[0] for name, values in notes.items()}
-                seen.append(
-                    Layer(
-                        config=config,
-                        maps=tuple(maps),
-                        keys=tuple(keys for _, keys in maps.at),
-                        gate=noted.get("gate"),
-                        wrote=state["wrote"].unflatten(-1, (config.n_heads, -1)),
-                        residual=state["residual"],
-                        latent=noted.get("latent"),
-                        load=noted.get("load"),
-                    )
-                )
-                maps.clear()
-                maps.at.clear()
-                notes.clear()
-
-            handles.append(block.register_forward_pre_hook(enter))
-            handles.append(output_matrix(block.attention).register_forward_pre_hook(wrote))
-            handles.append(block.register_forward_hook(leave))
         try:
+            for block in model.blocks():
+                handles.extend(_Recorder(maps, notes, seen).register(block))
             yield seen
         finally:
             for handle in handles:
