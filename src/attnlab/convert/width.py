@@ -25,8 +25,8 @@ class Budget:
     def choose(self, field: str, widths: Sequence[int], **others: Any) -> int:
         """Return the value of `field`, one of `widths` (ascending), where the target has the fields `others` too.
 
-        Raises `UserError` for a width that is none of them, a share that is none or too small, and a rank beside an
-        option that says the same.
+        Raises `UserError` for another width, for a share that is none or too small, and where both rank and an option
+        are given.
         """
         if field in self.given:
             if self.rank is not None:

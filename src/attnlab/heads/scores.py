@@ -1,4 +1,4 @@
-"""What heads do, as numbers with a null distribution and a corrected significance.
+"""Head scores, with null distributions and a corrected significance.
 
 Measured on sequences of random tokens, so that nothing but the pattern itself can be exploited: a segment of n tokens,
 repeated once. For a query t in the second half, whose token stood at t - n before:
@@ -174,7 +174,7 @@ def head_scores(
 
 
 class _Count:
-    """The number of sequences that have been read, told as it grows."""
+    """The number of sequences that have been read, reported as it grows."""
 
     def __init__(self, tell: Tell, total: int) -> None:
         self.tell = tell
@@ -222,14 +222,14 @@ def _above_control(samples: Tensor, control: Tensor) -> list[float]:
 
 
 def _marks(p: Mapping[str, list[list[float]]]) -> dict[str, list[list[bool]]]:
-    """Return which p-values stand at `ALPHA` after Holm's correction over all of them, in the shape of `p`."""
+    """Return which p-values are significant at `ALPHA` after Holm's correction, in the shape of `p`."""
     rows = [row for layers in p.values() for row in layers]
-    stands = holm([value for row in rows for value in row], ALPHA)
+    significant = holm([value for row in rows for value in row], ALPHA)
     found: dict[str, list[list[bool]]] = {name: [] for name in p}
     start = 0
     for name, layers in p.items():
         for row in layers:
-            found[name].append(stands[start : start + len(row)])
+            found[name].append(significant[start : start + len(row)])
             start += len(row)
     return found
 

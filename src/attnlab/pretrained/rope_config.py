@@ -1,5 +1,7 @@
-"""Rotary embedding in a Hugging Face config, in both of its forms: `rope_parameters`, and the older `rope_theta` with
-`rope_scaling`."""
+"""Rotary embedding in a Hugging Face config.
+
+It has two forms: `rope_parameters`, and the older `rope_theta` with `rope_scaling`.
+"""
 
 from __future__ import annotations
 

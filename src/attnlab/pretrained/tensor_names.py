@@ -1,5 +1,7 @@
-"""Tensor names of a family beside ours. A row of the table says which of our tensors are made from which of theirs, and
-back; reading, writing and checking need no more."""
+"""Table of tensor names, a family's beside ours.
+
+A row says which of our tensors are made from which of theirs, and back. Reading, writing and checking need no more.
+"""
 
 from __future__ import annotations
 
