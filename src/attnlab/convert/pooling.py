@@ -17,6 +17,7 @@ from ..errors import UserError
 from .dense import Dense
 
 ROUNDS = 8  # of rotating every head towards the mean of its group
+TARGET = "gqa"  # the mechanism of pooled heads, with nothing else changed
 
 
 def mean(source: Dense, heads: int) -> Dense:
