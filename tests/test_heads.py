@@ -13,7 +13,16 @@ import torch
 
 from attnlab import Decoder, ModelConfig, TrainConfig, UserError, attention, load_model, presets
 from attnlab.cli import main as cli
-from attnlab.heads import ablate, emergence, head_scores, inside, pattern_scores, repeated, value_sizes, watch
+from attnlab.heads import (
+    ablate,
+    head_scores,
+    inside,
+    pattern_scores,
+    repeated,
+    scores_over_training,
+    value_sizes,
+    watch,
+)
 from attnlab.heads.memory import angles
 from attnlab.heads.scores import lengths
 from attnlab.recording import Maps, record_attention
@@ -210,6 +219,16 @@ def test_a_mechanism_with_more_in_mind_has_no_plain_values() -> None:
     assert value_sizes(model, layers) == [None, None]
 
 
+def test_a_model_that_cannot_be_watched_keeps_no_hooks() -> None:
+    model = small("mha")
+    attention = model.blocks()[1].attention
+    attention.mix = attention.o
+    del attention.o
+    with pytest.raises(UserError, match="no output matrix 'o'"), watch(model):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def dense(maps: Maps, length: int) -> list[torch.Tensor]:
     """Each map with a column per key position, wherever its keys were stored: B N L length."""
     found = []
@@ -390,7 +409,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scores_along_training(run: Path) -> None:
-    found = emergence(run, sequences=4)
+    found = scores_over_training(run, sequences=4)
     assert found.steps == [2, 4, 6]
     last = head_scores(load_model(run)[0], sequences=4, segments=found.segments)
     for name, by_step in found.scores.items():
@@ -446,4 +465,4 @@ def test_one_checkpoint_is_no_curve(run: Path, tmp_path: Path) -> None:
     for step in (2, 4):
         shutil.rmtree(tmp_path / "copy" / f"step-{step:08d}")
     with pytest.raises(UserError, match=r"1 checkpoint, and a curve needs at least 2: train with --train.keep 0"):
-        emergence(tmp_path / "copy")
+        scores_over_training(tmp_path / "copy")

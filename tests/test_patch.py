@@ -17,8 +17,9 @@ from attnlab import attention, pretrained
 from attnlab.cli import main as cli
 from attnlab.errors import UserError
 from attnlab.hf.hosts import Adapter
-from attnlab.hf.patch import PRESETS, patch
+from attnlab.hf.patch import patch
 from attnlab.laws.subject import Broken
+from attnlab.presets import PATCHES
 
 TOKENS = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
@@ -61,7 +62,7 @@ def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_published_patch_has_the_published_counts(capsys):
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-    counts = patch(model, **PRESETS["published-msla"])
+    counts = patch(model, **PATCHES["published-msla"])
     assert capsys.readouterr().out == "30,707,712/133,886,208 (22.94 %)\n"
     assert counts == (30_707_712, 133_886_208)
     assert {p.requires_grad for name, p in model.named_parameters() if ".after." in name} == {False}  # c_proj stays
@@ -71,7 +72,7 @@ def test_the_published_patch_has_the_published_counts(capsys):
 def test_a_kept_output_projection_follows_and_stays(tmp_path):
     model = host("gpt2")
     kept = model.transformer.h[1].attn.c_proj
-    patch(model, **PRESETS["published-msla"] | {"options": {"n_latents": 9, "top_k": 3}})
+    patch(model, **PATCHES["published-msla"] | {"options": {"n_latents": 9, "top_k": 3}})
     adapter = model.transformer.h[1].attn
     assert adapter.after[0] is kept and not kept.weight.requires_grad and "o.weight" not in adapter.patch.carried
     model.save_pretrained(tmp_path)

@@ -232,6 +232,17 @@ def repeats() -> RunConfig:
     return replace(base, model=model, train=train)
 
 
+PATCHES: Mapping[str, Mapping[str, Any]] = {  # published patches of models of transformers: settings of `attnlab.patch`
+    # for GPT-2, under the name "MSLA": it replaces c_attn, and c_proj after it stays and is frozen
+    "published-msla": {
+        "mechanism": "latent_lookup",
+        "options": {"n_latents": 256, "top_k": 16},
+        "keep_output": True,
+        "train": "attention",
+    }
+}
+
+
 def used(options: Mapping[str, Mapping[str, Any]], *mechanisms: str) -> dict[str, Mapping[str, Any]]:
     """Return the options of these mechanisms alone."""
     return {name: fields for name, fields in options.items() if name in mechanisms}

@@ -47,7 +47,7 @@ class Config(AttentionConfig):
     from_latent = ("k_up", "v_up")
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
-    cache_width = "kv_rank"
+    cache_width, from_latent = "kv_rank", ("k_up", "v_up")
     variants = {**modes, "q": {"q_rank": 24, "norm": "layer", "v_dim": 12}, "flat": {"rope_dim": 0, "norm": "none"}}
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def patch(
         dry_run: Only count, on shapes without weights.
     """
     from ..hf import folder
-    from ..hf.patch import PRESETS
+    from ..presets import PATCHES
 
     if (mechanism is None) == (preset is None):
         raise UserError("give a --mechanism or a --preset, one of the two")
@@ -51,7 +51,7 @@ def patch(
     if layers is not None:
         settings["layers"] = [whole_number("--layers", word) for word in split_commas(layers)]
     if preset is not None:
-        settings |= PRESETS[choose("preset", preset, PRESETS)]
+        settings |= PATCHES[choose("preset", preset, PATCHES)]
     else:
         given = json_object("--options", options)
         settings |= {"mechanism": mechanism, "options": given, "keep_output": keep_output, "train": train}

@@ -1,13 +1,13 @@
-"""A trained model with another attention in it, and a certificate of what that did to it.
+"""Conversion of a trained model to another attention, with a certificate of what that did to it.
 
 The source's layers are of the dense family: mha, gqa, mqa, sliding. `targets/` has a file per mechanism that they can
-become; the mathematics is in `linear`, `pooling` and `rotary`.
+become; the mathematics is in `low_rank`, `pooling` and `rotary`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -22,11 +22,14 @@ from ..results import Tell
 from ..spec import AttentionConfig
 from . import low_rank, targets
 from .calibration import Statistics, gather
-from .certificate import Certificate, compare
+from .certificate import Certificate, compare_models
 from .dense import Dense
-from .width import Wish
+from .request import Request
+from .width import Budget, Build
 
 __all__ = ["Certificate", "convert"]
+
+Seen = Sequence[Statistics | None]  # of each layer; None: the method reads no text
 
 
 @torch.no_grad()
@@ -34,63 +37,56 @@ def convert(
     model: Decoder,
     mechanism: str,
     *,
-    rank: int | float | None = None,
-    method: str | None = None,
-    per_layer: bool = False,
     calibration: Sequence[Tensor] = (),
     held_out: Sequence[Tensor] = (),
-    options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     tell: Tell = lambda what, done, of: None,
+    **settings: Any,
 ) -> tuple[Decoder, Certificate]:
-    """`model` with `mechanism` in every layer, in evaluation mode and its own dtype; `model` itself stays as it is.
+    """Return `model` with `mechanism` in every layer, and the certificate of what that did to it.
+
+    The new model is in evaluation mode and has the dtype of `model`, which stays as it is.
 
     `rank`: a width of the mechanism (kv_rank, n_kv_heads, window), or as a float the share of the source's cache that
     the new one may have; None: the widest, at which least is lost. `per_layer` spreads the same total of ranks over the
     layers by singular-value energy. `method`: one of the target's METHODS; left out, one that uses the calibration text
-    where there is some. `calibration`, `held_out`: batches of token ids (B T); without held-out text the two models are
-    compared on random tokens, and no loss is given. `options`: further fields of the mechanism's Config. What has no
-    counterpart in the source (gates, an indexer) depends on `seed`. Raises `UserError` for what cannot be converted.
+    where there is some. `options`: further fields of the mechanism's Config. `seed`: of what has no counterpart in the
+    source (gates, an indexer). These are the fields of `Request`.
+
+    `calibration`, `held_out`: batches of token ids (B T). Without held-out text the two models are compared on random
+    tokens, and no loss is given. Raises `UserError` for what cannot be converted.
     """
+    request = Request(**settings)
     target = targets.module(mechanism)
-    method = _method(mechanism, target.METHODS, method, bool(calibration))
+    method = _method(mechanism, target.METHODS, request.method, bool(calibration))
     source = copy.deepcopy(model).cpu().eval()
     layers = [Dense.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
-    specs = [config.cache_spec.floats(model.config.context) for config in attention_configs(model.config)]
-    given = dict(options or {})
-    wishes = [Wish(rank, given, build, model.config.context, floats) for floats in specs]
-    fields = [{**given, **target.widths(layer, wish)} for layer, wish in zip(layers, wishes, strict=True)]
+    fields = _widths(target, layers, request, build, model.config)
 
-    seen: Sequence[Statistics | None] = [None] * len(layers)
-    if target.METHODS[method]:
-        seen = gather(source, calibration, tell)
-    if per_layer:
+    reads_text = target.METHODS[method]
+    seen: Seen = gather(source, calibration, tell) if reads_text else [None] * len(layers)
+    if request.per_layer:
         fields = _spread(target, layers, fields, build, method, seen)
     made = []
     for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
         tell(f"making {mechanism}", i, len(layers))
         made.append(target.weights(layer, build(own), method, seen[i]))
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
-    new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], seed)
+    new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
         target.finish(new, source, calibration, tell)
 
-    context = model.config.context
-    text = held_out or [_random_tokens(model.config, seed)]
-    measured = compare(source.double(), new, text, tell)
-    if not held_out:
-        measured |= {"loss_before": None, "loss_after": None}
+    measured = _measured(source.double(), new, held_out, request.seed, tell)
     width = model.embed.weight.element_size()
     certificate = Certificate(
         source="+".join(dict.fromkeys(model.config.mechanisms)),
         target=mechanism,
         method=method,
-        rank=rank,
-        per_layer=per_layer,
-        cache_bytes_before=width * sum(specs),
-        cache_bytes_after=width * sum(each.cache_spec.floats(context) for each in attention_configs(new.config)),
-        context=context,
+        rank=request.rank,
+        per_layer=request.per_layer,
+        cache_bytes_before=width * sum(_cache_floats(model.config)),
+        cache_bytes_after=width * sum(_cache_floats(new.config)),
+        context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),
         options=to_dict(new.config)["options"],
@@ -99,7 +95,25 @@ def convert(
     return new.to(model.embed.weight), certificate
 
 
+def _cache_floats(config: ModelConfig) -> list[int]:
+    """Return the size in floats of each layer's cache at full context."""
+    return [each.cache_spec.floats(config.context) for each in attention_configs(config)]
+
+
+def _widths(
+    target: ModuleType, layers: Sequence[Dense], request: Request, build: Build, config: ModelConfig
+) -> list[dict[str, Any]]:
+    """Return the fields of the mechanism's Config that shape each layer, the user's options among them."""
+    given = dict(request.options or {})
+    fields = []
+    for layer, floats in zip(layers, _cache_floats(config), strict=True):
+        budget = Budget(request.rank, given, build, config.context, floats)
+        fields.append({**given, **target.widths(layer, budget)})
+    return fields
+
+
 def _method(mechanism: str, methods: Mapping[str, bool], given: str | None, text: bool) -> str:
+    """Return the method to use; `text`: whether there is calibration text."""
     if given is None:
         return next((name for name, reads in methods.items() if reads == text), next(iter(methods)))
     if methods[choose(f"method of a conversion to {mechanism}", given, methods)] and not text:
@@ -107,8 +121,8 @@ def _method(mechanism: str, methods: Mapping[str, bool], given: str | None, text
     return given
 
 
-def _builder(config: ModelConfig, mechanism: str) -> Callable[[Mapping[str, Any]], AttentionConfig]:
-    """Fields of the mechanism -> its Config in this model."""
+def _builder(config: ModelConfig, mechanism: str) -> Build:
+    """Return the function from fields of the mechanism to its Config in this model."""
 
     def build(fields: Mapping[str, Any]) -> AttentionConfig:
         return attention_configs(replace(config, n_layers=1, mechanisms=(mechanism,), options={mechanism: fields}))[0]
@@ -120,11 +134,11 @@ def _spread(
     target: ModuleType,
     layers: Sequence[Dense],
     fields: Sequence[dict[str, Any]],
-    build: Callable[[Mapping[str, Any]], AttentionConfig],
+    build: Build,
     method: str,
-    seen: Sequence[Statistics | None],
+    seen: Seen,
 ) -> list[dict[str, Any]]:
-    """The same total of ranks, where it does most good."""
+    """Return the fields of each layer with the same total of ranks, spread by singular-value energy."""
     if not hasattr(target, "energies"):
         raise UserError("only a conversion to a mechanism with a latent can spread its ranks over the layers")
     energies = [target.energies(d, build(own), method, s) for d, own, s in zip(layers, fields, seen, strict=True)]
@@ -136,7 +150,7 @@ def _spread(
 def _assemble(
     source: Decoder, mechanism: str, fields: Sequence[dict[str, Any]], tensors: Sequence[dict[str, Tensor]], seed: int
 ) -> Decoder:
-    """The new decoder in float64: these tensors in its attention layers, the source's everywhere else."""
+    """Return the new decoder in float64: these tensors in its attention layers, the source's everywhere else."""
     common = {name: value for name, value in fields[0].items() if all(own.get(name) == value for own in fields)}
     options = {mechanism: common}
     for i, own in enumerate(fields):
@@ -154,6 +168,7 @@ def _assemble(
 
 
 def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the parameters of `layer`. Raises `UserError` where a shape differs."""
     state = layer.state_dict()
     for name, value in tensors.items():
         if name not in state:
@@ -165,6 +180,14 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             )
         else:
             state[name].copy_(value)
+
+
+def _measured(source: Decoder, new: Decoder, held_out: Sequence[Tensor], seed: int, tell: Tell) -> dict[str, Any]:
+    """Return the measured fields of the certificate, without losses where there is no held-out text."""
+    if held_out:
+        return compare_models(source, new, held_out, tell)
+    measured = compare_models(source, new, [_random_tokens(source.config, seed)], tell)
+    return measured | {"loss_before": None, "loss_after": None}
 
 
 def _random_tokens(config: ModelConfig, seed: int) -> Tensor:

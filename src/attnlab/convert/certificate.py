@@ -1,4 +1,4 @@
-"""What a conversion did to a model, measured on text that it has not seen."""
+"""Certificate of a conversion: both models compared on text that neither has seen."""
 
 from __future__ import annotations
 
@@ -19,42 +19,46 @@ EXACT = 1e-9  # logits that differ by less than this, in float64, are the same f
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate(Record):
-    """Both models in float64. Losses in nats per token; the cache of one sequence of `context` tokens."""
+    """Findings of a conversion, both models in float64. Losses are in nats per token."""
 
-    source: str  # mechanism
-    target: str
+    source: str  # mechanisms, joined by +
+    target: str  # mechanism
     method: str
     rank: int | float | None  # as asked for
     per_layer: bool = False
     exact: bool  # `max_logit_difference` is below 1e-9
     max_logit_difference: float
-    layer_errors: list[float]  # of each layer's attention output, on what the source's layer reads: |new - old| / |old|
-    loss_before: float | None = None
+    layer_errors: list[float]  # |new - old| / |old| of each layer's attention output, on what the source's layer reads
+    loss_before: float | None = None  # None: no text was given
     loss_after: float | None = None
-    cache_bytes_before: int
+    cache_bytes_before: int  # of one sequence of `context` tokens
     cache_bytes_after: int
-    context: int
-    tokens: int  # that were compared
+    context: int  # tokens
+    tokens: int  # compared
     calibration_tokens: int = 0
     held_out: bool  # False: the tokens are random, because no text was given
     options: dict[str, Any] = field(default_factory=dict)  # of the new model
 
     @property
     def cache_share(self) -> float:
+        """The size of the new cache, as a share of the old one."""
         return self.cache_bytes_after / self.cache_bytes_before
 
 
 @torch.no_grad()
-def compare(source: Decoder, target: Decoder, batches: Sequence[Tensor], tell: Tell) -> dict[str, Any]:
-    """The measured fields; `batches` are token ids (B T), whose last column is only predicted."""
+def compare_models(source: Decoder, target: Decoder, batches: Sequence[Tensor], tell: Tell) -> dict[str, Any]:
+    """Return the measured fields. `batches` are token ids (B T), whose last column is only predicted."""
     difference = 0.0
     losses: tuple[list[Tensor], list[Tensor]] = [], []
-    lost, size = torch.zeros(len(source.layers)).double(), torch.zeros(len(source.layers)).double()
+    lost = torch.zeros(len(source.layers)).double()
+    size = torch.zeros(len(source.layers)).double()
     for done, batch in enumerate(batches):
         tell("comparing", done, len(batches))
-        tokens, wanted = batch[:, :-1], batch[:, 1:].flatten()
+        tokens = batch[:, :-1]
+        wanted = batch[:, 1:].flatten()
         with record_inputs(source) as inputs:
-            before, after = source(tokens)[0], target(tokens)[0]
+            before = source(tokens)[0]
+        after = target(tokens)[0]
         difference = max(difference, (before - after).abs().max().item())
         for each, logits in zip(losses, (before, after), strict=True):
             each.append(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))

@@ -1,4 +1,4 @@
-"""A dense layer as a value: what a conversion reads, and what a layer of the dense family is written from.
+"""A dense layer as a value, which conversions read and write.
 
 Everything is float64, head by head, and affine: the last column of a weight is its bias (0 where there is none).
 """
@@ -26,12 +26,12 @@ class Dense:
     v: Tensor  # K H (D + 1)
     o: Tensor  # D N H
     o_bias: Tensor  # D
-    norms: dict[str, Tensor]  # "q_norm.weight", "k_norm.weight" (H each) where heads are normed
+    norms: dict[str, Tensor]  # "q_norm.weight" and "k_norm.weight", H each; {}: heads have no norms
     config: gqa.Config
 
     @classmethod
     def of(cls, layer: nn.Module) -> Dense:
-        """`UserError` for a layer that is not queries, keys, values and one softmax."""
+        """Return `layer` as a value. Raises `UserError` for one that is not queries, keys, values and one softmax."""
         if type(layer) not in DENSE:
             name = type(layer).__module__.rpartition(".")[2]
             raise UserError(
@@ -49,21 +49,22 @@ class Dense:
 
     @property
     def frequencies(self) -> Tensor | None:
-        """Radians per token of each rotary pair; None: no rotary embedding."""
-        theta, scaling = self.config.rope_theta, self.config.rope_scaling
-        return None if theta is None else frequencies(self.config.head_dim // 2, theta, scaling)
+        """The radians per token of each rotary pair; None: no rotary embedding."""
+        c = self.config
+        return None if c.rope_theta is None else frequencies(c.head_dim // 2, c.rope_theta, c.rope_scaling)
 
     @property
     def kv_heads(self) -> int:
+        """The number of key/value heads: K."""
         return len(self.k)
 
     def per_query(self, x: Tensor) -> Tensor:
-        """What belongs to key/value heads (K ...), repeated for each query head that reads it (N ...)."""
+        """Return x of each key/value head (K ...), repeated for each query head that reads it (N ...)."""
         return x.repeat_interleave(len(self.q) // len(x), 0)
 
     @property
     def biased(self) -> bool:
-        """Whether any of its maps adds a constant."""
+        """Whether any of the maps adds a constant."""
         return any(bool(bias.any()) for bias in (self.q[..., -1], self.k[..., -1], self.v[..., -1], self.o_bias))
 
     @property
@@ -73,23 +74,24 @@ class Dense:
 
     @property
     def qkv(self) -> Tensor:
+        """Queries, then keys, then values: N + 2K H (D + 1)."""
         return torch.cat([self.q, self.kv])
 
     @property
     def out(self) -> Tensor:
-        """D (N H + 1)."""
+        """The output matrix with its bias: D (N H + 1)."""
         return torch.cat([self.o.flatten(1), self.o_bias[:, None]], 1)
 
 
 def affine(linear: nn.Linear) -> Tensor:
-    """M (D + 1): the weight and, as a last column, the bias."""
+    """Return the weight of `linear` with its bias as a last column: M (D + 1)."""
     weight = linear.weight.detach().double()
     bias = torch.zeros(len(weight)).to(weight) if linear.bias is None else linear.bias.detach().double()
     return torch.cat([weight, bias[:, None]], 1)
 
 
 def state(**maps: Tensor) -> dict[str, Tensor]:
-    """The tensors of linear layers by name, from affine maps (... (D + 1))."""
+    """Return the tensors of linear layers by name, from affine maps (... (D + 1))."""
     found: dict[str, Tensor] = {}
     for name, value in maps.items():
         value = value.flatten(0, -2)

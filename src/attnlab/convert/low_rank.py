@@ -1,4 +1,4 @@
-"""The mathematics of narrower layers: pure functions of float64 tensors."""
+"""Low-rank factors of a matrix, as pure functions of float64 tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def root(moment: Tensor) -> Tensor:
-    """L with L L^T = `moment` (n n), which is first moved a millionth towards the identity, so that directions that the
-    sample lacks do not count for nothing."""
+    """Return L with L L^T = `moment` (n n).
+
+    A millionth of the mean diagonal is added first, so that directions that the sample lacks have a weight too.
+    """
     ridge = 1e-6 * moment.diagonal().mean().clamp(min=1e-30)
     return torch.linalg.cholesky(moment + ridge * torch.eye(len(moment)).to(moment))
 
@@ -16,10 +18,10 @@ def root(moment: Tensor) -> Tensor:
 def low_rank(
     matrix: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None, *, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """(up [M R], down [R D]): of all products of rank R, the one nearest to `matrix` [M D].
+    """Return (up [M R], down [R D]), whose product is nearest to `matrix` W [M D] among all of rank R.
 
-    Nearest in E |A (W - up down) x|^2, where `inputs` is the second moment of x, and `outputs` is A^T A: how much an
-    error in each direction of the result weighs. Left out, they are the identity: the plain SVD.
+    The distance is E |A (W - up down) x|^2. `inputs` [D D] is the second moment of x; `outputs` [M M] is A^T A, the
+    weight of an error in each direction of the result. Left out, they are the identity: the plain SVD.
     """
     left = None if outputs is None else root(outputs).T
     seen = matrix if left is None else left @ matrix
@@ -29,14 +31,17 @@ def low_rank(
 
 
 def spectrum(matrix: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> Tensor:
-    """What each further rank of `low_rank` takes away of the error, greatest first."""
+    """Return how much error each further rank of `low_rank` removes, greatest first."""
     seen = matrix if outputs is None else root(outputs).T @ matrix
     return torch.linalg.svdvals(seen if inputs is None else seen @ root(inputs)).square()
 
 
 def share(energies: list[Tensor], total: int) -> list[int]:
-    """Ranks, `total` together, each to the layer whose next one takes away the largest part of that layer's own error;
-    every layer gets one at least."""
+    """Return the rank of each layer, `total` together, at least one each.
+
+    Each rank goes to the layer whose next one removes the largest part of that layer's own error. `energies` are the
+    spectra of the layers, greatest first.
+    """
     part = [e / e.sum() for e in energies]
     ranked = sorted(((float(p), i) for i, e in enumerate(part) for p in e[1:]), reverse=True)
     chosen = [i for _, i in ranked[: total - len(energies)]]

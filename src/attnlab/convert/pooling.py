@@ -1,7 +1,7 @@
-"""Fewer key/value heads: each group of query heads gets one, made from those that the group read before.
+"""Pooling of key/value heads: each group of query heads gets one, made from those that the group read before.
 
-mean: their mean (Ainslie et al. 2023, arXiv 2305.13245). aligned: heads that look alike are brought together and turned
-towards each other before the mean is taken; neither changes what the unpooled model computes. first: the group's first
+mean: their mean (Ainslie et al. 2023, arXiv 2305.13245). aligned: similar heads are brought together and rotated
+towards each other before the mean is taken; neither changes the output of the unpooled model. first: the group's first
 head, the control.
 """
 
@@ -16,26 +16,33 @@ from torch import Tensor
 from ..errors import UserError
 from .dense import Dense
 
-ROUNDS = 8  # of turning every head towards the mean of its group
+ROUNDS = 8  # of rotating every head towards the mean of its group
 TARGET = "gqa"  # the mechanism of pooled heads, with nothing else changed
 
 
 def mean(source: Dense, heads: int) -> Dense:
+    """Return `source` with so many key/value heads, each the mean of its group."""
     k, v = (source.per_query(x).unflatten(0, (heads, -1)).mean(1) for x in (source.k, source.v))
     return replace(source, k=k, v=v)
 
 
 def first(source: Dense, heads: int) -> Dense:
+    """Return `source` with so many key/value heads, each the first of its group."""
     k, v = (source.per_query(x).unflatten(0, (heads, -1))[:, 0] for x in (source.k, source.v))
     return replace(source, k=k, v=v)
 
 
 def aligned(source: Dense, heads: int) -> Dense:
-    """Turning keys and queries alike leaves their products as they are, and so it is with values and W_o. A turn that
-    must commute with rotary embedding is one phase per pair; else any orthogonal matrix will do."""
-    k, v = source.per_query(source.k), source.per_query(source.v)
+    """Return `source` with so many key/value heads, each the mean of its group after alignment.
+
+    The same rotation of keys and queries leaves their products as they are; so does one of values and W_o. A rotation
+    that commutes with rotary embedding is one phase per pair; else it is any orthogonal matrix. Raises `UserError` for
+    heads with norms.
+    """
     if source.norms:
         raise UserError("heads whose queries and keys are normed one by one cannot be turned: pool by mean or first")
+    k = source.per_query(source.k)
+    v = source.per_query(source.v)
     turn_keys = nearest_turn if source.frequencies is None else nearest_phases
     order = torch.cat(cluster(distances(k, turn_keys) + distances(v, nearest_turn), len(k) // heads))
     k, turned_k = towards_mean(k[order].unflatten(0, (heads, -1)), turn_keys)
@@ -53,29 +60,29 @@ METHODS: dict[str, Callable[[Dense, int], Dense]] = {
 
 
 def nearest_turn(a: Tensor, b: Tensor) -> Tensor:
-    """The orthogonal U (... H H) that brings U a nearest to b (... H M): Procrustes."""
+    """Return the orthogonal U (... H H) that brings U a nearest to b (both ... H M): Procrustes."""
     u, _, v = torch.linalg.svd(b @ a.mT)
     return u @ v
 
 
 def nearest_phases(a: Tensor, b: Tensor) -> Tensor:
-    """The same among turns of the pairs (i, i + H/2)."""
+    """Return the same among rotations of the pairs (i, i + H/2)."""
     half = a.shape[-2] // 2
     product = (b[..., :half, :] + 1j * b[..., half:, :]) * (a[..., :half, :] - 1j * a[..., half:, :])
     phase = product.sum(-1).angle()
-    cos, sin = phase.cos().diag_embed(), phase.sin().diag_embed()
+    cos = phase.cos().diag_embed()
+    sin = phase.sin().diag_embed()
     return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
 
 
 def distances(x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """N N: what is left of the squared difference of two heads (N H M) once one is turned towards the other, as a part
-    of their mean size."""
+    """Return the squared difference of each pair of heads (N H M) after alignment, by their mean size: N N."""
     turned = turn(x[:, None], x[None]) @ x[:, None]
     return (turned - x[None]).square().sum((-1, -2)) / x.square().sum((-1, -2)).mean()
 
 
 def cluster(distance: Tensor, size: int) -> list[Tensor]:
-    """Groups of `size`: the first head that is free, with those that are nearest to it."""
+    """Return groups of `size` heads: the first that has no group yet, with those nearest to it."""
     free = list(range(len(distance)))
     groups = []
     while free:
@@ -86,7 +93,7 @@ def cluster(distance: Tensor, size: int) -> list[Tensor]:
 
 
 def towards_mean(x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Groups of heads (K G H M) -> (their means once all are turned [K H M], the turns [K*G H H])."""
+    """Return the means of groups of heads (K G H M) after alignment [K H M], and the rotations [K*G H H]."""
     centre = x[:, :1]
     for _ in range(ROUNDS):
         turns = turn(x, centre.expand_as(x))

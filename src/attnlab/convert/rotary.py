@@ -1,4 +1,4 @@
-"""Rotary keys of many heads as few shared ones.
+"""Shared rotary keys, made from those of many heads.
 
 As complex numbers, pair p of query n and key j gives Re q[n, p] conj(k[j, p]) e^(i angle): a complex factor on the key
 moves to the query. So the K keys of a pair are factored into shared components, k[j, p] = sum_i a[j, p, i] c[p, i], by
@@ -6,8 +6,8 @@ a principal component analysis over heads in which each weighs as much as its qu
 c[p, i] turns exactly as before, and query n takes q[n, p] conj(a[j, p, i]) to it; with all of them nothing is lost.
 
 Which are kept: the largest, the 2-norm rule of MHA2MLA (arXiv 2502.14837), here over components, as TransMLA (arXiv
-2502.07864) concentrates them. The others lose their turn: e^(i angle) becomes 1, or, where calibration text has shown
-how far back attention goes, its mean over that reach, so that slow pairs stay what they are and fast ones fade.
+2502.07864) concentrates them. The others lose their rotation: e^(i angle) becomes 1. Where calibration text has shown
+how far back attention goes, it becomes its mean over that distance: slow pairs stay the same, fast ones fade.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from .dense import Dense
 
 @dataclass(frozen=True)
 class Rotary:
-    places: tuple[float, ...]  # pair i turns by theta^-place[i]
-    q: Tensor  # N r (D + 1)
-    k: Tensor  # r (D + 1), shared by all heads
-    rest: Tensor  # K H (D + 1): keys that do not turn
+    """A layer's keys as r shared rotary dimensions and a rest without rotary embedding."""
+
+    places: tuple[float, ...]  # pair i rotates by theta^-place[i] radians per token
+    q: Tensor  # queries of the rotary part, N r (D + 1)
+    k: Tensor  # rotary keys, shared by all heads, r (D + 1)
+    rest: Tensor  # keys without rotary embedding, K H (D + 1)
 
 
 def split(source: Dense, pairs: int, seen: Statistics | None = None) -> Rotary:
-    """`source`'s keys as `pairs` shared rotary ones and a rest. Without rotary embedding, all is rest."""
+    """Return `source`'s keys as `pairs` shared rotary pairs and a rest. Without rotary embedding, all is rest."""
     turns = source.frequencies
     if turns is None:
         return Rotary((), source.q[:, :0], source.k[0, :0], source.k)
-    q, k = as_complex(source.q), as_complex(source.k)
+    q = as_complex(source.q)
+    k = as_complex(source.k)
     K, P, width = k.shape
     moment = torch.eye(width, dtype=torch.float64) if seen is None else seen.moment
     weight = torch.einsum("npd,de,npe->np", q, moment + 0j, q.conj()).real.unflatten(0, (K, -1)).sum(1)
@@ -44,7 +47,7 @@ def split(source: Dense, pairs: int, seen: Statistics | None = None) -> Rotary:
     energy, basis = torch.linalg.eigh(weighted @ (moment + 0j) @ weighted.mH)  # of each pair, by component
     component = basis.mH @ weighted
     factor = basis / weight.T[..., None]  # P K i
-    still = stillness(turns, seen)
+    still = mean_rotation(turns, seen)
     gain = energy if seen is None else energy * (1 - still.abs().square())[:, None]
     kept = torch.zeros(P * K, dtype=torch.bool)
     kept[gain.flatten().topk(min(pairs, P * K)).indices] = True
@@ -60,8 +63,11 @@ def split(source: Dense, pairs: int, seen: Statistics | None = None) -> Rotary:
     )
 
 
-def stillness(turns: Tensor, seen: Statistics | None) -> Tensor:
-    """What stands for e^(i angle) of each pair that no longer turns: complex, of size 0 to 1."""
+def mean_rotation(turns: Tensor, seen: Statistics | None) -> Tensor:
+    """Return the mean of e^(i angle) over the reach of attention, per pair: complex, of size 0 to 1.
+
+    `turns`: radians per token. Without statistics it is 1.
+    """
     if seen is None:
         return torch.ones(len(turns), dtype=torch.complex128)
     back = torch.arange(len(seen.reach), dtype=torch.float64)
@@ -69,9 +75,10 @@ def stillness(turns: Tensor, seen: Statistics | None) -> Tensor:
 
 
 def as_complex(x: Tensor) -> Tensor:
-    """... H M -> ... H/2 M: the pairs (i, i + H/2) as complex numbers."""
+    """Return the pairs (i, i + H/2) of x (... H M) as complex numbers: ... H/2 M."""
     return torch.complex(*x.chunk(2, -2))
 
 
 def as_real(x: Tensor) -> Tensor:
+    """Return the inverse of `as_complex`: ... H/2 M -> ... H M."""
     return torch.cat([x.real, x.imag], -2)

@@ -1,8 +1,8 @@
-"""Inside the heads: what each of them attends to, copies, and is good for, with null distributions and ablations."""
+"""Analysis of attention heads: patterns, scores with null distributions, ablations, and the contents of caches."""
 
-from .ablate import ablate
+from .ablation import ablate
 from .capture import Layer, heads_replaced, value_sizes, watch
-from .emergence import emergence
+from .emergence import scores_over_training
 from .memory import Inside, inside
 from .scores import head_scores, pattern_scores, repeated
 from .summary import whole
@@ -11,12 +11,12 @@ __all__ = [
     "Inside",
     "Layer",
     "ablate",
-    "emergence",
     "head_scores",
     "heads_replaced",
     "inside",
     "pattern_scores",
     "repeated",
+    "scores_over_training",
     "value_sizes",
     "watch",
     "whole",

@@ -1,4 +1,4 @@
-"""What every head of every layer attended to and wrote, in one forward pass, for any mechanism."""
+"""Record of a forward pass: the attention and the output of every head of every layer, for any mechanism."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..model import Block, Decoder
-from ..recording import record_attention, record_notes
+from ..recording import Maps, record_attention, record_notes
 from ..spec import AttentionConfig, Mask
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's part of a forward pass over B sequences of L tokens, nothing cached before them."""
+    """One layer's part of a forward pass over B sequences of L tokens."""
 
     config: AttentionConfig
-    maps: tuple[Tensor, ...]  # one per memory that was asked, B N L S
-    keys: tuple[Tensor, ...]  # the positions of their keys, B S
-    gate: Tensor | None  # B L M: how much each source counts, where there are several
-    wrote: Tensor  # B L N V: what the heads hand to the output matrix
-    residual: Tensor  # B L D: the residual stream that the layer read
-    latent: Tensor | None  # B L R
-    load: Tensor | None  # E: how many tokens each expert got
+    maps: tuple[Tensor, ...]  # attention weights, one tensor per memory, B N L S
+    keys: tuple[Tensor, ...]  # the positions of their keys, B S; -1: no key
+    gate: Tensor | None  # weights of the memories, B L M; None: there is one memory
+    wrote: Tensor  # outputs of the heads, before the output matrix, B L N V
+    residual: Tensor  # the residual stream that the layer read, B L D
+    latent: Tensor | None  # B L R; None: the mechanism has none
+    load: Tensor | None  # tokens that each expert got, E; None: the mechanism has no experts
 
     def pattern(self) -> Tensor:
-        """How much of its attention each query gives to each token, B N L L: rows sum to 1. The answers of several
-        memories count by their gate, and a key that stands for a group of tokens is shared out among them equally.
+        """Return the share of its attention that each query gives to each token, B N L L: rows sum to 1.
 
-        Raises `UserError` where there is no softmax over tokens, and after others in a cache.
+        Several memories are added up by their gate. The weight of a key that stands for a group of tokens is divided
+        among them equally. Raises `UserError` where there is no softmax over tokens, and where the tokens came after
+        others in a cache.
         """
         if not self.maps:
             raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
@@ -45,13 +47,13 @@ class Layer:
         return total
 
     def _group(self, keys: Tensor, length: int) -> int:
-        """How many tokens a key stands for."""
+        """Return the number of tokens that a key stands for."""
         beside = list(self.config.cache_spec.beside.values())
         return beside[0].every if beside and keys.shape[1] != length else 1
 
 
 def _over_tokens(weights: Tensor, keys: Tensor, group: int, length: int) -> Tensor:
-    """Weights on keys (B N L S) as weights on tokens (B N L T); a key at position -1 does not exist."""
+    """Return weights on keys (B N L S) as weights on tokens (B N L T); a key at position -1 does not exist."""
     if bool(((keys >= 0) & ((keys + 1) * group > length)).any()):
         raise UserError(
             f"a pattern is that of whole sequences, and these {length} tokens came after others in a cache: leave the "
@@ -64,44 +66,56 @@ def _over_tokens(weights: Tensor, keys: Tensor, group: int, length: int) -> Tens
     return out.scatter_add_(-1, tokens[:, None, None].expand_as(spread), spread)[..., :length]
 
 
+class _Recorder:
+    """Hooks of one block: they keep what its attention reads and writes, and add a `Layer` to `seen` at the end."""
+
+    def __init__(self, maps: Maps, notes: dict[str, list[Tensor]], seen: list[Layer]) -> None:
+        self.maps = maps
+        self.notes = notes
+        self.seen = seen
+
+    def register(self, block: Block) -> Iterator[RemovableHandle]:
+        """Register the hooks, and yield the handle of each."""
+        matrix = output_matrix(block.attention)
+        yield block.register_forward_pre_hook(self._enter)
+        yield matrix.register_forward_pre_hook(self._write)
+        yield block.register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.residual = inputs[0].detach()
+
+    def _write(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.wrote = inputs[0].detach()
+
+    def _leave(self, module: Block, *_: object) -> None:
+        config: AttentionConfig = module.attention.config
+        noted = {name: values[0] for name, values in self.notes.items()}
+        self.seen.append(
+            Layer(
+                config=config,
+                maps=tuple(self.maps),
+                keys=tuple(keys for _, keys in self.maps.at),
+                gate=noted.get("gate"),
+                wrote=self.wrote.unflatten(-1, (config.n_heads, -1)),
+                residual=self.residual,
+                latent=noted.get("latent"),
+                load=noted.get("load"),
+            )
+        )
+        self.maps.clear()
+        self.maps.at.clear()
+        self.notes.clear()
+
+
 @contextmanager
 def watch(model: Decoder) -> Iterator[list[Layer]]:
-    """While it is open, every forward pass of `model` adds one `Layer` per block. Costs nothing afterwards."""
+    """Yield a list to which every forward pass of `model` adds one `Layer` per block, while it is open."""
     seen: list[Layer] = []
-    handles = []
+    handles: list[RemovableHandle] = []
     with record_attention() as maps, record_notes() as notes:
-        for block in model.blocks():
-            state: dict[str, Tensor] = {}
-
-            def enter(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
-                state["residual"] = inputs[0].detach()
-
-            def wrote(module: nn.Module, inputs: tuple[Tensor, ...], state: dict[str, Tensor] = state) -> None:
-                state["wrote"] = inputs[0].detach()
-
-            def leave(module: Block, *_: object, state: dict[str, Tensor] = state) -> None:
-                config: AttentionConfig = module.attention.config
-                said = {name: values[0] for name, values in notes.items()}
-                seen.append(
-                    Layer(
-                        config=config,
-                        maps=tuple(maps),
-                        keys=tuple(keys for _, keys in maps.at),
-                        gate=said.get("gate"),
-                        wrote=state["wrote"].unflatten(-1, (config.n_heads, -1)),
-                        residual=state["residual"],
-                        latent=said.get("latent"),
-                        load=said.get("load"),
-                    )
-                )
-                maps.clear()
-                maps.at.clear()
-                notes.clear()
-
-            handles.append(block.register_forward_pre_hook(enter))
-            handles.append(output_matrix(block.attention).register_forward_pre_hook(wrote))
-            handles.append(block.register_forward_hook(leave))
         try:
+            for block in model.blocks():
+                handles.extend(_Recorder(maps, notes, seen).register(block))
             yield seen
         finally:
             for handle in handles:
@@ -109,7 +123,10 @@ def watch(model: Decoder) -> Iterator[list[Layer]]:
 
 
 def output_matrix(attention: nn.Module) -> nn.Linear:
-    """The matrix that adds the heads' answers to the residual stream: each head has its own columns of it."""
+    """Return the output matrix of a mechanism, of which each head has its own columns.
+
+    Raises `UserError` where there is none named `o`.
+    """
     matrix = getattr(attention, "o", None)
     if not isinstance(matrix, nn.Linear):
         raise UserError(
@@ -121,7 +138,7 @@ def output_matrix(attention: nn.Module) -> nn.Linear:
 
 @contextmanager
 def heads_replaced(model: Decoder, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While it is open, what the heads of `layer` hand to the output matrix (B L N V) is `change` of it."""
+    """Replace the outputs of the heads of `layer` (B L N V) by `change` of them, while it is open."""
     attention = model.blocks()[layer].attention
     n_heads: int = attention.config.n_heads
 
@@ -137,10 +154,10 @@ def heads_replaced(model: Decoder, layer: int, change: Callable[[Tensor], Tensor
 
 @torch.no_grad()
 def value_sizes(model: Decoder, layers: list[Layer]) -> list[Tensor | None]:
-    """How much each head adds to the residual stream when it looks at one token alone: per layer B N L, the length of
-    that token's value behind the output matrix. Weights times these are a value-weighted pattern.
+    """Return, per layer, how much each head adds to the residual stream when it attends to one token alone: B N L.
 
-    Found by letting each query see itself alone; None where a mechanism has more in mind than what it may see.
+    It is the length of that token's value behind the output matrix. Attention weights times these are a value-weighted
+    pattern. Each query is made to see itself alone; None for a mechanism that reads more than what it may see.
     """
     found: list[Tensor | None] = []
     for block, layer in zip(model.blocks(), layers, strict=True):

@@ -1,31 +1,34 @@
-"""When heads become what they are: their scores at every checkpoint that a run kept."""
+"""Head scores over training: at every checkpoint that a run kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
-from ..results import Emergence
+from ..results import Emergence, Tell
 from ..runs.folder import RunFolder, load_model
-from .ablate import losses
+from .ablation import losses
 from .scores import PATTERNS, lengths, mean_scores, repeated
 
 
 @torch.no_grad()
-def emergence(
+def scores_over_training(
     run: str | Path,
     *,
     sequences: int = 64,
     segments: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    tell: Callable[[str, int, int], None] = lambda what, done, of: None,
+    tell: Tell = lambda what, done, of: None,
 ) -> Emergence:
-    """Scores of every head at every checkpoint in the run folder `run`, on the sequences of `head_scores`, and the loss
-    on the longest of them; train.keep 0 keeps them all while training."""
+    """Return the scores of every head at every checkpoint in the run folder `run`, and the losses there.
+
+    The sequences are those of `head_scores`; losses, in nats per token, are those of the longest. Training with
+    train.keep 0 keeps all checkpoints. Raises `UserError` for fewer than 2 checkpoints.
+    """
     folder = RunFolder.open(run)
     steps = folder.steps()
     if len(steps) < 2:
@@ -37,7 +40,8 @@ def emergence(
     segments = lengths(shape, segments)
     batches = repeated(shape.vocab_size, sequences, segments[-1], seed).split(batch_size)
     scores: dict[str, list[list[list[float]]]] = {name: [] for name in PATTERNS}
-    first, second = [], []
+    first = []
+    second = []
     for number, step in enumerate(steps, 1):
         model, _ = load_model(run, step)
         found = mean_scores(model, sequences=sequences, segments=segments, seed=seed, batch_size=batch_size)

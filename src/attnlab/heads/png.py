@@ -1,5 +1,7 @@
-"""The figures of `attnlab heads` as PNG files for papers: cividis maps and Okabe and Ito's colours, which read the
-same for colour-blind eyes and in grey."""
+"""PNG figures of `attnlab heads`, for papers.
+
+The colours are cividis and those of Okabe and Ito, which differ for colour-blind readers and in grey too.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,18 @@ from typing import Any
 from ..errors import UserError, need
 from ..files import write_bytes
 
-BLUE, VERMILLION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8781"
-DPI = 200
+BLUE = "#0072b2"
+VERMILLION = "#d55e00"
+GREEN = "#009e73"
+GREY = "#8a8781"
+DPI = 200  # dots per inch
 
 
 def write_pngs(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write what `attnlab heads` found as PNG files into `folder`, which is made. Returns their paths."""
+    """Write the findings of `attnlab heads` as PNG files into `folder`, which is made. Return their paths.
+
+    Raises `UserError` where matplotlib is missing, and where the folder cannot be made.
+    """
     need("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -51,7 +59,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _scores(scores: Mapping[str, Any]) -> Any:
-    """One heat map per score, layers x heads; a dot marks a head above both nulls."""
+    """Draw one heat map per score, layers x heads; a dot marks a head above both nulls."""
     names = list(scores["scores"])
     columns = min(4, len(names))
     figure, axes = _figure(-(-len(names) // columns), columns, 2.9, 2.4)
@@ -78,7 +86,7 @@ def _scores(scores: Mapping[str, Any]) -> Any:
 
 
 def _ablation(scores: Mapping[str, Any], ablation: Mapping[str, Any]) -> Any:
-    """Pattern against cause: does a head that looks like an induction head also matter?"""
+    """Draw each head's scores against the change in loss without it."""
     figure, (axis,) = _figure(1, 1, 5.2, 4)
     for name, colour, marker in (
         ("induction", VERMILLION, "o"),
@@ -96,6 +104,7 @@ def _ablation(scores: Mapping[str, Any], ablation: Mapping[str, Any]) -> Any:
 
 
 def _positions(ablation: Mapping[str, Any]) -> Any:
+    """Draw the loss at each position of the repeated sequences."""
     figure, (axis,) = _figure(1, 1, 5.2, 3.4)
     loss = ablation["loss_by_position"]
     axis.plot(range(1, len(loss) + 1), loss, color=BLUE)
@@ -108,7 +117,7 @@ def _positions(ablation: Mapping[str, Any]) -> Any:
 
 
 def _latents(inside: list[Mapping[str, Any]]) -> Any:
-    """How much of the latent's variance its first axes leave, by layer."""
+    """Draw the share of the latent's variance that its first axes leave out, by layer."""
     figure, (axis,) = _figure(1, 1, 5.2, 3.6)
     layers = [layer for layer in inside if layer["variance_left"]]
     from matplotlib import colormaps
@@ -125,7 +134,7 @@ def _latents(inside: list[Mapping[str, Any]]) -> Any:
 
 
 def _paths(inside: list[Mapping[str, Any]]) -> Any:
-    """The tokens of one sequence on the first two principal axes of each layer's latent, in the order of reading."""
+    """Draw the tokens of one sequence on the first two principal axes of each layer's latent, in their order."""
     layers = [layer for layer in inside if layer["path"]]
     columns = min(4, len(layers))
     figure, axes = _figure(-(-len(layers) // columns), columns, 3.0, 2.8)
@@ -143,7 +152,7 @@ def _paths(inside: list[Mapping[str, Any]]) -> Any:
 
 
 def _patterns(patterns: list[Mapping[str, Any]]) -> Any:
-    """What the strongest head of each kind looks at: queries down, keys across."""
+    """Draw the pattern of the strongest head for each score: queries down, keys across."""
     figure, axes = _figure(1, len(patterns), 3.0, 3.2)
     for axis, pattern in zip(axes, patterns, strict=True):
         image = axis.imshow(pattern["weights"], cmap="cividis", vmin=0, vmax=1)
@@ -155,7 +164,7 @@ def _patterns(patterns: list[Mapping[str, Any]]) -> Any:
 
 
 def _emergence(curve: Mapping[str, Any]) -> Any:
-    """The strongest head of each kind at every checkpoint, and what the context is worth."""
+    """Draw the strongest head's score at every checkpoint, and the losses before and on the repeat."""
     figure, (heads, losses) = _figure(1, 2, 4.6, 3.6)
     styles = ((BLUE, "-"), (GREEN, "--"), (VERMILLION, "-."), (GREY, ":"))
     for (name, by_step), (colour, dash) in zip(curve["scores"].items(), styles, strict=False):

@@ -1,4 +1,4 @@
-"""What heads do, as numbers with a null distribution and a corrected significance.
+"""Head scores, with null distributions and a corrected significance.
 
 Measured on sequences of random tokens, so that nothing but the pattern itself can be exploited: a segment of n tokens,
 repeated once. For a query t in the second half, whose token stood at t - n before:
@@ -21,8 +21,9 @@ and scores.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,15 +37,21 @@ from ..stats import beyond, holm, welch
 from .capture import output_matrix, watch
 
 PATTERNS = ("previous token", "duplicate token", "induction", "first token")
-CONTENT = ("duplicate token", "induction")  # need a repeat, so a sequence without one is a null
+CONTENT = ("duplicate token", "induction")  # scores that need a repeat, so a sequence without one is a null
 SPREAD = ("entropy", "distance")
-ALPHA = 0.01
+ALPHA = 0.01  # of the marks, after correction
 FRESH = 8  # untrained models
+
+Samples = dict[str, list[Tensor]]  # score -> layers -> [sequences heads], each the mean over the lengths
+Scores = dict[str, list[list[float]]]  # score -> layers -> heads
 
 
 def repeated(vocab_size: int, sequences: int, segment: int, seed: int, *, repeat: bool = True) -> Tensor:
-    """[B 2n] random tokens: a segment and its repeat, or (the null) another segment. Tokens of a segment differ from
-    each other where the vocabulary is large enough. The first half is the same for both."""
+    """Return random tokens [B 2n]: a segment and its repeat or, for the null, a segment and another one.
+
+    The first segment is the same in both cases. The tokens of a segment differ from each other where the vocabulary is
+    large enough.
+    """
     random = np.random.default_rng([seed, segment, sequences])
 
     def draw() -> np.ndarray:
@@ -58,14 +65,19 @@ def repeated(vocab_size: int, sequences: int, segment: int, seed: int, *, repeat
 
 
 def pattern_scores(pattern: Tensor, segment: int) -> dict[str, Tensor]:
-    """Every score of `PATTERNS` and `SPREAD` from patterns B N L L of sequences with a segment of `segment`: B N."""
+    """Return every score of `PATTERNS` and `SPREAD` (B N) from patterns (B N L L).
+
+    `segment` is the length in tokens of the part that is repeated. Entropy is in nats, distance in tokens, all other
+    scores are shares of attention.
+    """
     length = pattern.shape[-1]
     query = torch.arange(length, device=pattern.device)
 
     def weight_on(target: Tensor, asked: Tensor) -> Tensor:
         return pattern[:, :, asked, target[asked]].mean(-1)
 
-    later, second = query >= 1, query >= segment
+    later = query >= 1
+    second = query >= segment
     found = {
         "previous token": weight_on(query - 1, later),
         "duplicate token": weight_on(query - segment, second),
@@ -79,8 +91,11 @@ def pattern_scores(pattern: Tensor, segment: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copying_scores(model: Decoder, tokens: Tensor) -> list[Tensor]:
-    """Per layer N: the mean share of the vocabulary whose logit each head raises less than that of the token it reads,
-    for tokens [M] each standing alone."""
+    """Return the copying scores of every layer (N): the share of the vocabulary that a head's own token outranks.
+
+    Each of the `tokens` (M) is read alone. The share counts the tokens whose logit the head raises less than that of
+    the token it reads; 0.5 is chance.
+    """
     with watch(model) as layers:
         model(tokens[:, None])
     found = []
@@ -105,9 +120,6 @@ def _gain(model: Decoder, x: Tensor) -> Tensor:
     return x * weight
 
 
-Samples = dict[str, list[Tensor]]  # score -> layers -> [sequences heads], each the mean over the lengths
-
-
 @torch.no_grad()
 def head_scores(
     model: Decoder,
@@ -119,66 +131,41 @@ def head_scores(
     batch_size: int = 16,
     tell: Tell = lambda what, done, of: None,
 ) -> HeadScores:
-    """Score every head of `model`. `untrained` None: 8 fresh models of the same config, which share the sequences.
+    """Return the scores of every head of `model`, with both null distributions and the marks.
 
+    `untrained`: the models of the second null; None: 8 fresh ones of the same config, which share the sequences.
     `segments`: see `lengths`. Raises `UserError` for fewer than 2 sequences, a segment that does not fit twice into the
     context, and a mechanism without attention maps.
     """
-    config, device = model.config, next(model.parameters()).device
+    config = model.config
+    device = next(model.parameters()).device
     segments = lengths(config, segments)
-    if sequences < 2:
-        raise UserError(
-            f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
-        )
-    each = max(2, -(-sequences // FRESH))
-    done, total = 0, (2 * sequences + FRESH * each) * len(segments)
+    check_sequences(sequences)
+    each = max(2, -(-sequences // FRESH))  # sequences per untrained model
+    count = _Count(tell, (2 * sequences + FRESH * each) * len(segments))
 
-    def read(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        tell("scoring heads", done, total)
-
-    def scored(subject: Decoder, count: int, repeat: bool = True) -> Samples:
-        return _samples(subject, count, segments, seed, batch_size, repeat, read)
+    def sampled(subject: Decoder, sequences: int, repeat: bool = True) -> Samples:
+        return _samples(subject, sequences, segments, seed, batch_size, repeat, count.add)
 
     alone = torch.from_numpy(np.random.default_rng(seed).permutation(config.vocab_size)[:512]).to(device)
-    ours, not_repeated = scored(model, sequences), scored(model, sequences, False)
+    ours = sampled(model, sequences)
+    not_repeated = sampled(model, sequences, repeat=False)
     copying = copying_scores(model, alone)
-    fresh, fresh_copying = [], []
+    fresh = []
+    fresh_copying = []
     for other in fresh_models(config, seed) if untrained is None else untrained:
         other = other.to(next(model.parameters())).eval()
-        fresh.append(scored(other, each))
+        fresh.append(sampled(other, each))
         fresh_copying.append(copying_scores(other, alone))
-    assert len(fresh) > 1, "one untrained model has no spread"
-    null = {
-        name: [torch.stack([found[name][layer].mean(0) for found in fresh]) for layer in range(config.n_layers)]
-        for name in ours
-    }  # score -> layers -> [models heads]
-    p = {
-        name: [
-            [
-                max(
-                    beyond(layer[:, head].mean().item(), null[name][number].tolist()),
-                    welch(layer[:, head].tolist(), not_repeated[name][number][:, head].tolist())
-                    if name in CONTENT
-                    else 0.0,
-                )
-                for head in range(layer.shape[1])
-            ]
-            for number, layer in enumerate(ours[name])
-        ]
-        for name in PATTERNS
-    }
-    flat = [value for layers in p.values() for row in layers for value in row]
-    assert all(math.isfinite(value) for value in flat)
-    marks = iter(holm(flat, ALPHA))
+    null = _by_model(fresh)
+    p = _p_values(ours, not_repeated, null)
+    copying_null = [torch.stack(layer).mean(0).tolist() for layer in zip(*fresh_copying, strict=True)]
     return HeadScores(
         scores=_means(ours) | {"copying": [layer.tolist() for layer in copying]},
         not_repeated={name: means for name, means in _means(not_repeated).items() if name in CONTENT},
-        untrained=_means(null)
-        | {"copying": [torch.stack(layer).mean(0).tolist() for layer in zip(*fresh_copying, strict=True)]},
+        untrained=_means(null) | {"copying": copying_null},
         p=p,
-        marked={name: [[next(marks) for _ in row] for row in layers] for name, layers in p.items()},
+        marked=_marks(p),
         alpha=ALPHA,
         sequences=sequences,
         segments=list(segments),
@@ -186,23 +173,96 @@ def head_scores(
     )
 
 
+class _Count:
+    """The number of sequences that have been read, reported as it grows."""
+
+    def __init__(self, tell: Tell, total: int) -> None:
+        self.tell = tell
+        self.total = total
+        self.done = 0
+
+    def add(self, sequences: int) -> None:
+        self.done = min(self.done + sequences, self.total)
+        self.tell("scoring heads", self.done, self.total)
+
+
+def _by_model(fresh: Sequence[Samples]) -> Samples:
+    """Return score -> layers -> [models heads]: the means of each untrained model over its sequences."""
+    assert len(fresh) > 1, "one untrained model has no spread"
+    found: Samples = {}
+    for name, layers in fresh[0].items():
+        found[name] = [torch.stack([samples[name][i].mean(0) for samples in fresh]) for i in range(len(layers))]
+    return found
+
+
+def _p_values(ours: Samples, not_repeated: Samples, null: Samples) -> Scores:
+    """Return the p-value of every head for every score of `PATTERNS`: the larger of its two tests'."""
+    found: Scores = {}
+    for name in PATTERNS:
+        rows = []
+        for samples, control, models in zip(ours[name], not_repeated[name], null[name], strict=True):
+            row = _beyond_untrained(samples, models)
+            if name in CONTENT:
+                row = [max(pair) for pair in zip(row, _above_control(samples, control), strict=True)]
+            rows.append(row)
+        found[name] = rows
+    assert all(math.isfinite(p) for rows in found.values() for p in itertools.chain(*rows))
+    return found
+
+
+def _beyond_untrained(samples: Tensor, models: Tensor) -> list[float]:
+    """Return one p-value per head: its mean over the samples (B N) against untrained models (M N)."""
+    null = models.tolist()
+    return [beyond(samples[:, head].mean().item(), null) for head in range(samples.shape[1])]
+
+
+def _above_control(samples: Tensor, control: Tensor) -> list[float]:
+    """Return one p-value per head: its samples (B N) against those of sequences without a repeat (B N)."""
+    return [welch(samples[:, head].tolist(), control[:, head].tolist()) for head in range(samples.shape[1])]
+
+
+def _marks(p: Mapping[str, list[list[float]]]) -> dict[str, list[list[bool]]]:
+    """Return which p-values are significant at `ALPHA` after Holm's correction, in the shape of `p`."""
+    rows = [row for layers in p.values() for row in layers]
+    significant = holm([value for row in rows for value in row], ALPHA)
+    found: dict[str, list[list[bool]]] = {name: [] for name in p}
+    start = 0
+    for name, layers in p.items():
+        for row in layers:
+            found[name].append(significant[start : start + len(row)])
+            start += len(row)
+    return found
+
+
+def check_sequences(sequences: int) -> None:
+    """Raise `UserError` for fewer than 2 sequences, of which no spread can be taken."""
+    if sequences < 2:
+        raise UserError(
+            f"{sequences} sequences were asked for: give at least 2, and 64 for results that mean something"
+        )
+
+
 def lengths(config: ModelConfig, given: Sequence[int] | None = None) -> list[int]:
-    """Lengths of the segment, ascending. None: half of the context, at most 128, and a half and a quarter of that, as
-    far as they reach 4 tokens. `UserError` where one is no segment, or does not fit twice into the context."""
+    """Return the lengths of the segment in tokens, ascending.
+
+    `given` None: half of the context, at most 128, and a half and a quarter of that, as far as they reach 4 tokens.
+    Raises `UserError` where one is below 2, or does not fit twice into the context.
+    """
     if given is None:
         longest = min(config.context // 2, 128)
         given = [n for n in (longest // 4, longest // 2, longest) if n >= 4]
     if not given or min(given) < 2 or 2 * max(given) > config.context:
-        told = f"segments of {', '.join(map(str, given))} tokens" if given else "a segment of at least 4 tokens"
+        asked = f"segments of {', '.join(map(str, given))} tokens" if given else "a segment of at least 4 tokens"
+        remedy = f"segments from 2 to {config.context // 2}" if config.context >= 4 else "a model with a longer one"
         raise UserError(
-            f"{told}, each repeated once, must fit into the context of this model, which is {config.context}: give "
-            + (f"segments from 2 to {config.context // 2}" if config.context >= 4 else "a model with a longer one")
+            f"{asked}, each repeated once, must fit into the context of this model, which is {config.context}: give "
+            f"{remedy}"
         )
     return sorted(set(given))
 
 
 def fresh_models(config: ModelConfig, seed: int) -> Iterator[Decoder]:
-    """Untrained models, one after the other, so that large ones need not stand in memory together."""
+    """Yield untrained models of `config`, one at a time, so that large ones need not fit into memory together."""
     for number in range(FRESH):
         with torch.random.fork_rng([]):
             torch.manual_seed(FRESH * seed + number + 1)
@@ -220,36 +280,40 @@ def _samples(
     repeat: bool = True,
     read: Callable[[int], None] = lambda count: None,
 ) -> Samples:
-    """Each sample is the mean over one sequence of every length, so that lengths do not add to the spread."""
-    training, device = model.training, next(model.parameters()).device
+    """Return the scores of `count` sequences of every length in `segments`.
+
+    Each sample is the mean over one sequence of every length, so that lengths do not add to the spread.
+    """
+    training = model.training
+    device = next(model.parameters()).device
     model.eval()
     by_length = []
     for segment in segments:
-        found: list[list[dict[str, Tensor]]] = []
+        batches: list[list[dict[str, Tensor]]] = []  # batches -> layers -> scores
         for part in repeated(model.config.vocab_size, count, segment, seed, repeat=repeat).split(batch_size):
             with watch(model) as layers:
                 model(part.to(device))
-            found.append([pattern_scores(layer.pattern(), segment) for layer in layers])
+            batches.append([pattern_scores(layer.pattern(), segment) for layer in layers])
             read(len(part))
-        by_length.append(
-            {
-                name: [torch.cat([part[name] for part in layer]) for layer in zip(*found, strict=True)]
-                for name in (*PATTERNS, *SPREAD)
-            }
-        )
+        by_length.append(_joined(batches))
     model.train(training)
-    return {
-        name: [torch.stack(layer).mean(0) for layer in zip(*(each[name] for each in by_length), strict=True)]
-        for name in by_length[0]
-    }
+    found: Samples = {}
+    for name in by_length[0]:
+        by_layer = zip(*(samples[name] for samples in by_length), strict=True)
+        found[name] = [torch.stack(layer).mean(0) for layer in by_layer]
+    return found
 
 
-def _means(found: Samples) -> dict[str, list[list[float]]]:
+def _joined(batches: Sequence[Sequence[Mapping[str, Tensor]]]) -> Samples:
+    """Return the scores of several batches (batches -> layers -> scores) as those of one."""
+    layers = list(zip(*batches, strict=True))
+    return {name: [torch.cat([part[name] for part in layer]) for layer in layers] for name in (*PATTERNS, *SPREAD)}
+
+
+def _means(found: Samples) -> Scores:
     return {name: [layer.mean(0).tolist() for layer in layers] for name, layers in found.items()}
 
 
-def mean_scores(
-    model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: int = 16
-) -> dict[str, list[list[float]]]:
-    """The patterns' scores without a null: score -> layers -> heads."""
+def mean_scores(model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: int = 16) -> Scores:
+    """Return the scores of `PATTERNS` and `SPREAD` without a null: score -> layers -> heads."""
     return _means(_samples(model, sequences, segments, seed, batch_size))

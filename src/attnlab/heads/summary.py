@@ -1,8 +1,8 @@
-"""Everything that can be told about the heads of one model, as one JSON object."""
+"""The findings about the heads of one model, as one JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..model import Decoder
-from ..results import HeadScores
-from .ablate import ablate
+from ..results import HeadScores, Tell
+from .ablation import ablate
 from .capture import watch
-from .emergence import emergence
+from .emergence import scores_over_training
 from .memory import inside
 from .scores import PATTERNS, head_scores, repeated
 
-SHOWN = 8  # sequences that the insides are averaged over
+SHOWN = 8  # sequences that `inside` and the patterns are averaged over
 
 
 def whole(
@@ -28,9 +28,12 @@ def whole(
     segments: Sequence[int] | None = None,
     seed: int = 0,
     causal: bool = True,
-    tell: Callable[[str, int, int], None] = lambda what, done, of: None,
+    tell: Tell = lambda what, done, of: None,
 ) -> dict[str, Any]:
-    """Scores, ablations (unless not `causal`), what is remembered and, for a run folder `run`, emergence."""
+    """Return scores, ablations (if `causal`), contents of the caches and strongest patterns, ready for JSON.
+
+    `run`: the folder whose checkpoints are scored too; None: none. See `head_scores` for the rest.
+    """
     scores = head_scores(model, sequences=sequences, segments=segments, seed=seed, tell=tell)
     longest = scores.segments[-1]
     found: dict[str, Any] = {"mechanisms": list(model.config.mechanisms), "scores": scores.to_dict()}
@@ -40,14 +43,14 @@ def whole(
     found["inside"] = [layer.to_dict() for layer in inside(model, tokens)]
     found["patterns"] = strongest_patterns(model, tokens, scores)
     if run is not None:
-        curve = emergence(run, sequences=sequences, segments=scores.segments, seed=seed, tell=tell)
+        curve = scores_over_training(run, sequences=sequences, segments=scores.segments, seed=seed, tell=tell)
         found["emergence"] = curve.to_dict()
     return found
 
 
 @torch.no_grad()
 def strongest_patterns(model: Decoder, tokens: Tensor, scores: HeadScores) -> list[dict[str, Any]]:
-    """What the strongest head of each kind looks at, mean over the sequences of `tokens`: weights L L, 3 digits."""
+    """Return the pattern of the strongest head for each score: weights L L, the mean over `tokens` (B L), 3 digits."""
     with watch(model) as layers:
         model(tokens)
     found = []

@@ -1,4 +1,4 @@
-"""A citizen of transformers: import this, and `AutoModelForCausalLM` loads our Decoders and models that we patched."""
+"""Models of transformers: import this, and `AutoModelForCausalLM` loads our Decoders and the models that we patched."""
 
 from __future__ import annotations
 

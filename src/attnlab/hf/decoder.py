@@ -1,4 +1,4 @@
-"""Our Decoder as a model of transformers: `AutoModelForCausalLM` loads what `attnlab export` wrote."""
+"""Decoder as a model of transformers, which `AutoModelForCausalLM` loads from an exported folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..config import ModelConfig, from_dict, to_dict
 from ..errors import UserError
 from ..model import Decoder
 from ..pretrained.families import attnlab as form
-from .memory import furnish, locate
+from .memory import add_memories, locate
 
 
 class AttnlabConfig(PretrainedConfig):
-    """A ModelConfig under the names that transformers expects; `attnlab` holds it whole, as JSON."""
+    """ModelConfig under the names that transformers expects; the field `attnlab` holds all of it, as JSON."""
 
     model_type = "attnlab"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -28,7 +28,8 @@ class AttnlabConfig(PretrainedConfig):
     def __init__(self, attnlab: Mapping[str, Any] | None = None, use_cache: bool = True, **fields: Any) -> None:
         config = from_dict(ModelConfig, attnlab or {})
         super().__init__(**{**form.from_model_config(config), **fields})
-        self.attnlab, self.use_cache = to_dict(config), use_cache
+        self.attnlab = to_dict(config)
+        self.use_cache = use_cache
 
     @property
     def model_config(self) -> ModelConfig:
@@ -37,10 +38,10 @@ class AttnlabConfig(PretrainedConfig):
 
 
 class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
-    """Any Decoder, with any mechanism in any layer.
+    """Decoder with any mechanism in any layer.
 
-    Its caches are the mechanisms' own. Without gradients they are used as `config.use_cache` says; with gradients,
-    which caches written in place do not have, only where `use_cache=True` is given.
+    Its caches are the mechanisms' own. Without gradients they are used as `config.use_cache` says. They are written in
+    place and give no gradients, so with gradients they are used only where `use_cache=True` is given.
     """
 
     config_class = AttnlabConfig
@@ -56,19 +57,23 @@ class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The Decoder has done it."""
+        """Do nothing: the Decoder has set its initial weights itself."""
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of tokens."""
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of tokens."""
         assert isinstance(value, nn.Embedding)
         self.model.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
         self.model.head = new_embeddings
 
     @can_return_tuple
@@ -83,22 +88,26 @@ class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids B L, attention_mask B S over all tokens so far; labels B L, -100 where there is none, are shifted
-        here. Raises `UserError` for what the Decoder has no answer to: inputs_embeds, output_attentions, a mask of more
-        dimensions, several documents in one row."""
+        """Return logits B L V, the cache, and with labels the loss in nats per token.
+
+        input_ids: B L. attention_mask: B S over all tokens so far. labels: B L, -100 where there is none; they are
+        shifted here. Raises `UserError` for what the Decoder cannot do: inputs_embeds, output_attentions, a mask of
+        more dimensions, several documents in one row.
+        """
         if input_ids is None:
             raise UserError("there are no input_ids: attnlab's Decoder reads token ids, not embeddings")
         refuse(kwargs, "inputs_embeds", "output_attentions", "output_hidden_states")
         if cached(use_cache, self.config, past_key_values):
             past_key_values = DynamicCache() if past_key_values is None else past_key_values
             blocks = self.model.blocks()
-            memories = furnish(past_key_values, [(i, b.attention.config) for i, b in enumerate(blocks)])
+            memories = add_memories(past_key_values, [(i, b.attention.config) for i, b in enumerate(blocks)])
         else:
-            past_key_values, memories = None, []
+            past_key_values = None
+            memories = []
         place = locate(input_ids, memories, attention_mask, position_ids)
         if not place.mask.plain:
             self.model._check_length(int(place.positions.max()) + 1)
-        like = self.model.embed.weight[:1, :1].expand(*input_ids.shape)  # of the dtype and device of what is remembered
+        like = self.model.embed.weight[:1, :1].expand(*input_ids.shape)  # has the dtype and device of the cache
         x, kept = self.model.hidden(
             input_ids,
             None if place.mask.plain else place.positions,
@@ -115,14 +124,14 @@ class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def cached(use_cache: bool | None, config: PretrainedConfig, past_key_values: object) -> bool:
-    """Whether this call remembers."""
+    """Return whether this call reads and writes a cache."""
     if past_key_values is not None or use_cache is not None:
         return past_key_values is not None or bool(use_cache)
     return config.use_cache and not torch.is_grad_enabled()
 
 
 def refuse(kwargs: Mapping[str, Any], *names: str) -> None:
-    """What models of transformers can be asked for and this one cannot."""
+    """Raise `UserError` where one of these arguments is given, which models of transformers have and ours do not."""
     for name in names:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise UserError(

@@ -1,9 +1,8 @@
-"""`attnlab patch`: a model of transformers is opened, patched, and written whole or not at all."""
+"""Folders of patched models: `attnlab patch` reads a model of transformers, patches it and writes it atomically."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,20 @@ from ..errors import UserError, choose
 from ..laws.subject import span
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
+from ..results import Tell
 from .hosts import MODELS
 from .patch import Counts, patch
 
 CLASSES: list[Any] = [*(cls.__bases__[-1] for cls in MODELS), *MODELS]
-TYPES = [cls.config_class.model_type for cls in CLASSES]  # those of transformers first
-BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
+TYPES = [cls.config_class.model_type for cls in CLASSES]  # model_type of each; those of transformers first
+COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
 def dry_run(source: str, **settings: Any) -> Counts:
-    """`patch` on shapes alone: a folder, or the name of a model type, such as gpt2, for its default shape. Nothing is
-    downloaded, nothing but the counts is computed."""
+    """Return the counts of `patch`, from shapes alone: nothing is downloaded, and no weight is made.
+
+    `source`: a folder, or a model type such as gpt2, for its default shape. `settings` are those of `patch`.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         config = read(folder)
@@ -38,13 +40,14 @@ def dry_run(source: str, **settings: Any) -> Counts:
     return patch(model, **settings)
 
 
-def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, int], None], **settings: Any) -> Counts:
-    """`patch` the model in a folder, or on the Hugging Face hub, and write it to `out` with its tokenizer.
+def patch_folder(source: str, out: str | Path, *, progress: Tell, **settings: Any) -> Counts:
+    """Patch the model in a folder or on the Hugging Face hub, and write it to `out` with its tokenizer.
 
-    `progress` is told (what, parts done, parts in all). Raises `UserError` for a model that cannot be opened or
-    patched, and where `out` holds something already.
+    Return the counts. `settings` are those of `patch`. Raises `UserError` for a model that cannot be opened or patched,
+    and where `out` is not empty.
     """
-    out, folder = Path(out).expanduser(), Path(source).expanduser()
+    out = Path(out).expanduser()
+    folder = Path(source).expanduser()
     folders.check_free(out)
     folder = folder if folder.is_dir() else folders.download(source)
     progress(f"reading {source}", 0, 3)
@@ -52,39 +55,39 @@ def patch_folder(source: str, out: str | Path, *, progress: Callable[[str, int, 
     progress("patching, and asking the laws", 1, 3)
     counts = patch(model, **settings)
     progress(f"writing {out}", 2, 3)
-    with folders.whole(out) as half:
+    with folders.atomic(out) as half:
         model.save_pretrained(half)
-        for pattern in BESIDE:
+        for pattern in COPIED:
             for file in folder.glob(pattern):
                 shutil.copy(file, half)
-        (half / "README.md").write_text(card(model, folder.name, counts), "utf-8")
+        (half / "README.md").write_text(patch_card(model, folder.name, counts), "utf-8")
     return counts
 
 
 def read(folder: Path) -> PretrainedConfig:
-    """The config of a model that can be patched."""
+    """Return the config of the model in `folder`. Raises `UserError` for a type that cannot be patched."""
     kind = folders.about(folder)["config"].get("model_type")
     choose(f"model_type in {folder}:", str(kind), TYPES)
     return AutoConfig.from_pretrained(folder)
 
 
 def load(folder: Path) -> Any:
-    """The model in `folder`, every tensor of it found there."""
+    """Return the model in `folder`. Raises `UserError` where a tensor is missing or damaged."""
     config = read(folder)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{folder} does not hold the weights that its config.json describes ({why})") from None
-    model, told = found
-    if missing := sorted(told["missing_keys"]):
+    model, info = found
+    if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; its weights do not belong to its config.json")
     return model.eval()
 
 
-def card(model: Any, source: str, counts: Counts) -> str:
-    """README.md of a patched model."""
+def patch_card(model: Any, source: str, counts: Counts) -> str:
+    """Return README.md of a patched model; `source` is the name of the original."""
     configs = [from_dict(attention.module(e["mechanism"]).Config, e["config"]) for e in model.config.attnlab]
     rows = [(e["mechanism"], span(e["layers"]), c) for e, c in zip(model.config.attnlab, configs, strict=True)]
     floats = sum(a.mechanism.config.cache_spec.per_token for a in model.adapters().values())

@@ -1,10 +1,14 @@
-"""Models of transformers whose attention is ours: each a class with a config of its own, built from it alone, so that
-`from_pretrained` needs nothing but `import attnlab.hf`."""
+"""Models of transformers whose attention is ours.
+
+Each is a class with a config class of its own and is built from that config alone, so `from_pretrained` needs nothing
+but `import attnlab.hf`. To add a family, write these two classes, and `SLOT` in its file in `pretrained/families/`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,29 +20,32 @@ from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
 from ..model import init_weights
+from ..pretrained.families import gpt2, llama
 from .decoder import cached, refuse
-from .memory import Memory, Place, furnish, locate
+from .memory import Memory, Place, add_memories, locate
 
 TRAIN = ("all", "attention", "new")
+MODELS: list[type[Patched]] = []  # the classes below, in their order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """What was put into some layers of a model; plain JSON in its config."""
+    """Mechanism in some layers of a model; plain JSON in the model's config."""
 
     mechanism: str
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # from 0
     config: Mapping[str, Any]  # every field of the mechanism's Config
     keep_output: bool = False  # the model's own output projection follows the mechanism's
     carried: tuple[str, ...] = ()  # parameters of the mechanism whose values came from the model
 
 
 class Adapter(nn.Module):
-    """A mechanism where one layer of the model has its attention. What belongs to a call comes in with the call."""
+    """Mechanism in the place of one layer's attention."""
 
     def __init__(self, patch: Patch, layer: int, after: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.patch, self.layer = patch, layer
+        self.patch = patch
+        self.layer = layer
         module = attention.module(patch.mechanism)
         self.mechanism = module.Attention(from_dict(module.Config, patch.config))
         self.after = nn.Sequential(*after)
@@ -50,6 +57,7 @@ class Adapter(nn.Module):
         attnlab_place: Place | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
+        """Return the output B L D for hidden_states B L D. Raises `UserError` where the model was not called whole."""
         place = attnlab_place
         if place is None:
             raise UserError("call the whole model: the part inside it cannot know where its tokens stand")
@@ -64,12 +72,19 @@ class Adapter(nn.Module):
 
 
 class Patched:
-    """The part that all patched models share. A class of transformers comes after it among the bases."""
+    """Base class of all patched models. A class of transformers comes after it among the bases."""
 
-    stack: str  # where the layers are
+    family: ModuleType  # of pretrained/families, whose SLOT is the attention in a layer
+    output: str  # the last projection in the attention
+    tail: tuple[str, ...] = ()  # the modules in the attention that follow it
+    stack: str  # the list of layers
     slot: str  # the attention in a layer
-    output: str  # the last projection of that
-    tail: tuple[str, ...] = ()  # and what follows it
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.stack, cls.slot = cls.family.SLOT.split(".{}.")
+        if "config_class" in cls.__dict__:
+            MODELS.append(cls)
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -79,16 +94,17 @@ class Patched:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As every model's; what was frozen when it was saved is frozen again."""
+        """Return the model as transformers does, with the parameters frozen that were frozen when it was saved."""
         found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         freeze(found[0] if isinstance(found, tuple) else found)
         return found
 
     def blocks(self) -> list[nn.Module]:
+        """Return the layers."""
         return list(self.get_submodule(self.stack))  # type: ignore[attr-defined]
 
     def adapters(self) -> dict[int, Adapter]:
-        """The layers that hold a mechanism."""
+        """Return the mechanisms by layer."""
         inside = {i: getattr(block, self.slot) for i, block in enumerate(self.blocks())}
         return {i: each for i, each in inside.items() if isinstance(each, Adapter)}
 
@@ -104,14 +120,17 @@ class Patched:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As the model's own, with `UserError` where positions cannot be told. See `AttnlabForCausalLM` for caches."""
+        """Return what the model's own forward does. See `AttnlabForCausalLM` for caches.
+
+        Raises `UserError` where positions cannot be told, and for output_attentions.
+        """
         refuse(kwargs, "output_attentions")
         config: PretrainedConfig = self.config  # type: ignore[attr-defined]
         memories: list[Memory] = []
         remember = cached(use_cache, config, past_key_values)
         if remember:
             past_key_values = DynamicCache(config=config) if past_key_values is None else past_key_values
-            memories = furnish(past_key_values, [(i, a.mechanism.config) for i, a in self.adapters().items()])
+            memories = add_memories(past_key_values, [(i, a.mechanism.config) for i, a in self.adapters().items()])
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise UserError("there are neither input_ids nor inputs_embeds: give one of them")
@@ -131,7 +150,7 @@ class Patched:
 
 
 def install(model: Any, patch: Patch) -> None:
-    """Put a fresh mechanism into each of the layers, on the device and in the precision of what was there."""
+    """Put a mechanism with initial weights into each of the layers, on the device and in the dtype of the original."""
     blocks = model.blocks()
     for i in patch.layers:
         host = getattr(blocks[i], model.slot)
@@ -144,8 +163,7 @@ def install(model: Any, patch: Patch) -> None:
 
 
 def freeze(model: Any) -> None:
-    """Which parameters get gradients, as the config says: all, those of the mechanisms, or only what did not carry
-    over."""
+    """Let parameters train as the config says: all, those of the mechanisms, or of these what did not carry over."""
     choice = choose("train", model.config.attnlab_train, TRAIN)
     for parameter in model.parameters():
         parameter.requires_grad_(choice == "all")
@@ -154,77 +172,93 @@ def freeze(model: Any) -> None:
             parameter.requires_grad_(choice != "new" or name not in adapter.patch.carried)
 
 
-def fused(host: Any) -> dict[str, Tensor]:
-    """GPT-2's: one matrix for q, k and v, written from the left."""
+def gpt2_projections(host: Any) -> dict[str, Tensor]:
+    """Return q, k, v and o of GPT-2's attention, which stores the first three in one transposed matrix."""
     weights = (*host.c_attn.weight.T.chunk(3), host.c_proj.weight.T)
     biases = (*host.c_attn.bias.chunk(3), host.c_proj.bias)
-    names = [f"{letter}.{kind}" for kind in ("weight", "bias") for letter in "qkvo"]
+    names = [f"{projection}.{kind}" for kind in ("weight", "bias") for projection in "qkvo"]
     return dict(zip(names, (*weights, *biases), strict=True))
 
 
-def apart(host: nn.Module) -> dict[str, Tensor]:
-    """Llama's: a matrix for each, and Qwen3's norms of heads."""
+def llama_projections(host: nn.Module) -> dict[str, Tensor]:
+    """Return q, k, v and o of Llama's attention, with Qwen3's norms of heads."""
     return {name.replace("_proj", ""): tensor for name, tensor in host.named_parameters()}
 
 
-class Fields:
-    """What a patched model's config has besides the model's own."""
+class PatchFields:
+    """Fields of a patched model's config besides the model's own."""
 
-    attnlab: Sequence[Mapping[str, Any]] = ()  # one Patch after the other
-    attnlab_train: str = "all"
+    attnlab: Sequence[Mapping[str, Any]] = ()  # each `Patch`, in order
+    attnlab_train: str = "all"  # what trains: one of TRAIN
 
 
-class AttnlabGPT2Config(Fields, transformers.GPT2Config):
+class AttnlabGPT2Config(PatchFields, transformers.GPT2Config):
+    """Config of a patched GPT-2."""
+
     model_type = "attnlab-gpt2"
 
 
-class AttnlabLlamaConfig(Fields, transformers.LlamaConfig):
+class AttnlabGPT2ForCausalLM(Patched, transformers.GPT2LMHeadModel):
+    """GPT-2 with mechanisms of ours in some layers."""
+
+    config_class = AttnlabGPT2Config
+    family = gpt2
+    output = "c_proj"
+    tail = ("resid_dropout",)
+    read = staticmethod(gpt2_projections)
+
+
+class PatchedLlama(Patched):
+    """Base class of the models whose layers are like Llama's."""
+
+    family = llama
+    output = "o_proj"
+    read = staticmethod(llama_projections)
+
+
+class AttnlabLlamaConfig(PatchFields, transformers.LlamaConfig):
+    """Config of a patched Llama."""
+
     model_type = "attnlab-llama"
 
 
-class AttnlabMistralConfig(Fields, transformers.MistralConfig):
-    model_type = "attnlab-mistral"
+class AttnlabLlamaForCausalLM(PatchedLlama, transformers.LlamaForCausalLM):
+    """Llama with mechanisms of ours in some layers."""
 
-
-class AttnlabQwen2Config(Fields, transformers.Qwen2Config):
-    model_type = "attnlab-qwen2"
-
-
-class AttnlabQwen3Config(Fields, transformers.Qwen3Config):
-    model_type = "attnlab-qwen3"
-
-
-class AttnlabGPT2ForCausalLM(Patched, transformers.GPT2LMHeadModel):
-    config_class = AttnlabGPT2Config
-    stack, slot, output, tail = "transformer.h", "attn", "c_proj", ("resid_dropout",)
-    read = staticmethod(fused)
-
-
-class Llamalike(Patched):
-    stack, slot, output = "model.layers", "self_attn", "o_proj"
-    read = staticmethod(apart)
-
-
-class AttnlabLlamaForCausalLM(Llamalike, transformers.LlamaForCausalLM):
     config_class = AttnlabLlamaConfig
 
 
-class AttnlabMistralForCausalLM(Llamalike, transformers.MistralForCausalLM):
+class AttnlabMistralConfig(PatchFields, transformers.MistralConfig):
+    """Config of a patched Mistral."""
+
+    model_type = "attnlab-mistral"
+
+
+class AttnlabMistralForCausalLM(PatchedLlama, transformers.MistralForCausalLM):
+    """Mistral with mechanisms of ours in some layers."""
+
     config_class = AttnlabMistralConfig
 
 
-class AttnlabQwen2ForCausalLM(Llamalike, transformers.Qwen2ForCausalLM):
+class AttnlabQwen2Config(PatchFields, transformers.Qwen2Config):
+    """Config of a patched Qwen2."""
+
+    model_type = "attnlab-qwen2"
+
+
+class AttnlabQwen2ForCausalLM(PatchedLlama, transformers.Qwen2ForCausalLM):
+    """Qwen2 with mechanisms of ours in some layers."""
+
     config_class = AttnlabQwen2Config
 
 
-class AttnlabQwen3ForCausalLM(Llamalike, transformers.Qwen3ForCausalLM):
+class AttnlabQwen3Config(PatchFields, transformers.Qwen3Config):
+    """Config of a patched Qwen3."""
+
+    model_type = "attnlab-qwen3"
+
+
+class AttnlabQwen3ForCausalLM(PatchedLlama, transformers.Qwen3ForCausalLM):
+    """Qwen3 with mechanisms of ours in some layers."""
+
     config_class = AttnlabQwen3Config
-
-
-MODELS: tuple[type[Patched], ...] = (
-    AttnlabGPT2ForCausalLM,
-    AttnlabLlamaForCausalLM,
-    AttnlabMistralForCausalLM,
-    AttnlabQwen2ForCausalLM,
-    AttnlabQwen3ForCausalLM,
-)

@@ -1,6 +1,6 @@
-"""Where our caches live while transformers generates: one `Memory` per layer, inside the cache object it carries.
+"""Caches of our mechanisms inside the cache object of transformers: one `Memory` per layer.
 
-Positions travel with the keys here as everywhere: they are counted from the attention mask, -1 where it is 0.
+Positions are stored with the keys. They are counted from the attention mask, and are -1 where it is 0.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..spec import CAUSAL, AttentionConfig, Mask
 
 
 class Place(NamedTuple):
-    """Where the tokens of one call stand."""
+    """Positions of the tokens of one call."""
 
-    positions: Tensor  # B L; -1: padding
+    positions: Tensor  # B L, from 0; -1: padding
     mask: Mask
 
 
 class Memory(CacheLayerMixin):
-    """One layer's `Cache`. It grows by half when full, so that every token is copied about twice in all."""
+    """Cache of one layer. It grows by half when it is full, so that every token is copied about twice in all."""
 
     supports_early_init = False
 
@@ -34,10 +34,10 @@ class Memory(CacheLayerMixin):
         super().__init__()
         self.config = config
         self.cache: Cache | None = None
-        self.room = 0  # tokens
+        self.room = 0  # tokens that fit into the cache
 
     def ready(self, x: Tensor, place: Place) -> Cache:
-        """The cache with room for the tokens of `x` (B L ...), whose dtype and device it has."""
+        """Return the cache with room for the tokens of `x` (B L ...), whose dtype and device it has."""
         ragged = self.ragged or not place.mask.plain
         needed = self.get_seq_length() + x.shape[1]
         if self.cache is None or needed > self.room:
@@ -50,52 +50,66 @@ class Memory(CacheLayerMixin):
 
     @property
     def ragged(self) -> bool:
+        """Whether rows hold padding, so that their positions differ."""
         return self.cache is not None and self.cache.ragged
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens so far, padding among them."""
         return 0 if self.cache is None else self.cache.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that `query_length` new tokens see, and the place of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
+        """Return the most tokens that the cache may hold."""
         return -1  # no limit
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the mechanism can forget its last tokens."""
         return self.config.rewinds
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, given as a negative number; a `UserError` where the mechanism cannot."""
+        """Forget the last tokens, given as a negative number. Raises `UserError` where the mechanism cannot."""
         if tokens_to_remove > 0:
             raise UserError(f"crop was given {tokens_to_remove}: give the number of tokens to forget, below 0")
         if self.cache is not None and tokens_to_remove:
             self.cache = self.cache.rewind(self.cache.tokens + tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
         if self.cache is not None:
             self.cache = self.cache.each(lambda t: t[indices.to(t.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the sequences `beam_idx`, in that order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence so many times."""
         if self.cache is not None:
             self.cache = self.cache.each(lambda t: t.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
+        """Forget all tokens."""
         self.cache = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Fail: transformers' own attention calls it, which is not there."""
         raise AssertionError("a mechanism writes its own cache")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fail: transformers' own attention calls it, which is not there."""
         raise AssertionError("a mechanism writes its own cache")
 
 
-def furnish(cache: object, layers: Iterable[tuple[int, AttentionConfig]]) -> list[Memory]:
-    """Put a `Memory` into the cache that transformers carries, for each of these layers, unless it is there already.
-    Returns them. Raises `UserError` for a cache that has another form, or that holds another model's tokens."""
+def add_memories(cache: object, layers: Iterable[tuple[int, AttentionConfig]]) -> list[Memory]:
+    """Return the `Memory` of each of these layers in a cache of transformers, and put it there if it is not.
+
+    `layers`: number and Config of each. Raises `UserError` for a cache of another kind, and for one that holds another
+    model's tokens.
+    """
     if not isinstance(cache, DynamicCache) or cache.offloading:
         raise UserError(
             f"past_key_values is {type(cache).__name__}: attnlab's mechanisms keep their rows in a DynamicCache, "
@@ -109,18 +123,20 @@ def furnish(cache: object, layers: Iterable[tuple[int, AttentionConfig]]) -> lis
         if not isinstance(layer, Memory) or layer.config != config:
             if cache.get_seq_length(i):
                 raise UserError(f"layer {i} of past_key_values was filled by another model: begin with an empty cache")
-            layer = cache.layers[i] = Memory(config)
+            layer = Memory(config)
+            cache.layers[i] = layer
         found.append(layer)
     return found
 
 
 def locate(tokens: Tensor, memories: list[Memory], attention_mask: Tensor | None, position_ids: Tensor | None) -> Place:
-    """The places of `tokens` (B L ...), which follow those in memory.
+    """Return the positions of `tokens` (B L ...), which follow those in `memories`, and the mask.
 
-    attention_mask: B S over all tokens so far, 0 where there is none. position_ids (B L) can only confirm what follows
-    from it. Raises `UserError` where they disagree.
+    attention_mask: B S over all tokens so far, 0 for padding. position_ids (B L) must agree with it. Raises `UserError`
+    where they do not, where a mask has another shape, and where it is missing for padded sequences in the cache.
     """
-    (batch, new), device = tokens.shape[:2], tokens.device
+    batch, new = tokens.shape[:2]
+    device = tokens.device
     past = memories[0].get_seq_length() if memories else 0
     ragged = any(memory.ragged for memory in memories)
     positions = torch.arange(past, past + new, device=device).expand(batch, -1)

@@ -1,5 +1,7 @@
-"""Another attention in a model of transformers, in place: weights that mean the same carry over, the rest of the model
-may be frozen, and two laws are put to the result."""
+"""Replacement of the attention in a model of transformers, in place.
+
+Weights that mean the same carry over, the rest of the model may be frozen, and two laws are checked on the result.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,9 @@ from ..pretrained.rope_config import rotary
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # the published patch for GPT-2 under the name "MSLA": in place of c_attn, before c_proj, which stays and is frozen
-    "published-msla": {
-        "mechanism": "latent_lookup",
-        "options": {"n_latents": 256, "top_k": 16},
-        "keep_output": True,
-        "train": "attention",
-    }
-}
-
 
 class Counts(NamedTuple):
-    """Parameters, each counted once."""
+    """Numbers of parameters, each counted once."""
 
     trainable: int
     total: int
@@ -52,21 +44,22 @@ def patch(
     train: str = "all",
     seed: int = 0,
 ) -> Counts:
-    """Replace the attention of a transformers model (GPT-2, Llama, Mistral, Qwen2, Qwen3), in place; prints and returns
-    how many parameters train, of how many.
+    """Replace the attention of a transformers model (GPT-2, Llama, Mistral, Qwen2, Qwen3) in place.
 
-    layers: which, from 0; None: all. options: fields of the mechanism's Config; sizes, rotary base and biases are the
+    Print and return how many parameters train, of how many.
+
+    layers: numbers from 0; None: all. options: fields of the mechanism's Config; sizes, rotary base and biases are the
     model's. keep_output: the model's own output projection follows the mechanism's. train: "all", "attention" (the
-    mechanisms put in) or "new" (of those, what did not carry over). seed: of the new weights. On the meta device it
+    new mechanisms) or "new" (of those, what did not carry over). seed: of the new weights. On the meta device it
     only counts. Raises `UserError` for what does not fit together, and `laws.Broken` where the patched model breaks a
-    law that its mechanism promises; the model is then as it was.
+    law that its mechanism promises; the model is then unchanged.
     """
     choose("train", train, TRAIN)
     cls = kind_of(model)
     before = State.of(model, cls)
     at = chosen(before.slots, layers)
     parts = cls.read(before.slots[at[0]])
-    config = attention.config(mechanism, **{**fields(mechanism, model.config, parts), **(options or {})})
+    config = attention.config(mechanism, **{**config_fields(mechanism, model.config, parts), **(options or {})})
     config.check_context(model.config.max_position_embeddings)
     with torch.device("meta"):
         kept = carried(parts, attention.module(mechanism).Attention(config), keep_output)
@@ -76,7 +69,7 @@ def patch(
     try:
         adopt(model, cls, entry, train, seed)
         if model.device.type != "meta":
-            obeys(model)
+            check_laws(model)
     except BaseException:
         before.restore(model, cls)
         raise
@@ -86,12 +79,13 @@ def patch(
 
 
 def count(model: nn.Module) -> Counts:
+    """Return how many parameters of `model` train, of how many."""
     parameters = list(model.parameters())
     return Counts(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
 def kind_of(model: Any) -> type[Any]:
-    """The class that `model` becomes, or is."""
+    """Return the class that `model` becomes or is. Raises `UserError` for a model that cannot be patched."""
     for cls in MODELS:
         if type(model) in (cls, cls.__bases__[-1]) and not model.config.to_dict().get("add_cross_attention"):
             return cls
@@ -100,21 +94,22 @@ def kind_of(model: Any) -> type[Any]:
 
 
 def chosen(slots: Sequence[nn.Module], layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers to patch, in order; a `UserError` for those that are not there or hold a mechanism already."""
+    """Return the layers to patch, in order. Raises `UserError` for those that do not exist or are patched already."""
     at = tuple(range(len(slots))) if layers is None else tuple(sorted(set(layers)))
     if not at or at[0] < 0 or at[-1] >= len(slots):
         raise UserError(f"layers {list(layers or ())} were given: give some of 0 to {len(slots) - 1}")
     for i in at:
-        if isinstance(held := slots[i], Adapter):
+        held = slots[i]
+        if isinstance(held, Adapter):
             raise UserError(f"layer {i} holds {held.patch.mechanism} already: load the original model, or leave it out")
     return at
 
 
-def fields(mechanism: str, config: PretrainedConfig, parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the model says about its attention, as far as the mechanism's Config has a field for it."""
+def config_fields(mechanism: str, config: PretrainedConfig, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of the mechanism's Config that the model's own config and weights (`parts`) fix."""
     held = config.to_dict()
     theta, scaling = rotary(held) if "rope_parameters" in held else (None, UNSCALED)
-    said = {
+    given = {
         "d_model": config.hidden_size,
         "n_heads": config.num_attention_heads,
         "head_dim": len(parts["q.weight"]) // config.num_attention_heads,
@@ -127,37 +122,60 @@ def fields(mechanism: str, config: PretrainedConfig, parts: Mapping[str, Tensor]
         **({"window": held["sliding_window"]} if held.get("sliding_window") else {}),
     }
     known = attention.module(mechanism).Config.__dataclass_fields__
-    return {name: value for name, value in said.items() if name in known}
+    return {name: value for name, value in given.items() if name in known}
 
 
 def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -> dict[str, Tensor]:
-    """The parameters of a mechanism that mean what some of the model's do: name -> value.
+    """Return the parameters of a mechanism (`module`) that the model has too: name -> value.
 
-    One rule for all: a parameter named after q, k, v and o, such as qkv.weight, is these below one another, where the
-    mechanism's Config says that they mean what they do in multi-head attention. A bias that the model lacks is 0.
+    `parts` are the model's q, k, v and o, such as "q.weight". A mechanism's parameter that is named after some of them,
+    such as qkv.weight, holds these below one another. It carries over where the Config's `carries` has all of them. A
+    bias that the model lacks is 0.
     """
     config: AttentionConfig = module.config  # type: ignore[assignment]
-    means = set(config.carries) - ({"o"} if keep_output else set())
+    shared = set(config.carries) - ({"o"} if keep_output else set())  # projections that mean the same
     found = {}
     for name, parameter in module.named_parameters():
-        letters, _, kind = name.rpartition(".")
-        value = None
-        if letters.endswith("_norm") and means >= {"q", "k"}:  # of heads
+        projections, _, kind = name.rpartition(".")
+        if projections.endswith("_norm") and shared >= {"q", "k"}:  # of heads
             value = parts.get(name)
-        elif letters and set(letters) <= means:
-            heads = len(parameter) // config.head_dim - config.n_heads * ("q" in letters)
-            heads //= max(len(set(letters) & {"k", "v"}), 1)
-            blank = {letter: parts[f"{letter}.weight"].new_zeros(len(parts[f"{letter}.weight"])) for letter in letters}
-            pieces = {letter: parts.get(f"{letter}.{kind}", blank[letter]) for letter in letters}
-            value = torch.cat([regrouped(t, heads, config.head_dim) if l in "kv" else t for l, t in pieces.items()])
+        elif projections and set(projections) <= shared:
+            value = stacked(parts, projections, kind, kv_heads(config, projections, len(parameter)), config.head_dim)
+        else:
+            value = None
         if value is not None and value.shape == parameter.shape:
             found[name] = value
     return found
 
 
+def kv_heads(config: AttentionConfig, projections: str, rows: int) -> int:
+    """Return the number of key/value heads in a parameter of so many rows that holds `projections`, such as "qkv"."""
+    heads = rows // config.head_dim
+    if "q" in projections:
+        heads -= config.n_heads
+    return heads // 2 if {"k", "v"} <= set(projections) else heads
+
+
+def stacked(parts: Mapping[str, Tensor], projections: str, kind: str, heads: int, head_dim: int) -> Tensor:
+    """Return `projections` of the model, such as "qkv", below one another: their weights or biases, as `kind` says.
+
+    Keys and values get so many `heads`.
+    """
+    found = []
+    for projection in projections:
+        weight = parts[f"{projection}.weight"]
+        value = parts.get(f"{projection}.{kind}")
+        if value is None:
+            value = weight.new_zeros(len(weight))
+        found.append(regrouped(value, heads, head_dim) if projection in "kv" else value)
+    return torch.cat(found)
+
+
 def regrouped(rows: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Heads of keys or values (K H ...), repeated or averaged in groups (Ainslie et al. 2023) until there are `heads`;
-    left alone where neither can be."""
+    """Return heads of keys or values (K H ...), repeated or averaged in groups (Ainslie et al. 2023) to be `heads`.
+
+    They are returned as they are where neither is possible.
+    """
     own = rows.unflatten(0, (-1, head_dim))
     if heads % len(own) == 0:
         own = own.repeat_interleave(heads // len(own), 0)
@@ -167,10 +185,11 @@ def regrouped(rows: Tensor, heads: int, head_dim: int) -> Tensor:
 
 
 def adopt(model: Any, cls: type[Any], entry: Patch, train: str, seed: int) -> None:
-    """Make `model` one of `cls`, with the patch in it."""
+    """Make `model` one of `cls`, with the patch `entry` in it; `seed`: of the new weights."""
     config = copy.deepcopy(model.config)
     config.__class__ = cls.config_class
-    config.attnlab, config.attnlab_train = [*config.attnlab, to_dict(entry)], train
+    config.attnlab = [*config.attnlab, to_dict(entry)]
+    config.attnlab_train = train
     reconfigure(model, config)
     model.__class__ = cls
     hosts = {i: getattr(model.blocks()[i], cls.slot) for i in entry.layers}
@@ -185,7 +204,7 @@ def adopt(model: Any, cls: type[Any], entry: Patch, train: str, seed: int) -> No
 
 
 def reconfigure(model: Any, config: PretrainedConfig) -> None:
-    """Give every part that has the model's config this one; other models made from the old one keep it."""
+    """Give `config` to every module of the model that has the model's; other models with the old one keep it."""
     old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
@@ -193,19 +212,21 @@ def reconfigure(model: Any, config: PretrainedConfig) -> None:
 
 
 class State(NamedTuple):
-    """What a patch changes about a model, to put it back."""
+    """State of a model that a patch changes, to restore it."""
 
     cls: type[Any]
     config: PretrainedConfig
     slots: list[nn.Module]  # the attention of each layer
-    trains: dict[nn.Parameter, bool]
+    trains: dict[nn.Parameter, bool]  # whether each parameter gets gradients
 
     @classmethod
     def of(cls, model: Any, kind: type[Any]) -> State:
+        """Return the state of `model`, which is or becomes one of `kind`."""
         slots = [getattr(block, kind.slot) for block in model.get_submodule(kind.stack)]
         return cls(type(model), model.config, slots, {p: p.requires_grad for p in model.parameters()})
 
     def restore(self, model: Any, kind: type[Any]) -> None:
+        """Put `model` back into this state."""
         for block, held in zip(model.get_submodule(kind.stack), self.slots, strict=True):
             setattr(block, kind.slot, held)
         for parameter, trains in self.trains.items():
@@ -214,8 +235,8 @@ class State(NamedTuple):
         model.__class__ = self.cls
 
 
-def obeys(model: Any) -> None:
-    """Raise `Broken` unless each layer is its own and no logit depends on a later token, as the mechanisms promise."""
+def check_laws(model: Any) -> None:
+    """Raise `Broken` where two layers share a part, or a logit depends on a later token, unless the Config says so."""
     adapters = list(model.adapters().values())
     longest = min(37, model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (2, longest), generator=torch.Generator().manual_seed(0))
@@ -229,11 +250,11 @@ def obeys(model: Any) -> None:
         own = [a for a in adapters if "own layers" not in a.mechanism.config.breaks]
         separate(own, lambda tokens: run(tokens, 1), tokens[:1, :5])
         if not any("causality" in a.mechanism.config.breaks for a in adapters):
-            causal(run, tokens)
+            check_causality(run, tokens)
 
 
-def causal(run: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
-    """The law `causality` for a whole model: tokens B L, `run` gives logits B L V."""
+def check_causality(run: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+    """Raise `Broken` where a whole model breaks the law `causality`: tokens B L, `run` gives logits B L V."""
     logits = run(tokens)
     tolerance = torch.finfo(logits.dtype).eps ** 0.5 * scale(logits)
     for later in (1, tokens.shape[1] // 2, tokens.shape[1] - 1):

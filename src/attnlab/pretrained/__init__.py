@@ -1,5 +1,6 @@
-"""One door to trained models, whatever wrote them: run folders, exported folders, Hugging Face folders and hub names,
-nanoGPT's ckpt.pt. Reading and writing need JSON and safetensors alone; no foreign code runs, and nothing is unpickled.
+"""Trained models, read and written: run folders, exported folders, Hugging Face folders and names, nanoGPT's ckpt.pt.
+
+Reading and writing need JSON and safetensors alone; no foreign code runs, and nothing is unpickled without `trust`.
 
 A family is a file in `families/`: which `model_type` it reads, the config in both directions, and one table of tensor
 names (see `tensor_names.py`).
@@ -7,9 +8,7 @@ names (see `tensor_names.py`).
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,30 +24,30 @@ from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
 from . import families, folders, model_card, tensor_names
 
-INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # how it is computed or trained, not what
+INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # fields that change no logit of a trained model
 RUN = "run"  # the family of a run folder
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a config says beyond the model's shape
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # fields of a config beyond the model's shape
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model, and what is needed to write it back."""
+    """A trained model, with all that is needed to write it back."""
 
     model: Decoder  # in evaluation mode
-    tokenizer: data.Tokenizer | None
+    tokenizer: data.Tokenizer | None  # None: the source has none
     source: str  # as the user named it
     family: str  # "run", or the name of a file in `families/`
     about: Mapping[str, Any] = field(default_factory=dict)  # "config" of the source; "step", "results", "chat_template"
 
 
 def names() -> list[str]:
-    """The families, in alphabetical order."""
-    return sorted(m.name for m in pkgutil.iter_modules(families.__path__))
+    """Return the families, in alphabetical order."""
+    return families.names()
 
 
 def module(name: str) -> ModuleType:
-    """`families/<name>.py`."""
-    return importlib.import_module(f"{families.__name__}.{choose('family', name, names())}")
+    """Return `families/<name>.py`. Raises `UserError` for an unknown name."""
+    return families.module(choose("family", name, names()))
 
 
 def load(
@@ -59,10 +58,11 @@ def load(
     device: str | torch.device = "cpu",
     trust: bool = False,
 ) -> Loaded:
-    """The model that `source` names: a folder, a file ckpt.pt, or a name on the Hugging Face hub.
+    """Return the model that `source` names: a folder, a file ckpt.pt, or a name on the Hugging Face hub.
 
-    `checkpoint` is a step of a run folder (None: the newest). `trust` lets a pickle run the code it brings. Raises
-    `UserError` for a type of model that no family reads, and for tensors that are missing, left over or misshapen.
+    `checkpoint` is a step of a run folder (None: the newest). `trust` lets a pickle run the code in it. Raises
+    `UserError` for a type of model that no family reads, and for tensors that are missing, left over or of a wrong
+    shape.
     """
     path = Path(source).expanduser()
     if (path / "run.json").is_file():
@@ -70,17 +70,21 @@ def load(
     if checkpoint is not None:
         raise UserError(f"{source} is not a run folder, so it has no checkpoint {checkpoint}; leave the checkpoint out")
     if path.is_file():
-        about, found, vocabulary = *folders.nanogpt(path, trust), None
+        about, found = folders.nanogpt(path, trust)
+        tokenizer = None
     else:
         path = path if path.is_dir() else folders.download(str(source))
-        about, found, vocabulary = folders.about(path), folders.tensors(path, trust), folders.tokenizer(path)
+        about = folders.about(path)
+        found = folders.tensors(path, trust)
+        tokenizer = folders.tokenizer(path)
     known = {kind: name for name in names() for kind in module(name).MODEL_TYPES}
     family = known[choose(f"model_type in {path}:", str(about["config"].get("model_type")), known)]
     model = build(module(family), about["config"], found, str(source), dtype)
-    return Loaded(model.to(device), vocabulary, str(source), family, about)
+    return Loaded(model.to(device), tokenizer, str(source), family, about)
 
 
 def _load_run(path: Path, source: str, step: int | None, dtype: torch.dtype, device: str | torch.device) -> Loaded:
+    """Return the model of a run folder at `step` (None: the newest)."""
     folder = RunFolder.open(path)
     model, config = load_model(path, step, device)
     result = folder.result()
@@ -93,7 +97,11 @@ def _load_run(path: Path, source: str, step: int | None, dtype: torch.dtype, dev
 def build(
     family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, folders.Stored], source: str, dtype: torch.dtype
 ) -> Decoder:
-    """The Decoder of a family's config and tensors, in evaluation mode."""
+    """Return the Decoder of a family's config and tensors, in evaluation mode.
+
+    `hf` is the content of config.json, `source` its name for error messages. Raises `UserError` for a quantized model,
+    for a config with missing or wrong fields, and for tensors that do not belong to it.
+    """
     if hf.get("quantization_config"):
         raise UserError(f"{source} is quantized; bring it as float32, float16 or bfloat16")
     try:
@@ -104,15 +112,15 @@ def build(
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
     stored = tensor_names.check(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
-    kinds = {name: dtype for name, _ in model.named_parameters()}
-    model.load_state_dict(tensor_names.read(rows, stored, kinds), strict=False, assign=True)
+    dtypes = {name: dtype for name, _ in model.named_parameters()}
+    model.load_state_dict(tensor_names.read(rows, stored, dtypes), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()
 
 
 def empty(config: ModelConfig) -> Decoder:
-    """A Decoder whose tensors have shapes and no values."""
+    """Return a Decoder on the meta device: its tensors have shapes and no values."""
     with torch.device("meta"):
         return Decoder(config)
 
@@ -120,11 +128,14 @@ def empty(config: ModelConfig) -> Decoder:
 def save(
     loaded: Loaded, folder: str | Path, *, family: str = "attnlab", results: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the model as `family` does: safetensors, config.json, the tokenizer's files and a model card, whole or not
-    at all. transformers reads what is written for a family of its own. Raises `UserError` where the family cannot
-    express the model, saying which fields differ, and where `folder` holds something already."""
+    """Write the model in the form of `family`, and return the folder.
+
+    It gets safetensors, config.json, the tokenizer's files and a model card; all of them or none. transformers reads
+    the forms of its own families. `results`: numbers for the model card; None: those of the source. Raises `UserError`
+    where the family cannot express the model, saying which fields differ, and where `folder` is not empty.
+    """
     theirs = module(family)
-    hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _name(loaded.model)}
+    hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _dtype(loaded.model)}
     state = tensor_names.write(tensor_names.rows(theirs, loaded.model), tensor_names.ours(loaded.model))
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
@@ -133,17 +144,21 @@ def save(
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:
-    """The config.json of this model in `family`. UserError where reading it would not give the same model again."""
+    """Return the config.json of this model in `family`, whose module is `theirs`.
+
+    Raises `UserError` where reading it would not give the same model again.
+    """
     if not hasattr(theirs, "from_model_config"):
         raise UserError(f"family {family!r} can only be read; write attnlab, gpt2 or another one instead")
-    strange = [name for name in dict.fromkeys(config.layers) if theirs.MECHANISMS and name not in theirs.MECHANISMS]
-    if strange:
+    foreign = [name for name in dict.fromkeys(config.layers) if theirs.MECHANISMS and name not in theirs.MECHANISMS]
+    if foreign:
         raise UserError(
             f"{family} cannot express this model: they differ in mechanisms ({', '.join(theirs.MECHANISMS)} there, "
-            f"{', '.join(strange)} here); write family 'attnlab', or convert the model first"
+            f"{', '.join(foreign)} here); write family 'attnlab', or convert the model first"
         )
     hf = theirs.from_model_config(config)
-    mine, again = facts(config), facts(theirs.to_model_config(hf))
+    mine = facts(config)
+    again = facts(theirs.to_model_config(hf))
     wrong = [name for name in {**mine, **again} if differ(mine.get(name), again.get(name))]
     if wrong:
         shown = ", ".join(f"{name} ({again.get(name)} there, {mine.get(name)} here)" for name in wrong[:3])
@@ -153,7 +168,7 @@ def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, A
 
 
 def facts(config: ModelConfig) -> dict[str, Any]:
-    """All that the logits depend on, by name."""
+    """Return all fields that the logits depend on, by name."""
     names = ["vocab_size", "context", "n_layers", "d_model", "positions", "norm", "ff", "bias", "tied"]
     experts = ["n_experts", "experts_per_token"] if config.ff == "moe" else []
     found: dict[str, Any] = {name: getattr(config, name) for name in names + experts}
@@ -167,6 +182,7 @@ def facts(config: ModelConfig) -> dict[str, Any]:
 
 
 def differ(a: Any, b: Any) -> bool:
+    """Return whether two fields differ; floats may by 1e-9 of their size."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() != b.keys() or any(differ(a[name], b[name]) for name in a)
     if isinstance(a, float) and isinstance(b, float):
@@ -174,12 +190,13 @@ def differ(a: Any, b: Any) -> bool:
     return bool(a != b)
 
 
-def _name(model: Decoder) -> str:
+def _dtype(model: Decoder) -> str:
+    """Return the name of the dtype, such as float32."""
     return str(model.embed.weight.dtype).removeprefix("torch.")
 
 
 def _tokens(loaded: Loaded) -> dict[str, Any]:
-    """Which tokens begin, end and fill a text: as the source said, else the tokenizer's own end."""
+    """Return the ids of `TOKENS`: those of the source's config, else the tokenizer's own end."""
     end = loaded.tokenizer.end if loaded.tokenizer is not None else None
-    said = loaded.about.get("config", {})
-    return {name: said.get(name, default) for name, default in zip(TOKENS, (end, end, None), strict=True)}
+    given = loaded.about.get("config", {})
+    return {name: given.get(name, default) for name, default in zip(TOKENS, (end, end, None), strict=True)}

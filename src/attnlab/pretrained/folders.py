@@ -1,4 +1,4 @@
-"""Folders and files of models: opening them without running what is in them, and writing them whole or not at all."""
+"""Folders of models, read without running any code in them, and written atomically."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from ..files import read_json, write_bytes, write_json
 from . import tokenizer_json
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-WANTED = ["*.json", "*.jinja", "*.safetensors"]  # of a model on the hub
+WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
 
 
 class Stored(NamedTuple):
-    """A tensor on the disk: its shape is known before it is read."""
+    """A tensor on the disk, whose shape is known before it is read."""
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, from the cache on this machine where it is there."""
+    """Return the folder of a model on the Hugging Face hub, from the cache on this machine if it is there.
+
+    Raises `UserError` for a name that cannot be one, and where the hub does not give it.
+    """
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} does not exist: give the folder of a run or of a model, a ckpt.pt, or a hub name")
     hub = need("huggingface_hub", "hf")
@@ -49,7 +52,10 @@ def download(name: str) -> Path:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What a folder says of itself: "config", and where it has them "tokenizer_config" and "chat_template"."""
+    """Return a folder's "config", and where it has them "tokenizer_config" and "chat_template".
+
+    Raises `UserError` where there is no config.json, or one that is no JSON object.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither run.json nor config.json; give the folder of a run or of a model")
     config = read_json(folder / "config.json")
@@ -68,17 +74,21 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer(folder: Path) -> data.Tokenizer | None:
-    """The tokenizer in `folder`, if there is one."""
+    """Return the tokenizer in `folder`, None where there is none."""
     path = folder / "tokenizer.json"
     return tokenizer_json.read(read_json(path)) if path.is_file() else None
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, Stored]:
-    """The tensors of a folder: one safetensors file, several with an index, or pytorch_model.bin."""
+    """Return the tensors of a folder by name: from one safetensors file, several with an index, or pytorch_model.bin.
+
+    Raises `UserError` where there is none of these, or a damaged one, or a pickle that `trust` does not allow.
+    """
     for name, open_file in (("model.safetensors", _safe), ("pytorch_model.bin", _pickled)):
         if (folder / name).is_file():
             return open_file(folder / name, trust)
-        if (index := folder / f"{name}.index.json").is_file():
+        index = folder / f"{name}.index.json"
+        if index.is_file():
             parts = sorted(set(read_json(index)["weight_map"].values()))
             return {key: each for part in parts for key, each in open_file(folder / part, trust).items()}
     raise UserError(f"{folder} has a config.json but no model.safetensors; bring the weights there")
@@ -91,7 +101,7 @@ def _safe(path: Path, trust: bool) -> dict[str, Stored]:
         raise UserError(f"{path} is missing or damaged ({error}); fetch or export it again") from None
 
     def stored(name: str) -> Stored:
-        # opened anew: a window on the file stays in memory, as far as it was read, for as long as it is open
+        # opened anew: an open file keeps in memory all that was read from it
         return Stored(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
 
     return {name: stored(name) for name in file.keys()}
@@ -102,7 +112,7 @@ def _pickled(path: Path, trust: bool) -> dict[str, Stored]:
 
 
 def stored(state: Any, path: Path) -> dict[str, Stored]:
-    """A state dict, as if it lay on the disk."""
+    """Return a state dict as if it were on the disk. Raises `UserError` where it holds anything but tensors."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds something else than named tensors; give a checkpoint of a model")
 
@@ -113,7 +123,10 @@ def stored(state: Any, path: Path) -> dict[str, Stored]:
 
 
 def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """What nanoGPT's ckpt.pt says of itself, and its tensors. Its tokenizer, a pickle elsewhere, is left alone."""
+    """Return the "config" (and "step" and "results") of nanoGPT's ckpt.pt, and its tensors.
+
+    Its tokenizer, a pickle elsewhere, is not read. Raises `UserError` for any other file.
+    """
     held = unpickle(path, trust)
     if not isinstance(held, dict) or not {"model", "model_args"} <= set(held):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; give a model's folder")
@@ -127,7 +140,10 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
 
 
 def unpickle(path: Path, trust: bool) -> Any:
-    """What torch.save wrote. Only plain tensors, numbers and containers of them, unless `trust`."""
+    """Return the content of a file of torch.save: plain tensors, numbers and containers of them, unless `trust`.
+
+    Raises `UserError` for a file that is missing, damaged, or holds anything else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
@@ -150,24 +166,30 @@ def write(
     tokenizer: data.Tokenizer | None,
     about: Mapping[str, Any],
 ) -> Path:
-    """A folder in the form of the Hugging Face hub. It appears whole or not at all."""
-    with whole(folder) as half:
+    """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
+
+    `config` is the content of config.json, `card` that of README.md. `about`: see `about`; its tokenizer_config and
+    chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
+    """
+    with atomic(folder) as half:
         save_file(state, half / "model.safetensors", {"format": "pt"})
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
         if tokenizer is not None:
             write_json(half / "tokenizer.json", tokenizer_json.written(tokenizer), indent=None)
-            write_json(
-                half / "tokenizer_config.json", about.get("tokenizer_config") or tokenizer_json.config(tokenizer)
-            )
+            settings = about.get("tokenizer_config") or tokenizer_json.config(tokenizer)
+            write_json(half / "tokenizer_config.json", settings)
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
     return folder
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write into; it takes that name once all is written, else it goes away."""
+def atomic(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `folder`, which gets that name at the end; after an error it is removed.
+
+    Raises `UserError` where `folder` is not empty, or cannot be written.
+    """
     check_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -185,12 +207,13 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """A `UserError` where `folder` holds something already."""
+    """Raise `UserError` where `folder` holds something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name a new or an empty folder")
 
 
 def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

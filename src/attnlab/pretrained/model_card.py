@@ -1,4 +1,4 @@
-"""The model card: what the attention is, what it remembers, and what is known of its quality."""
+"""Model card: the mechanisms, their caches, and the results that are known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FRONT = ("---", "library_name: transformers", "pipeline_tag: text-generation", "
 
 
 def card(model: Decoder, family: str, source: str, results: Mapping[str, Any] | None) -> str:
-    """README.md of an exported folder."""
+    """Return README.md of an exported folder; `source` and `family` are names, `results` numbers by name."""
     config = model.config
     mixers = dict(zip(config.mechanisms, (block.attention.config for block in model.blocks()), strict=False))
     floats = sum(block.attention.config.cache_spec.per_token for block in model.blocks())
@@ -38,5 +38,5 @@ def card(model: Decoder, family: str, source: str, results: Mapping[str, Any] | 
 
 
 def cell(text: str) -> str:
-    """Text inside a table."""
+    """Return `text` for a cell of a Markdown table."""
     return text.replace("|", r"\|")

@@ -1,5 +1,7 @@
-"""How a Hugging Face config says that rotary pairs turn, in both of its forms: `rope_parameters`, and `rope_scaling`
-beside `rope_theta` before it."""
+"""Rotary embedding in a Hugging Face config.
+
+It has two forms: `rope_parameters`, and the older `rope_theta` with `rope_scaling`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from .tensor_names import only
 KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def said(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config says, in the newer form."""
+def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary fields of a config in the newer form, from either."""
     found = {
         "rope_theta": hf.get("rope_theta") or 10_000.0,
         **(hf.get("rope_parameters") or hf.get("rope_scaling") or {}),
@@ -26,10 +28,11 @@ def said(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotary(hf: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """(theta, scaling)."""
-    r = said(hf)
+    """Return (theta, scaling) of a config. Raises `UserError` for an unknown kind of scaling."""
+    r = rope_fields(hf)
     only({**hf, **r}, partial_rotary_factor=1.0)
-    theta, kind = float(r["rope_theta"]), choose("rope_type", r["rope_type"], KINDS)
+    theta = float(r["rope_theta"])
+    kind = choose("rope_type", r["rope_type"], KINDS)
     if kind == "default":
         return theta, UNSCALED
     longest = hf["max_position_embeddings"]
@@ -38,8 +41,13 @@ def rotary(hf: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=factor)
     if kind == "llama3":
-        slow, fast = r["low_freq_factor"], r["high_freq_factor"]
-        return theta, RopeScaling(kind="llama3", factor=factor, original=original, slow=slow, fast=fast)
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=factor,
+            original=original,
+            slow=r["low_freq_factor"],
+            fast=r["high_freq_factor"],
+        )
     return theta, RopeScaling(
         kind="yarn",
         factor=factor,
@@ -47,26 +55,26 @@ def rotary(hf: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         slow=r.get("beta_slow") or 1.0,
         fast=r.get("beta_fast") or 32.0,
         whole=r.get("truncate", True),
-        magnitude=magnitude(r, factor),
+        magnitude=attention_factor(r, factor),
     )
 
 
-def magnitude(r: Mapping[str, Any], factor: float) -> float:
-    """YaRN's attention factor."""
+def attention_factor(r: Mapping[str, Any], factor: float) -> float:
+    """Return YaRN's attention factor from rotary fields: as given, or from mscale, or from `factor` alone."""
     if r.get("attention_factor") is not None:
         return float(r["attention_factor"])
     if r.get("mscale") and r.get("mscale_all_dim"):
-        return stretch(factor, r["mscale"]) / stretch(factor, r["mscale_all_dim"])
-    return stretch(factor)
+        return mscale(factor, r["mscale"]) / mscale(factor, r["mscale_all_dim"])
+    return mscale(factor)
 
 
-def stretch(factor: float, weight: float = 1.0) -> float:
-    """What YaRN multiplies rotated vectors with, because attention over more tokens is flatter."""
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """Return YaRN's factor of rotated vectors for a context that is `factor` times longer: it sharpens attention."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotary_parameters(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `rotary`."""
+    """Return the `rope_parameters` of a model: the inverse of `rotary`."""
     s = config.rope_scaling
     found: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default" if s.kind == "none" else s.kind}
     if s.kind != "none":

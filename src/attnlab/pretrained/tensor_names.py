@@ -1,5 +1,7 @@
-"""Tensor names in two languages. A row says which of our tensors are made from which of theirs, and back; a family's
-table of rows is all that reading, writing and checking need."""
+"""Table of tensor names, a family's beside ours.
+
+A row says which of our tensors are made from which of theirs, and back. Reading, writing and checking need no more.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,31 @@ from .folders import Stored
 
 
 class Row(NamedTuple):
-    ours: Sequence[str]
-    theirs: Sequence[str]
+    """Tensors of ours that are made from tensors of theirs."""
+
+    ours: Sequence[str]  # names
+    theirs: Sequence[str]  # names
     read: Callable[..., Sequence[Tensor]]  # their tensors -> ours
-    write: Callable[..., Sequence[Tensor]]  # and back
+    write: Callable[..., Sequence[Tensor]]  # our tensors -> theirs
 
 
 def same(ours: str, theirs: str) -> Row:
+    """Return the row of a tensor that is the same in both."""
     return Row([ours], [theirs], lambda x: [x], lambda x: [x])
 
 
 def transposed(ours: str, theirs: str) -> Row:
-    """A matrix that they multiply from the left (GPT-2's Conv1D)."""
+    """Return the row of a matrix that they store transposed (GPT-2's Conv1D)."""
     return Row([ours], [theirs], lambda x: [x.T], lambda x: [x.T])
 
 
 def fused(ours: str, theirs: Sequence[str], sizes: Sequence[int]) -> Row:
-    """One of ours holds several of theirs, `sizes` rows of each."""
+    """Return the row of one tensor of ours that holds several of theirs, `sizes` rows of each."""
     return Row([ours], theirs, lambda *parts: [torch.cat(parts)], lambda x: x.split(list(sizes)))
 
 
 def stacked(ours: str, theirs: Sequence[str], count: int) -> Row:
-    """One of ours holds `count` matrices, each made of as many of theirs as there are for each."""
+    """Return the row of one tensor of ours that holds `count` matrices, each made of equally many of theirs."""
     return Row(
         [ours],
         theirs,
@@ -48,13 +53,13 @@ def stacked(ours: str, theirs: Sequence[str], count: int) -> Row:
 
 
 def permuted(ours: str, theirs: str, order: Tensor) -> Row:
-    """Row i of ours is row `order[i]` of theirs."""
+    """Return the row of a tensor whose row i is row `order[i]` of theirs."""
     back = order.argsort()
     return Row([ours], [theirs], lambda x: [x[order]], lambda x: [x[back.to(x.device)]])
 
 
 def split_heads(ours: Sequence[str], theirs: str, heads: int, sizes: Sequence[int]) -> Row:
-    """Theirs holds, head by head, `sizes` rows of each of ours."""
+    """Return the row of one tensor of theirs that holds, head by head, `sizes` rows of each of ours."""
 
     def read(x: Tensor) -> list[Tensor]:
         return [part.flatten(0, 1) for part in x.unflatten(0, (heads, -1)).split(list(sizes), 1)]
@@ -66,7 +71,7 @@ def split_heads(ours: Sequence[str], theirs: str, heads: int, sizes: Sequence[in
 
 
 def absent(ours: str, size: int) -> Row:
-    """A vector that they do not have: zero here, or it cannot be written."""
+    """Return the row of a vector that they do not have: zero here. Writing another one raises `UserError`."""
 
     def write(x: Tensor) -> list[Tensor]:
         if not x.is_meta and bool(x.any()):
@@ -77,14 +82,14 @@ def absent(ours: str, size: int) -> Row:
 
 
 def only(hf: Mapping[str, Any], **values: Any) -> None:
-    """UserError where the config asks for something else than the one value that we compute."""
+    """Raise `UserError` where a field of the config has another value than the one that we compute."""
     for name, value in values.items():
         if hf.get(name, value) not in (value, None):
             raise UserError(f"config.json says {name} = {hf[name]!r}, and attnlab computes only {value!r}")
 
 
 def rows(family: ModuleType, model: Decoder) -> list[Row]:
-    """The family's table without the lines for what this model does not have."""
+    """Return the family's table without the rows of tensors that this model does not have."""
     has = ours(model)
     found = [row for row in family.table(model) if set(row.ours) <= set(has)]
     left = set(has) - {name for row in found for name in row.ours}
@@ -93,12 +98,12 @@ def rows(family: ModuleType, model: Decoder) -> list[Row]:
 
 
 def ours(model: Decoder) -> dict[str, Tensor]:
-    """The state dict; a tied head is the embedding and goes under that name alone."""
+    """Return the state dict; a tied head has the name of the embedding alone."""
     return {name: t for name, t in model.state_dict().items() if not (model.config.tied and name == "head.weight")}
 
 
 def expected(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes that their tensors must have, from the shapes of ours (on the meta device: nothing is computed)."""
+    """Return the shapes that their tensors must have, from ours (on the meta device: nothing is computed)."""
     return {
         name: tensor.shape
         for row in rows
@@ -109,8 +114,12 @@ def expected(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, torc
 def check(
     wanted: Mapping[str, torch.Size], found: Mapping[str, Stored], family: ModuleType, source: str
 ) -> dict[str, Stored]:
-    """`found` under full names, all of `wanted` and no more; else a `UserError` that names what is wrong."""
-    if not any(name.startswith(family.PREFIX) for name in found):  # saved from the model without its head
+    """Return `found` under full names.
+
+    Raises `UserError` where a tensor of `wanted` (name -> shape) is missing or has another shape, and where there are
+    others than those and the family's `EXTRA`. `source` is the name for messages.
+    """
+    if not any(name.startswith(family.PREFIX) for name in found):  # a checkpoint of the model without its head
         found = {f"{family.PREFIX}{name}": tensor for name, tensor in found.items()}
     found = {name: t for name, t in found.items() if name in wanted or not re.search(family.EXTRA, name)}
     for what, wrong in (
@@ -129,19 +138,21 @@ def check(
     return dict(found)
 
 
-def read(rows: Iterable[Row], found: Mapping[str, Stored], kinds: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Our tensors, row by row, so that no more than one row is held twice; in `kinds`, or as they are where it does not
-    name them. They are copies: what was read may be a window on the file, whose rows begin where processors read
-    slowly, and may change under us."""
+def read(rows: Iterable[Row], found: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Return our tensors by name, in `dtypes`, or as they are stored where it does not name them.
+
+    They are made row by row, so that only one row is held twice. They are copies, because a tensor of a mapped file is
+    not aligned, and changes with the file.
+    """
     return {
-        name: torch.empty(tensor.shape, dtype=kinds.get(name, tensor.dtype)).copy_(tensor)
+        name: torch.empty(tensor.shape, dtype=dtypes.get(name, tensor.dtype)).copy_(tensor)
         for row in rows
         for name, tensor in zip(row.ours, row.read(*(found[name].load() for name in row.theirs)), strict=True)
     }
 
 
 def write(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors."""
+    """Return their tensors by name, on the CPU."""
     return {
         name: tensor.detach().cpu().contiguous()
         for row in rows

@@ -1,5 +1,4 @@
-"""Our own tokenizers as a tokenizer.json of Hugging Face's, so that whoever loads an exported model can give it text;
-and back."""
+"""tokenizer.json of Hugging Face for our own tokenizers, written and read."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ from ..errors import UserError
 
 
 def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that gives the same ids. A character that ours does not know is an error there
-    too, because no token stands for it."""
+    """Return the content of a tokenizer.json that gives the same ids.
+
+    A character that ours does not know is an error there too, because no token stands for it.
+    """
     if isinstance(tokenizer, ByteTokenizer):
         return byte_level(byte_letters(), [], {END: tokenizer.end})
     if isinstance(tokenizer, CharTokenizer):
@@ -32,7 +33,10 @@ def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
 
 
 def read(held: Any) -> data.Tokenizer:
-    """The tokenizer in a tokenizer.json, one of ours where `written` made it."""
+    """Return the tokenizer in a tokenizer.json, one of ours where `written` made it.
+
+    Raises `UserError` for content that is no JSON object.
+    """
     if not isinstance(held, Mapping):
         raise UserError("tokenizer.json is not a JSON object; take the file that came with the model")
     pieces = (held.get("model") or {}).get("vocab", ())
@@ -42,7 +46,7 @@ def read(held: Any) -> data.Tokenizer:
 
 
 def config(tokenizer: data.Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer_config.json."""
+    """Return the content of a tokenizer_config.json."""
     held = written(tokenizer)
     end = next((token["content"] for token in held["added_tokens"] if token["id"] == tokenizer.end), None)
     named = {} if end is None else {"bos_token": end, "eos_token": end}

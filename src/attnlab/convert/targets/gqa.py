@@ -1,4 +1,4 @@
-"""To grouped queries: heads of keys and values are pooled."""
+"""Grouped queries: heads of keys and values are pooled."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor
 from .. import pooling
 from ..calibration import Statistics
 from ..dense import Dense, state
-from ..width import Wish
+from ..width import Budget
 
 METHODS = dict.fromkeys(pooling.METHODS, False)
 
 
-def widths(source: Dense, wish: Wish) -> dict[str, Any]:
+def widths(source: Dense, budget: Budget) -> dict[str, Any]:
+    """Return the number of key/value heads, and what else differs from the model's own fields."""
     N = len(source.q)
     heads = [k for k in range(1, source.kv_heads + 1) if N % k == 0]
-    return kept(source, wish) | {"n_kv_heads": wish.choose("n_kv_heads", heads)}
+    return kept(source, budget) | {"n_kv_heads": budget.choose("n_kv_heads", heads)}
 
 
-def kept(source: Dense, wish: Wish) -> dict[str, Any]:
-    """Fields of the source that the target must share, where they are not what it has in this model anyway."""
-    usual = wish.build(wish.given)
+def kept(source: Dense, budget: Budget) -> dict[str, Any]:
+    """Return the fields that the target must share with the source, where its own differ in this model."""
+    usual = budget.build(budget.given)
     fields = {name: getattr(source.config, name) for name in ("head_dim", "rope_theta", "bias", "o_bias", "qk_norm")}
     return {name: value for name, value in fields.items() if getattr(usual, name) != value}
 
@@ -30,5 +31,6 @@ def kept(source: Dense, wish: Wish) -> dict[str, Any]:
 def weights(
     source: Dense, config: Any, method: str, seen: Statistics | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return no further fields, and the tensors of a layer whose keys and values are pooled by `method`."""
     pooled = pooling.METHODS[method](source, config.n_kv_heads)
     return {}, state(qkv=pooled.qkv, o=pooled.out) | source.norms

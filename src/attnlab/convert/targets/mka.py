@@ -1,4 +1,4 @@
-"""To memory-keyed attention: queries, keys, values and output are copied, and the gate starts near the tokens alone."""
+"""Memory-keyed attention: queries, keys, values and output are copied; the gate starts near the tokens alone."""
 
 from __future__ import annotations
 

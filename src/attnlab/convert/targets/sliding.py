@@ -1,17 +1,18 @@
-"""To a sliding window: the same weights; exact for as long as no token is further back than the window."""
+"""A sliding window: the same weights; exact for as long as no token is further back than the window."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..dense import Dense
-from ..width import Wish
+from ..width import Budget
 from .gqa import METHODS, kept, weights
 
 __all__ = ["METHODS", "weights", "widths"]
 
 
-def widths(source: Dense, wish: Wish) -> dict[str, Any]:
-    heads = wish.given.get("n_kv_heads", source.kv_heads)
-    window = wish.choose("window", range(1, wish.context + 1), n_kv_heads=heads)
-    return kept(source, wish) | {"n_kv_heads": heads, "window": window}
+def widths(source: Dense, budget: Budget) -> dict[str, Any]:
+    """Return the window, the number of key/value heads, and what else differs from the model's own fields."""
+    heads = budget.given.get("n_kv_heads", source.kv_heads)
+    window = budget.choose("window", range(1, budget.context + 1), n_kv_heads=heads)
+    return kept(source, budget) | {"n_kv_heads": heads, "window": window}

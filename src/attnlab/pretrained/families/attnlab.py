@@ -1,4 +1,4 @@
-"""Our own: the ModelConfig as it is, and the tensors under the names of the Decoder, below "model."."""
+"""attnlab: the ModelConfig as it is, and the tensors under the names of the Decoder, below "model."."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from ..tensor_names import Row, ours, same
 MODEL_TYPES = ("attnlab",)
 MECHANISMS: tuple[str, ...] = ()  # any
 PREFIX = "model."
-EXTRA = r"(?!)"  # nothing
+EXTRA = r"(?!)"  # matches no name
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of the config.json of an exported folder."""
     if not isinstance(hf.get("attnlab"), dict):
         raise UserError("config.json says model_type attnlab, but has no field 'attnlab'; export the model again")
     return from_dict(ModelConfig, hf["attnlab"])
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of an exported folder for a ModelConfig."""
     return {
         "model_type": "attnlab",
         "architectures": ["AttnlabForCausalLM"],
@@ -37,4 +39,5 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder) -> Iterator[Row]:
+    """Return the rows of tensor names."""
     return (same(name, f"model.{name}") for name in ours(model))

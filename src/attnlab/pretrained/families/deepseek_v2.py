@@ -1,5 +1,7 @@
-"""DeepSeek-V2: latent attention and experts. Its rotary pairs are neighbours, ours lie half a head apart, so the rows
-that make them are put in another order."""
+"""DeepSeek-V2: latent attention and experts.
+
+Its rotary pairs are neighbours, ours are half a head apart, so the rows that make them are put in another order.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 
 from ...config import ExpertsConfig, ModelConfig
 from ...model import Decoder, attention_configs
-from ..rope_config import rotary, rotary_parameters, said, stretch
+from ..rope_config import mscale, rope_fields, rotary, rotary_parameters
 from ..tensor_names import Row, absent, only, permuted, same, split_heads, stacked
 from . import llama
 from .llama import PREFIX, ends, feed_forward, norms
@@ -25,16 +27,18 @@ EXTRA = llama.EXTRA
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of the config.json of a DeepSeek-V2."""
     only(hf, scoring_func="softmax")
     only(hf, norm_topk_prob=False)  # transformers and DeepSeek's own code differ on what else it would mean
     greedy = hf.get("topk_method", "greedy") == "greedy"
     experts = experts_config(hf, score="softmax", normalize=False)
     if not greedy:
         experts = replace(experts, groups=hf["n_group"], groups_kept=hf["topk_group"])
-    return plan(hf, experts, bias=hf.get("mlp_bias", False))
+    return model_config(hf, experts, bias=hf.get("mlp_bias", False))
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a DeepSeek-V2 for a ModelConfig."""
     e = config.experts
     return {
         "model_type": "deepseek_v2",
@@ -49,6 +53,7 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def experts_config(hf: Mapping[str, Any], **own: Any) -> ExpertsConfig:
+    """Return the fields of the experts that the versions share, with further ones from `own`."""
     return ExpertsConfig(
         kind="swiglu",
         width=hf["moe_intermediate_size"],
@@ -59,18 +64,18 @@ def experts_config(hf: Mapping[str, Any], **own: Any) -> ExpertsConfig:
     )
 
 
-def plan(
+def model_config(
     hf: Mapping[str, Any],
     experts: ExpertsConfig,
     mechanism: str = "mla",
     own: Mapping[str, Any] = {},
     bias: bool = False,
 ) -> ModelConfig:
-    """What the versions share; `own` are further options of the mechanism."""
+    """Return the ModelConfig of any version; `own` are further options of the mechanism."""
     only(hf, hidden_act="silu", moe_layer_freq=1, num_key_value_heads=hf["num_attention_heads"])
     theta, scaling = rotary(hf)
-    if scaling.kind != "none" and (weight := said(hf).get("mscale_all_dim")):
-        scaling = replace(scaling, sharpness=stretch(scaling.factor, weight) ** 2)
+    if scaling.kind != "none" and (weight := rope_fields(hf).get("mscale_all_dim")):
+        scaling = replace(scaling, sharpness=mscale(scaling.factor, weight) ** 2)
     options = {
         "kv_rank": hf["kv_lora_rank"],
         "q_rank": hf.get("q_lora_rank") or 0,
@@ -105,9 +110,10 @@ def plan(
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `plan`."""
+    """Return the fields of config.json that the versions share: the inverse of `model_config`."""
     a: Any = attention_configs(config)[0]
-    e, scaling = config.experts, config.rope_scaling
+    e = config.experts
+    scaling = config.rope_scaling
     rope = rotary_parameters(config)
     if scaling.sharpness != 1 and scaling.factor > 1:
         rope["mscale_all_dim"] = round((math.sqrt(scaling.sharpness) - 1) / (0.1 * math.log(scaling.factor)), 12)
@@ -140,7 +146,10 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder, choice: str | None = None) -> Iterator[Row]:
-    """`choice`: their name for the bias on the choice of experts, if they have one."""
+    """Yield the rows of tensor names.
+
+    `choice`: their name for the bias on the choice of experts; None: they have none.
+    """
     config = model.config
     yield from ends()
     for i, c in enumerate(attention_configs(config)):
@@ -162,7 +171,7 @@ def table(model: Decoder, choice: str | None = None) -> Iterator[Row]:
 
 
 def latent(c: Any, ours: str, theirs: str) -> Iterator[Row]:
-    """The attention of one layer."""
+    """Yield the rows of one layer's attention."""
     half_split = torch.arange(c.rope_dim).view(-1, 2).T.flatten()  # 0 2 4 ... 1 3 5 ...
     head = torch.cat([torch.arange(c.head_dim), c.head_dim + half_split])
     queries = (torch.arange(c.n_heads)[:, None] * len(head) + head).flatten()

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: V2 whose experts are scored one by one, chosen with a bias, from groups of groups."""
+"""DeepSeek-V3: V2 whose experts have a score of their own each, and are chosen with a bias from the best groups."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ __all__ = ["PREFIX"]
 
 MODEL_TYPES = ("deepseek_v3",)
 MECHANISMS = v2.MECHANISMS
-EXTRA = rf"{v2.EXTRA}|^model\.layers\.61\."  # the layer that guesses a second token ahead
+EXTRA = rf"{v2.EXTRA}|^model\.layers\.61\."  # the layer that predicts a second token
 
 
 def to_model_config(hf: Mapping[str, Any], mechanism: str = "mla", own: Mapping[str, Any] = {}) -> ModelConfig:
+    """Return the ModelConfig of the config.json of a DeepSeek-V3.
+
+    `own` are further options of the mechanism.
+    """
     only(hf, rope_interleave=True, topk_method="noaux_tc", scoring_func="sigmoid")
     groups = {"groups": hf.get("n_group") or 1, "groups_kept": hf.get("topk_group") or 1, "group_best": 2}
     experts = v2.experts_config(hf, score="sigmoid", normalize=hf.get("norm_topk_prob", True), **groups)
-    return v2.plan(hf, experts, mechanism, own)
+    return v2.model_config(hf, experts, mechanism, own)
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a DeepSeek-V3 for a ModelConfig."""
     e = config.experts
     return {
         "model_type": "deepseek_v3",
@@ -40,4 +45,5 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder) -> Iterator[Row]:
+    """Return the rows of tensor names."""
     return v2.table(model, choice="gate.e_score_correction_bias")

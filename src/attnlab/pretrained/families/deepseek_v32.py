@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: V3 whose queries read only what an indexer selects."""
+"""DeepSeek-V3.2: V3 whose queries read only the tokens that an indexer selects."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ MECHANISMS = ("msla",)
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of the config.json of a DeepSeek-V3.2."""
     kinds = hf.get("mlp_layer_types") or []
     dense = kinds.count("dense") if kinds else hf.get("first_k_dense_replace", 3)
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
@@ -36,6 +37,7 @@ def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a DeepSeek-V3.2 for a ModelConfig."""
     a: Any = attention_configs(config)[0]
     return {
         **v3.from_model_config(config),
@@ -48,6 +50,7 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder) -> Iterator[Row]:
+    """Yield the rows of tensor names."""
     yield from v3.table(model)
     for i, c in enumerate(attention_configs(model.config)):
         ours, theirs = f"layers.{i}.attention.", f"model.layers.{i}.self_attn.indexer."
@@ -55,4 +58,4 @@ def table(model: Decoder) -> Iterator[Row]:
             for part in ("weight", "bias"):
                 yield same(f"{ours}{a}.{part}", f"{theirs}{b}.{part}")
         warm = torch.tensor(c.warmup)  # type: ignore[attr-defined]
-        yield Row([f"{ours}calls"], [], lambda warm=warm: [warm], lambda calls: [])  # its first steps are behind it
+        yield Row([f"{ours}calls"], [], lambda warm=warm: [warm], lambda calls: [])  # the warm-up is over

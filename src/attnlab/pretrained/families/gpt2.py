@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere, and matrices that are stored the other way round."""
+"""GPT-2: learned positions, LayerNorm, biases everywhere, and matrices that are stored transposed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..tensor_names import Row, only, same, transposed
 MODEL_TYPES = ("gpt2",)
 MECHANISMS = ("mha", "gqa")
 PREFIX = "transformer."
+SLOT = "transformer.h.{}.attn"
 EXTRA = r"\.attn\.(masked_)?bias$|^lm_head\.weight$"  # causal masks, and the embedding again
 MATRICES = {
     "attention.qkv": "attn.c_attn",
@@ -24,6 +25,7 @@ GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of the config.json of a GPT-2."""
     only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     act = hf.get("activation_function", "gelu_new")
     return ModelConfig(
@@ -44,6 +46,7 @@ def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a GPT-2 for a ModelConfig."""
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -63,6 +66,7 @@ def from_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder, matrix: Callable[[str, str], Row] = transposed) -> Iterator[Row]:
+    """Yield the rows of tensor names; `matrix` makes those of the weights."""
     yield same("embed.weight", "transformer.wte.weight")
     yield same("place.weight", "transformer.wpe.weight")
     for i in range(model.config.n_layers):

@@ -1,4 +1,4 @@
-"""Llama, and the plan that Mistral and Qwen share with it: grouped queries, RMSNorm, SwiGLU, rotary positions."""
+"""Llama: grouped queries, RMSNorm, SwiGLU, rotary positions. Mistral and Qwen share most of it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from ..tensor_names import Row, fused, only, same
 MODEL_TYPES = ("llama",)
 MECHANISMS = ("mha", "gqa", "mqa")
 PREFIX = "model."
+SLOT = "model.layers.{}.self_attn"
 EXTRA = r"rotary_emb\.inv_freq$|^lm_head\.weight$"  # frequencies, and the embedding again where the head is tied
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of the config.json of a Llama."""
     bias = hf.get("attention_bias", False)
-    return plan(hf, bias=hf.get("mlp_bias", False), attention={"bias": bias})
+    return model_config(hf, bias=hf.get("mlp_bias", False), attention={"bias": bias})
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a Llama for a ModelConfig."""
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **fields(config), "mlp_bias": config.bias}
 
 
-def plan(
+def model_config(
     hf: Mapping[str, Any],
     *,
     attention: Mapping[str, Any],
@@ -33,7 +36,11 @@ def plan(
     bias: bool = False,
     head_dim: int | None = None,
 ) -> ModelConfig:
-    """What the families share. `attention`: options of all layers; `windows`: of each layer, None where all is seen."""
+    """Return the ModelConfig of any family like Llama.
+
+    `attention`: options of all layers. `windows`: tokens that each layer sees, None: all; one for all layers, or one
+    each.
+    """
     only(hf, hidden_act="silu")
     heads = hf["num_attention_heads"]
     options = {**attention, "n_kv_heads": hf.get("num_key_value_heads") or heads}
@@ -65,7 +72,7 @@ def plan(
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `plan`, as far as the families share it."""
+    """Return the fields of config.json that the families share: the inverse of `model_config`."""
     first = attention_configs(config)[0]
     return {
         "vocab_size": config.vocab_size,
@@ -86,6 +93,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: Decoder) -> Iterator[Row]:
+    """Yield the rows of tensor names."""
     yield from ends()
     for i, c in enumerate(attention_configs(model.config)):
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
@@ -101,18 +109,20 @@ def table(model: Decoder) -> Iterator[Row]:
 
 
 def ends() -> Iterator[Row]:
-    """What comes before the layers and after them."""
+    """Yield the rows of the embedding, the last norm and the head."""
     yield same("embed.weight", "model.embed_tokens.weight")
     yield same("norm.weight", "model.norm.weight")
     yield same("head.weight", "lm_head.weight")
 
 
 def norms(ours: str, theirs: str) -> Iterator[Row]:
+    """Yield the rows of one layer's norms; `ours` and `theirs` are the layer's names."""
     yield same(f"{ours}attention_norm.weight", f"{theirs}input_layernorm.weight")
     yield same(f"{ours}ff_norm.weight", f"{theirs}post_attention_layernorm.weight")
 
 
 def feed_forward(ours: str, theirs: str, width: int) -> Iterator[Row]:
+    """Yield the rows of a SwiGLU of `width`; `ours` and `theirs` are its names."""
     for part in ("weight", "bias"):
         yield fused(f"{ours}.into.{part}", [f"{theirs}.{name}_proj.{part}" for name in ("gate", "up")], [width, width])
         yield same(f"{ours}.out.{part}", f"{theirs}.down_proj.{part}")

@@ -8,19 +8,21 @@ from typing import Any
 from ...config import ModelConfig
 from ...model import attention_configs
 from . import llama
-from .llama import EXTRA, PREFIX, table
+from .llama import EXTRA, PREFIX, SLOT, table
 
-__all__ = ["EXTRA", "PREFIX", "table"]
+__all__ = ["EXTRA", "PREFIX", "SLOT", "table"]
 
 MODEL_TYPES = ("mistral",)
 MECHANISMS = (*llama.MECHANISMS, "sliding")
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return llama.plan(hf, attention={"bias": False}, windows=[hf.get("sliding_window", 4096)])
+    """Return the ModelConfig of the config.json of a Mistral."""
+    return llama.model_config(hf, attention={"bias": False}, windows=[hf.get("sliding_window", 4096)])
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a Mistral for a ModelConfig."""
     return {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],

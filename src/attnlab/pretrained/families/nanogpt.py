@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: GPT-2 with exact gelu, matrices as they are used, biases or none, and the head beside its twin."""
+"""nanoGPT's ckpt.pt: GPT-2 with exact gelu, matrices that are not transposed, and biases or none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ MODEL_TYPES = ("nanogpt",)
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the ModelConfig of nanoGPT's model_args."""
     return ModelConfig(
-        vocab_size=hf["vocab_size"] or 50304,  # what it means by None
+        vocab_size=hf["vocab_size"] or 50304,  # the default, where it says None
         context=hf["block_size"],
         n_layers=hf["n_layer"],
         d_model=hf["n_embd"],
@@ -32,4 +33,5 @@ def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def table(model: Decoder) -> Iterator[Row]:
+    """Return the rows of tensor names."""
     return gpt2.table(model, matrix=same)

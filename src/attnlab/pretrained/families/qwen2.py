@@ -8,24 +8,26 @@ from typing import Any
 from ...config import ModelConfig
 from ...model import attention_configs
 from . import llama
-from .llama import EXTRA, PREFIX, table
+from .llama import EXTRA, PREFIX, SLOT, table
 
-__all__ = ["EXTRA", "PREFIX", "table"]
+__all__ = ["EXTRA", "PREFIX", "SLOT", "table"]
 
 MODEL_TYPES = ("qwen2",)
 MECHANISMS = (*llama.MECHANISMS, "sliding")
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return llama.plan(hf, attention={"bias": True, "o_bias": False}, windows=windows(hf))
+    """Return the ModelConfig of the config.json of a Qwen2."""
+    return llama.model_config(hf, attention={"bias": True, "o_bias": False}, windows=windows(hf))
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a Qwen2 for a ModelConfig."""
     return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **llama.fields(config), **layers(config)}
 
 
 def windows(hf: Mapping[str, Any]) -> list[int | None]:
-    """Of every layer."""
+    """Return the tokens that each layer sees, None: all."""
     size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     first = hf.get("max_window_layers", 28)
     count = hf["num_hidden_layers"]
@@ -34,7 +36,7 @@ def windows(hf: Mapping[str, Any]) -> list[int | None]:
 
 
 def layers(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `windows`."""
+    """Return the fields of config.json that say so: the inverse of `windows`."""
     found = [getattr(each, "window", None) for each in attention_configs(config)]
     sizes = {size for size in found if size is not None}
     return {
