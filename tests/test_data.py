@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from importlib.resources import files
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from attnlab import data
+from attnlab.cli import compare, train
 from attnlab.config import DataConfig
 from attnlab.data import packing, texts
+from attnlab.data.load import KINDS, Kind
 from attnlab.data.prepare import Plan, prepare
 from attnlab.errors import UserError
 
@@ -175,6 +178,35 @@ def test_fingerprint_follows_ids_split_and_characters():
 def test_unknown_source(source, said):
     with pytest.raises(UserError, match=said):
         data.load(DataConfig(source=source))
+
+
+def test_the_sentence_about_an_unknown_source_is_made_from_the_table(monkeypatch):
+    said = (
+        "data source 'books' is unknown; allowed are 'shakespeare', 'text:PATH' (a UTF-8 file or a folder of such "
+        "files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, alone, "
+        "'task:NAME'"
+    )
+    with pytest.raises(UserError) as caught:
+        data.load(DataConfig(source="books"))
+    assert str(caught.value) == said
+    books = Kind("books:NAME", lambda config, source: data.from_text(TEXT, source), "of a library")
+    monkeypatch.setitem(KINDS, "books", books)
+    assert data.load(DataConfig(source="books:one")).source == "books:one"
+    with pytest.raises(
+        UserError, match=r"'prepared:DIR' \(what attnlab prepare made\), 'books:NAME' \(of a library\), mix"
+    ):
+        data.load(DataConfig(source="papers:one"))
+
+
+def test_no_list_of_kinds_that_is_written_by_hand_forgets_one():
+    """Help texts are docstrings and fields have comments: neither can be made from the table."""
+    mixing = [kind.form for kind in KINDS.values() if kind.mixes]
+    alone = [kind.form for kind in KINDS.values() if not kind.mixes]
+    for command in (train.train, compare.compare):
+        assert [form for form in mixing if form not in command.__doc__] == []
+    (comment,) = [line for line in inspect.getsource(DataConfig).splitlines() if line.strip().startswith("source:")]
+    for form in (*mixing, *alone):
+        assert form in comment
 
 
 def test_empty_text(tmp_path):
