@@ -281,7 +281,7 @@ def test_a_mixture_takes_from_each_by_weight(tmp_path, pack):
     assert not ((rows == ord("a")).any(1) & from_b).any() and from_b.sum() == 80  # a quarter of 320
     assert all(abs(int(from_b[at : at + 8].sum()) - 2) <= 1 for at in range(0, 320, 8))
     if pack == "documents":  # whose rows are the same in every epoch: each corpus goes through its own, in order
-        epoch = len(packing.plan(np.array([0, 10, 27]), 78, 12, 1))
+        epoch = len(packing.row_starts(np.array([0, 10, 27]), 78, 12, 1))
         epochs = [sorted(map(tuple, rows[from_b][at : at + epoch].tolist())) for at in range(0, 5 * epoch, epoch)]
         assert all(each == epochs[0] for each in epochs)
     shown = corpus.windows(16, 12).x
