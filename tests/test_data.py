@@ -14,7 +14,7 @@ from attnlab.cli import compare, train
 from attnlab.config import DataConfig
 from attnlab.data import packing, texts
 from attnlab.data.load import KINDS, Kind
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
@@ -334,10 +334,10 @@ def test_a_split_with_nothing_in_it(tmp_path):
 def test_what_prepare_made_is_trained_on_document_by_document(tmp_path, end):
     stories = [f"story {n}: {'mice and cats ' * (n % 7)}end" for n in range(40)]
     (tmp_path / "stories.txt").write_text("\n".join(stories) + "\n")
-    plan = Plan(
+    recipe = Recipe(
         source=f"text:{tmp_path / 'stories.txt'}", documents="line", tokenizer="byte", val_fraction=0.2, end=end
     )
-    prepare(plan, tmp_path / "stories")
+    prepare(recipe, tmp_path / "stories")
     config = DataConfig(source=f"prepared:{tmp_path / 'stories'}", pack="documents")
     corpus, byte, found = data.load(config), data.tokenizer("byte"), set()
     for step in range(40):
