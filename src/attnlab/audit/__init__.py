@@ -16,7 +16,7 @@ from torch import nn
 from .. import attention
 from ..errors import UserError, choose
 from ..laws import LAWS, check_class, check_mechanism, check_subject, verdict
-from ..laws.subject import LENGTHS, WIDTHS, find_number, one_line, seeded, speaks, subject
+from ..laws.subject import LENGTHS, WIDTHS, find_number, has_interface, one_line, seeded, subject
 from ..results import LawResult
 from ..spec import AttentionConfig
 from . import find
@@ -118,7 +118,7 @@ def _audit_class(
 
     with seeded(0):
         module = make()
-    if speaks(module):
+    if has_interface(module):
         return Audit(target, check_subject(subject(module, name=name, build=make), laws))
     width = d_model or _width(module, kwargs, config)
     if width is None:
