@@ -31,7 +31,7 @@ import torch
 from speed import DOCUMENT, markdown, provenance, say, write_section
 
 from attnlab.data import tokenizer
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.sources import open_source
 from attnlab.data.texts import shakespeare
 from attnlab.data.tokens import Tokens
@@ -84,8 +84,8 @@ def preparing(options: argparse.Namespace, folder: Path) -> str:
         say(f"preparing: writing {options.megabytes} MB of text")
         write_text(file, options.megabytes * 10**6)
     DOCUMENTS[:] = [block.text for block in open_source(f"text:{file}", "blank").splits["train"].read(0)]
-    plan = Plan(source=f"text:{file}", val=f"text:{tiny(folder)}", documents="blank", tokenizer="gpt2")
-    made = prepare(plan, folder / "checked").split("train")
+    recipe = Recipe(source=f"text:{file}", val=f"text:{tiny(folder)}", documents="blank", tokenizer="gpt2")
+    made = prepare(recipe, folder / "checked").split("train")
     end = tokenizer("gpt2").end
     expected = [i for document in DOCUMENTS[:50] for i in (*tiktoken().encode_ordinary(document), end)]
     assert made.read(0, len(expected)).tolist() == expected, "the ids differ: nothing is timed"
@@ -94,7 +94,7 @@ def preparing(options: argparse.Namespace, folder: Path) -> str:
     def ours() -> float:
         out = folder / f"out-{time.monotonic_ns()}"
         began = time.perf_counter()
-        prepare(plan, out)
+        prepare(recipe, out)
         return time.perf_counter() - began
 
     with multiprocessing.get_context("fork").Pool(CORES) as pool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from importlib.resources import files
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from attnlab import data
+from attnlab.cli import compare, train
 from attnlab.config import DataConfig
 from attnlab.data import packing, texts
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.load import KINDS, Kind
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
@@ -177,6 +180,35 @@ def test_unknown_source(source, said):
         data.load(DataConfig(source=source))
 
 
+def test_the_sentence_about_an_unknown_source_is_made_from_the_table(monkeypatch):
+    said = (
+        "data source 'books' is unknown; allowed are 'shakespeare', 'text:PATH' (a UTF-8 file or a folder of such "
+        "files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, alone, "
+        "'task:NAME'"
+    )
+    with pytest.raises(UserError) as caught:
+        data.load(DataConfig(source="books"))
+    assert str(caught.value) == said
+    books = Kind("books:NAME", lambda config, source: data.from_text(TEXT, source), "of a library")
+    monkeypatch.setitem(KINDS, "books", books)
+    assert data.load(DataConfig(source="books:one")).source == "books:one"
+    with pytest.raises(
+        UserError, match=r"'prepared:DIR' \(what attnlab prepare made\), 'books:NAME' \(of a library\), mix"
+    ):
+        data.load(DataConfig(source="papers:one"))
+
+
+def test_no_list_of_kinds_that_is_written_by_hand_forgets_one():
+    """Help texts are docstrings and fields have comments: neither can be made from the table."""
+    mixing = [kind.form for kind in KINDS.values() if kind.mixes]
+    alone = [kind.form for kind in KINDS.values() if not kind.mixes]
+    for command in (train.train, compare.compare):
+        assert [form for form in mixing if form not in command.__doc__] == []
+    (comment,) = [line for line in inspect.getsource(DataConfig).splitlines() if line.strip().startswith("source:")]
+    for form in (*mixing, *alone):
+        assert form in comment
+
+
 def test_empty_text(tmp_path):
     with pytest.raises(UserError, match=r"0 files"):
         data.read_text(tmp_path)
@@ -249,7 +281,7 @@ def test_a_mixture_takes_from_each_by_weight(tmp_path, pack):
     assert not ((rows == ord("a")).any(1) & from_b).any() and from_b.sum() == 80  # a quarter of 320
     assert all(abs(int(from_b[at : at + 8].sum()) - 2) <= 1 for at in range(0, 320, 8))
     if pack == "documents":  # whose rows are the same in every epoch: each corpus goes through its own, in order
-        epoch = len(packing.plan(np.array([0, 10, 27]), 78, 12, 1))
+        epoch = len(packing.row_starts(np.array([0, 10, 27]), 78, 12, 1))
         epochs = [sorted(map(tuple, rows[from_b][at : at + epoch].tolist())) for at in range(0, 5 * epoch, epoch)]
         assert all(each == epochs[0] for each in epochs)
     shown = corpus.windows(16, 12).x
@@ -302,10 +334,10 @@ def test_a_split_with_nothing_in_it(tmp_path):
 def test_what_prepare_made_is_trained_on_document_by_document(tmp_path, end):
     stories = [f"story {n}: {'mice and cats ' * (n % 7)}end" for n in range(40)]
     (tmp_path / "stories.txt").write_text("\n".join(stories) + "\n")
-    plan = Plan(
+    recipe = Recipe(
         source=f"text:{tmp_path / 'stories.txt'}", documents="line", tokenizer="byte", val_fraction=0.2, end=end
     )
-    prepare(plan, tmp_path / "stories")
+    prepare(recipe, tmp_path / "stories")
     config = DataConfig(source=f"prepared:{tmp_path / 'stories'}", pack="documents")
     corpus, byte, found = data.load(config), data.tokenizer("byte"), set()
     for step in range(40):

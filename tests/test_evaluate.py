@@ -17,7 +17,7 @@ from attnlab import UserError, data, load_model, pretrained
 from attnlab.cli import main as cli
 from attnlab.config import DataConfig, ModelConfig, RunConfig
 from attnlab.data import CharTokenizer
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
 from attnlab.evaluation.overlap import seen_share
@@ -414,8 +414,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, numbers in (("train", range(20)), ("val", range(100, 110)), ("test", range(200, 205))):
         (place / f"{split}.txt").write_text("\n".join(f"Story {n}: {'é' * n} met {n * n} cats.\n" for n in numbers))
     sources = {split: f"text:{place}/{split}.txt" for split in ("val", "test")}
-    plan = Plan(source=f"text:{place}/train.txt", tokenizer="byte", documents="blank", **sources)
-    prepare(plan, place / "bytes", workers=1)
+    recipe = Recipe(source=f"text:{place}/train.txt", tokenizer="byte", documents="blank", **sources)
+    prepare(recipe, place / "bytes", workers=1)
     return place
 
 

@@ -21,7 +21,7 @@ from attnlab.config import ModelConfig
 from attnlab.errors import UserError
 from attnlab.laws import LAWS, check_attention, check_class, check_mechanism, check_module, verdict
 from attnlab.laws.interface import separate
-from attnlab.laws.subject import Broken, span
+from attnlab.laws.subject import Broken, ranges
 from attnlab.model import Decoder
 
 SMALL = interface.SMALL
@@ -265,5 +265,5 @@ def test_check_attention_is_public():
 
 
 @pytest.mark.parametrize(("tokens", "text"), [([0], "0"), ([0, 1, 2, 5], "0-2, 5"), ([3, 4, 7, 8], "3-4, 7-8")])
-def test_span(tokens, text):
-    assert span(tokens) == text
+def test_ranges(tokens, text):
+    assert ranges(tokens) == text

@@ -48,11 +48,11 @@ def test_rows_hold_whole_documents_in_their_order(seed, front, monkeypatch):
     monkeypatch.setattr(packing, "BLOCK", 1 + seed % 7)  # a row may go on where a block of documents ends
     tokens, context = some_corpus(seed)
     want = by_hand(tokens.documents.tolist(), len(tokens), context, front)
-    begun = packing.plan(tokens.documents, len(tokens), context, front)
+    begun = packing.row_starts(tokens.documents, len(tokens), context, front)
     assert begun.tolist() == [row[0][0] for row in want]
     which = np.random.default_rng(seed).permutation(len(want))
     ids = tokens.read(0, len(tokens))
-    for row, x, y, documents in zip(which, *packing.read(tokens, begun, which, context, front), strict=True):
+    for row, x, y, documents in zip(which, *packing.read_rows(tokens, begun, which, context, front), strict=True):
         places = np.concatenate([np.arange(at, at + size) for at, size, _ in want[row]])
         whose = np.concatenate([np.full(size, number) for _, size, number in want[row]])
         rest = [-1] * (context - len(places))
@@ -67,7 +67,7 @@ def test_rows_hold_whole_documents_in_their_order(seed, front, monkeypatch):
 def test_an_epoch_predicts_every_token_once_but_a_first_that_nothing_announces(tokenizer):
     texts = ["a", "bc", "defgh" * 9, "ij", "", "klmnopqrst", "uvw" * 5]
     corpus = data.from_texts([text + "." for text in texts], "texts", 0.05, tokenizer, "documents")
-    rows = len(corpus._plan("train", 16))
+    rows = len(corpus.row_starts("train", 16))
     parts = [corpus.batch(3, step, 2, 16) for step in range(3 * rows)]
     ids = corpus.train.read(0, len(corpus.train)).tolist()
     starts = {*corpus.train.documents.tolist()} if tokenizer is None else {0}

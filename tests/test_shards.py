@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attnlab import data
-from attnlab.data.prepare import Plan, prepare
+from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.shards import Prepared, SplitWriter, checksum, dtype_of
 from attnlab.data.tokens import Tokens
 from attnlab.errors import UserError
@@ -29,12 +29,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of characters in shards of 100."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "text.txt").write_text(TEXT)
-    prepare(plan_of(folder), folder / "out")
+    prepare(recipe_of(folder), folder / "out")
     return folder / "out"
 
 
-def plan_of(folder: Path) -> Plan:
-    return Plan(source=f"text:{folder / 'text.txt'}", tokenizer="byte", documents="line", shard_tokens=100)
+def recipe_of(folder: Path) -> Recipe:
+    return Recipe(source=f"text:{folder / 'text.txt'}", tokenizer="byte", documents="line", shard_tokens=100)
 
 
 @pytest.fixture
@@ -300,7 +300,9 @@ def test_what_we_write_for_nanogpt_is_what_it_would_write(tmp_path: Path) -> Non
     theirs.mkdir()
     nanogpt(theirs, TEXT)
     (tmp_path / "text.txt").write_text(TEXT)
-    made = prepare(Plan(source=f"text:{tmp_path / 'text.txt'}", tokenizer="char", layout="nanogpt"), tmp_path / "ours")
+    made = prepare(
+        Recipe(source=f"text:{tmp_path / 'text.txt'}", tokenizer="char", layout="nanogpt"), tmp_path / "ours"
+    )
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "ours" / name).read_bytes() == (theirs / name).read_bytes()
     assert pickle.loads((tmp_path / "ours" / "meta.pkl").read_bytes()) == pickle.loads(
@@ -312,7 +314,7 @@ def test_what_we_write_for_nanogpt_is_what_it_would_write(tmp_path: Path) -> Non
 def test_nanogpts_own_batches(tmp_path: Path) -> None:
     """The two lines of its train.py that read data: a memmap of uint16, and slices of it as int64."""
     (tmp_path / "text.txt").write_text(TEXT)
-    prepare(Plan(source=f"text:{tmp_path / 'text.txt'}", tokenizer="byte", layout="nanogpt"), tmp_path / "out")
+    prepare(Recipe(source=f"text:{tmp_path / 'text.txt'}", tokenizer="byte", layout="nanogpt"), tmp_path / "out")
     rows = np.memmap(tmp_path / "out" / "train.bin", dtype=np.uint16, mode="r")
     x = torch.stack([torch.from_numpy(rows[i : i + 32].astype(np.int64)) for i in (0, 5, 100)])
     assert torch.equal(x, Prepared.open(tmp_path / "out").split("train").gather(np.array([0, 5, 100]), 32))

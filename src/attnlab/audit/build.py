@@ -1,4 +1,4 @@
-"""Somebody's attention class, built from the arguments or the config it asks for."""
+"""An instance of somebody's attention class, made from the arguments or the config it asks for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from ..laws.subject import one_line
 from .find import Found
 from .stand_ins import StandIn
 
-# How it is built --------------------------------------------------------------------------------------------------
-
 
 class MissingSetting(AttributeError, KeyError):
-    """The class reads something of its config that was not given."""
+    """An error where the class reads something of its config that was not given."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -29,7 +27,7 @@ class MissingSetting(AttributeError, KeyError):
 
 
 class Settings(dict):
-    """A config given as JSON, read as attributes or as keys."""
+    """A config from JSON, read as attributes or as keys."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__({k: Settings(v) if isinstance(v, dict) else v for k, v in values.items()})
@@ -46,13 +44,14 @@ class Settings(dict):
         raise MissingSetting(name)
 
 
-def build(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> nn.Module:
-    """`Class(config, **kwargs)`; a `UserError` says in one sentence why it cannot be."""
-    cls, name = found.cls, found.cls.__name__
-    args = () if config is None else (settings(found, config),)
+def make_module(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> nn.Module:
+    """Return `Class(config, **kwargs)`. UserError where it cannot be made."""
+    cls = found.cls
+    name = cls.__name__
+    args = () if config is None else (make_config(found, config),)
     given = ", ".join([*(["config"] if args else []), *(kwargs or {})]) or "nothing"
     try:
-        module = cls(*args, **(kwargs or {}))
+        return cls(*args, **(kwargs or {}))
     except MissingSetting as error:
         raise UserError(f"{name} cannot be built: {error}") from None
     except UserError:
@@ -60,33 +59,41 @@ def build(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[str, A
     except Exception as error:
         wanted = f"; its arguments are {inspect.signature(cls)}" if isinstance(error, TypeError) else ""
         raise UserError(f"{name} cannot be built from {given}: {one_line(error)}{wanted}") from None
-    return module
 
 
-def settings(found: Found, config: Mapping[str, Any]) -> Any:
-    """The config as the class wants it: an object of the annotated class, or of the file's only dataclass that has
-    all these fields (it knows the defaults), or else an object with just these attributes."""
-    kind = _annotated(found)
-    if kind is None:
-        kinds = [c for c in vars(found.module).values() if inspect.isclass(c) and dataclasses.is_dataclass(c)]
-        kinds = [c for c in kinds if set(config) <= {f.name for f in dataclasses.fields(c)}]
-        kind = kinds[0] if len(kinds) == 1 else None
-    if kind is None:
+def make_config(found: Found, config: Mapping[str, Any]) -> Any:
+    """Return the config as the class wants it.
+
+    That is an object of the class that annotates it, or of the file's only dataclass that has all these fields, which
+    knows the defaults. Where there is no such class, it is an object with just these attributes. UserError where the
+    dataclass cannot be made.
+    """
+    cls = _annotated(found)
+    if cls is None:
+        cls = _only_dataclass(found, set(config))
+    if cls is None:
         return Settings(config)
-    fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set(config)
+    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(config)
     try:
-        made = kind(**{k: v for k, v in config.items() if k in fields})
+        made = cls(**{name: value for name, value in config.items() if name in fields})
     except TypeError as error:
-        if dataclasses.is_dataclass(kind):
-            raise UserError(f"the config, a {kind.__name__}, cannot be made: {one_line(error)}") from None
+        if dataclasses.is_dataclass(cls):
+            raise UserError(f"the config, a {cls.__name__}, cannot be made: {one_line(error)}") from None
         return Settings(config)
     for name in set(config) - fields:
         object.__setattr__(made, name, config[name])
     return made
 
 
+def _only_dataclass(found: Found, fields: set[str]) -> type | None:
+    """Return the only dataclass of the file that has all these fields; None where there is none or several."""
+    classes = [c for c in vars(found.module).values() if inspect.isclass(c) and dataclasses.is_dataclass(c)]
+    fitting = [c for c in classes if fields <= {f.name for f in dataclasses.fields(c)}]
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def _annotated(found: Found) -> type | None:
-    """The class that annotates the constructor's first parameter, if it is one that can be made."""
+    """Return the class that annotates the constructor's first parameter, if it is one that can be made."""
     parameters = list(inspect.signature(found.cls.__init__).parameters.values())[1:]
     note = parameters[0].annotation if parameters else None
     if isinstance(note, str):

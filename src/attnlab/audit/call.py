@@ -1,11 +1,11 @@
-"""Somebody's attention module, called: how it takes x and a mask is found out or given."""
+"""A call of somebody's attention module: how it takes x and a mask is given or found out."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,8 @@ from ..errors import UserError, choose
 MASKS = ("additive", "keep", "drop")
 
 
-# How it is called -------------------------------------------------------------------------------------------------
-
-
 def causal_mask(length: int, style: str, dtype: torch.dtype) -> Tensor:
-    """[T T]. additive: 0 or -inf; keep: True where a token may be seen; drop: True where it may not."""
+    """Return a mask [T T]. additive: 0 or -inf; keep: True where a token may be seen; drop: True where it may not."""
     choose("mask style", style, MASKS)
     keep = torch.ones(length, length, dtype=torch.bool).tril()
     if style == "additive":
@@ -28,28 +25,26 @@ def causal_mask(length: int, style: str, dtype: torch.dtype) -> Tensor:
     return keep if style == "keep" else ~keep
 
 
-def rotary(head_dim: int, theta: float = 10_000.0) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    def table(x: Tensor) -> tuple[Tensor, Tensor]:
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
-        angle = torch.cat([angle, angle], -1).expand(x.shape[0], -1, -1)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-    return table
+def rotary_tables(x: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Return the cosine and the sine of rotary embedding for x [B T D], both [B T head_dim], halves repeated."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat([angle, angle], -1).expand(x.shape[0], -1, -1)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """How to call a module on x: an expression with the names below, and the form of the mask it is handed.
+    """A way to call a module on x: an expression with the names below, and the form of the mask.
 
     module, x [B T D], positions [B T], mask (a causal one, [T T] or [B 1 T T], in `style`), the same mask in each style
     as `additive`, `keep` and `drop`, `rotary(head_dim)` -> (cos, sin) [B T head_dim], torch.
     """
 
     expression: str
-    style: str = "additive"
-    four: bool = False  # [B 1 T T] rather than [T T]
-    sequence_first: bool = False  # the module takes [T B D]
+    style: str = "additive"  # of `mask`; one of MASKS
+    four: bool = False  # masks are [B 1 T T] rather than [T T]
+    sequence_first: bool = False  # x is [T B D]
 
     def __call__(self, module: nn.Module, x: Tensor) -> Any:
         B, T, _ = x.shape
@@ -61,7 +56,7 @@ class Caller:
             "x": x.transpose(0, 1) if self.sequence_first else x,
             "positions": torch.arange(T).expand(B, -1),
             "mask": masks[self.style],
-            "rotary": lambda head_dim, theta=10_000.0: rotary(head_dim, theta)(x),
+            "rotary": lambda head_dim, theta=10_000.0: rotary_tables(x, head_dim, theta),
             "torch": torch,
             **masks,
         }
@@ -74,11 +69,15 @@ class Caller:
         return y.transpose(0, 1)
 
 
-def caller(module: nn.Module, expression: str | None, style: str, shape: str, x: Tensor) -> Caller:
-    """The way to call this module; what was not said is found out by trying."""
+def find_caller(module: nn.Module, expression: str | None, style: str, shape: str, x: Tensor) -> Caller:
+    """Return the way to call this module; what was not given is found out by trying.
+
+    expression: None: from the parameters of forward. shape: of the mask: 2d, 4d or auto. UserError where the expression
+    is no Python, uses an unknown name, or cannot be guessed.
+    """
     choose("mask style", style, MASKS)
     choose("mask shape", shape, ("auto", "2d", "4d"))
-    expression = expression or guess(module)
+    expression = expression or guess_call(module)
     try:
         compile(expression, "--call", "eval")
     except SyntaxError as error:
@@ -89,16 +88,17 @@ def caller(module: nn.Module, expression: str | None, style: str, shape: str, x:
     first = getattr(module, "batch_first", True) is False and not turned
     fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[shape]
     tries = [Caller(expression, style, four, first) for four in fours]
-    for attempt in tries[:-1]:
-        try:
-            attempt(module, x)
-            return attempt
-        except NameError as error:
-            known = "module, x, mask, positions, additive, keep, drop, rotary, torch"
-            raise UserError(f"--call {expression!r}: {error}; the names it may use are {known}") from None
-        except Exception:
-            continue
-    return tries[-1] if shape != "auto" or _works(tries[-1], module, x) else tries[0]
+    if len(tries) == 1:
+        return tries[0]
+    two, four = tries
+    try:
+        two(module, x)
+        return two
+    except NameError as error:
+        known = "module, x, mask, positions, additive, keep, drop, rotary, torch"
+        raise UserError(f"--call {expression!r}: {error}; the names it may use are {known}") from None
+    except Exception:
+        return four if _works(four, module, x) else two
 
 
 def _works(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
@@ -109,8 +109,11 @@ def _works(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def guess(module: nn.Module) -> str:
-    """How a module with this forward is called: x for what it must be given, masks and positions by their names."""
+def guess_call(module: nn.Module) -> str:
+    """Return the call of a module with this forward: x for what it must be given, masks and positions by their names.
+
+    UserError where forward wants something else.
+    """
     words = []
     for i, (name, parameter) in enumerate(inspect.signature(module.forward).parameters.items()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -131,6 +134,6 @@ def guess(module: nn.Module) -> str:
 
 
 def mask_parameter(module: nn.Module) -> str | None:
-    """The name of the parameter through which forward takes a mask, if it does."""
+    """Return the name of the parameter through which forward takes a mask; None where it takes none."""
     names = inspect.signature(module.forward).parameters
     return next((n for n in names if n in ("attn_mask", "attention_mask", "mask", "causal_mask")), None)

@@ -1,4 +1,4 @@
-"""Somebody's attention class: found in a file or a package, built, and called, without a change to it."""
+"""Somebody's attention class, found in a file or a package, without a change to it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from torch import nn
 
 from ..errors import UserError, choose
 from ..laws.subject import one_line
-from .stand_ins import StandIn, standing_in
-
-# What a file is imported with -------------------------------------------------------------------------------------
+from .stand_ins import StandIn, missing, standing_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +27,33 @@ class Found:
 
     cls: type[nn.Module]
     module: ModuleType
-    absent: tuple[str, ...]  # what it imports that is not installed
+    absent: tuple[str, ...]  # names of the packages and modules that it imports and that are not installed
 
 
 @contextmanager
 def found(target: str) -> Iterator[Found]:
-    """The class at `file.py:Class` or `package.module:Class`; its own modules are forgotten again afterwards."""
+    """Import the class at `file.py:Class` or `package.module:Class`, and forget its modules again afterwards.
+
+    UserError where there is no such class, or its file cannot be imported.
+    """
     place, _, name = target.rpartition(":")
     if not place:
-        place, name = target, ""
+        place = target
+        name = ""
     path = Path(place).expanduser()
     is_file = place.endswith(".py") or path.is_file()
     if is_file and not path.is_file():
         raise UserError(f"there is no file {place}: give an existing file.py:Class, or package.module:Class")
-    before, search, arguments = dict(sys.modules), list(sys.path), sys.argv
+    before = dict(sys.modules)
+    search = list(sys.path)
+    arguments = sys.argv
     try:
         sys.argv = [place]
         module, absent = _import(path.resolve() if is_file else place)
         yield Found(_pick(module, name, place), module, tuple(sorted(absent)))
     finally:
-        sys.path[:], sys.argv = search, arguments
+        sys.path[:] = search
+        sys.argv = arguments
         if is_file:
             _forget(before, path.resolve())
 
@@ -66,13 +71,17 @@ def _forget(before: Mapping[str, ModuleType], file: Path) -> None:
 
 
 def _packages(file: Path) -> list[tuple[str, Path]]:
-    """(name, folder) of the packages around the file, innermost first: those with an `__init__.py`, else its folder."""
-    folder, found_ = file.parent, []
+    """Return (name, folder) of the packages around the file, innermost first.
+
+    They are the folders with an `__init__.py`, or else as many folders as its relative imports reach.
+    """
+    folder = file.parent
+    packages = []
     while (folder / "__init__.py").exists() and folder.name.isidentifier():
-        found_.append((folder.name, folder))
+        packages.append((folder.name, folder))
         folder = folder.parent
-    if found_:
-        return found_
+    if packages:
+        return packages
     levels = max((n.level for n in ast.walk(_parse(file)) if isinstance(n, ast.ImportFrom)), default=1)
     around = [file.parent, *file.parent.parents][: max(levels, 1)]
     return [("_audited_" + re.sub(r"\W", "_", folder.name), folder) for folder in around]
@@ -86,19 +95,21 @@ def _parse(file: Path) -> ast.Module:
 
 
 def _import(place: Path | str) -> tuple[ModuleType, set[str]]:
-    """The module, and the names of what it imports without protection that is not there."""
+    """Return the module, and the names of what it imports without protection that is not there."""
     absent: set[str] = set()
     whole: set[str] = set()  # packages whose __init__ must run
     while True:
         try:
             with standing_in(absent):
-                return (_run_file(place, whole) if isinstance(place, Path) else _run_module(place, absent)), absent
+                module = _run_file(place, whole) if isinstance(place, Path) else _run_module(place, absent)
+                return module, absent
         except ModuleNotFoundError as error:
             if not error.name or error.name in absent:
                 raise UserError(f"{place} cannot be imported: {one_line(error)}") from None
             absent.add(error.name)
         except ImportError as error:
-            package, known = error.name or "", re.match(r"cannot import name '(\w+)'", str(error))
+            package = error.name or ""
+            known = re.match(r"cannot import name '(\w+)'", str(error))
             if known and package not in whole and isinstance(place, Path):
                 whole.add(package)
             elif known and f"{package}.{known[1]}" not in absent:
@@ -138,8 +149,7 @@ def _run_file(file: Path, whole: set[str]) -> ModuleType:
     for package, folder in reversed(packages):
         full = f"{full}.{package}" if full else package
         _package(full, folder, full in whole)
-    module = _from_file(f"{name}.{file.stem}", file)
-    return module
+    return _from_file(f"{name}.{file.stem}", file)
 
 
 def _package(name: str, folder: Path, run: bool) -> None:
@@ -163,7 +173,7 @@ def _from_file(name: str, file: Path, folder: Path | None = None) -> ModuleType:
 
 
 def _pick(module: ModuleType, name: str, place: str) -> type[nn.Module]:
-    """The class called `name`; without a name, the only one the file defines, or `Attention`."""
+    """Return the class called `name`; without a name, the only one the file defines, or `Attention`."""
     own = [
         n
         for n, c in vars(module).items()
@@ -179,7 +189,7 @@ def _pick(module: ModuleType, name: str, place: str) -> type[nn.Module]:
     if cls is None:
         choose(f"class in {place}", name, own)
     if isinstance(cls, StandIn):
-        raise cls._wanted()
+        raise missing(cls)
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise UserError(f"{name} in {place} is not a torch.nn.Module: name one of {', '.join(own) or 'none is there'}")
     return cls

@@ -1,7 +1,8 @@
-"""Stand-ins for packages that a file imports and this machine lacks, so that a class which never uses them can be read.
+"""Stand-ins for packages that a file imports and that are not installed.
 
-While a file is imported, a stand-in may be subclassed, called, indexed and used as a decorator (which it leaves the
-decorated thing unchanged). Afterwards, using one raises a `UserError` that names the package.
+A class that never uses them can then be imported. While a file is imported, a stand-in may be subclassed, called,
+indexed and used as a decorator, which leaves the decorated thing unchanged. Afterwards, using one raises a `UserError`
+that names the package.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..errors import UserError
 class StandIn(ABCMeta):
     """The type of every stand-in: each is a class, because a class is what most files want from an import."""
 
-    importing = False
+    importing = False  # whether a file is being imported
     origin: str  # the dotted name it stands for
 
     def __getattr__(cls, name: str) -> Any:
@@ -32,28 +33,23 @@ class StandIn(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if not StandIn.importing:
-            raise cls._wanted()
+            raise missing(cls)
         decorates = len(args) == 1 and not kwargs and (inspect.isfunction(args[0]) or inspect.isclass(args[0]))
         return args[0] if decorates else stand_in(cls.origin)
 
-    def _wanted(cls) -> UserError:
-        package = cls.origin.split(".")[0]
-        user = "" if cls.__module__ == __name__ else f"{cls.__name__}, made from "
-        return UserError(f"the class uses {user}{cls.origin}, but {package} is not installed: install it and run again")
-
     def _inert(cls, *_: Any) -> Any:
         if not StandIn.importing:
-            raise cls._wanted()
+            raise missing(cls)
         return stand_in(cls.origin)
 
     def _no(cls, *_: Any) -> bool:
         if not StandIn.importing:
-            raise cls._wanted()
+            raise missing(cls)
         return False
 
     def __iter__(cls) -> Iterator[Any]:
         if not StandIn.importing:
-            raise cls._wanted()
+            raise missing(cls)
         return iter(())
 
     def __len__(cls) -> int:
@@ -63,7 +59,15 @@ class StandIn(ABCMeta):
     __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _no
 
 
+def missing(cls: StandIn) -> UserError:
+    """Return the error for using a stand-in, which names the package that is not installed."""
+    package = cls.origin.split(".")[0]
+    user = "" if cls.__module__ == __name__ else f"{cls.__name__}, made from "
+    return UserError(f"the class uses {user}{cls.origin}, but {package} is not installed: install it and run again")
+
+
 def stand_in(origin: str) -> StandIn:
+    """Return a stand-in for the dotted name `origin`."""
     made = StandIn(origin.rpartition(".")[2], (), {"__module__": __name__})
     made.origin = origin
     return made

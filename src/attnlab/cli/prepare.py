@@ -64,7 +64,7 @@ def prepare(
         out = Path("data") / source
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}: it must be at least 1")
-    plan = preparing.Plan(
+    recipe = preparing.Recipe(
         source=source,
         val=val,
         test=test,
@@ -80,7 +80,7 @@ def prepare(
     )
     try:
         with Progress() as bars:
-            made = preparing.prepare(plan, out, command=this_command(), workers=workers, progress=told(bars))
+            made = preparing.prepare(recipe, out, command=this_command(), workers=workers, progress=told(bars))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on with {out}") from None
     print(f"{out}: {described(made.manifest['tokenizer'])}")

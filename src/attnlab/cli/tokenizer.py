@@ -48,7 +48,8 @@ def tokenizer(
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
     from ..data import bpe, sources
-    from ..data.prepare import pieces_of
+    from ..data.document_rules import first_documents
+    from ..data.encoding import pieces_of
     from ..files import write_json
     from ..terminal.progress import Progress
 
@@ -59,7 +60,7 @@ def tokenizer(
 
         def texts() -> Iterator[str]:
             blocks = split.read(0)
-            blocks = blocks if max_documents is None else sources.first(blocks, max_documents)
+            blocks = blocks if max_documents is None else first_documents(blocks, max_documents)
             for piece in pieces_of(blocks, bpe.SEAM):  # no word is cut in two
                 lengths.append(len(piece.text))
                 tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})

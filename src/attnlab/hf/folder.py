@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
-from ..laws.subject import span
+from ..laws.subject import ranges
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
 from ..results import Tell
@@ -89,7 +89,7 @@ def load(folder: Path) -> Any:
 def patch_card(model: Any, source: str, counts: Counts) -> str:
     """Return README.md of a patched model; `source` is the name of the original."""
     configs = [from_dict(attention.module(e["mechanism"]).Config, e["config"]) for e in model.config.attnlab]
-    rows = [(e["mechanism"], span(e["layers"]), c) for e, c in zip(model.config.attnlab, configs, strict=True)]
+    rows = [(e["mechanism"], ranges(e["layers"]), c) for e, c in zip(model.config.attnlab, configs, strict=True)]
     floats = sum(a.mechanism.config.cache_spec.per_token for a in model.adapters().values())
     lines = [
         *FRONT,

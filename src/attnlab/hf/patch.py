@@ -18,7 +18,7 @@ from .. import attention
 from ..config import to_dict
 from ..errors import UserError, choose
 from ..laws.interface import separate
-from ..laws.subject import Broken, by, movement, scale, seeded, unchanged
+from ..laws.subject import Broken, movement, moves_by, scale, seeded, unchanged
 from ..pretrained.rope_config import rotary
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
@@ -262,4 +262,6 @@ def check_causality(run: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
         changed[:, later:] = tokens[:, later:].flip(0)
         moved = movement(run(changed), logits)[:later]
         if float(moved.max()) > tolerance:
-            raise Broken(f"output {int(moved.argmax())} {by(moved.max())} when token {later} and those after it change")
+            raise Broken(
+                f"output {int(moved.argmax())} {moves_by(moved.max())} when token {later} and those after it change"
+            )

@@ -1,4 +1,6 @@
-"""The laws of attention, each stated once: used by the tests over every mechanism and by `attnlab audit` on anyone's.
+"""The laws of attention, each stated once.
+
+The tests put them to every mechanism, and `attnlab audit` to anyone's attention class.
 
 A law is a plain function of a `Subject`. It returns a sentence of evidence where it holds, raises `Broken` with the
 smallest counterexample it can find, and `NotApplicable` with the reason where it says nothing about this module. Laws
@@ -18,15 +20,15 @@ from .. import attention
 from ..errors import choose
 from ..results import LawResult
 from ..spec import AttentionConfig
-from . import any_module, interface
-from .subject import Broken, Call, NotApplicable, Subject, one_line, seeded, subject
+from . import any_module, caches, computation, interface
+from .subject import Broken, ModuleCall, NotApplicable, Subject, one_line, seeded, subject
 
 SMALL = {"d_model": 24, "n_heads": 4, "head_dim": 8}
 
 
 @dataclass(frozen=True)
 class Law:
-    """One law of the list."""
+    """A law of the list."""
 
     name: str
     needs: str  # "module" or "interface"
@@ -34,7 +36,7 @@ class Law:
 
     @property
     def statement(self) -> str:
-        """What it says, in one line: the first line of its function's docstring."""
+        """The law in one line: the first line of its function's docstring."""
         return (self.check.__doc__ or "").strip().splitlines()[0]
 
 
@@ -48,31 +50,32 @@ LAWS: dict[str, Law] = {
         Law("determinism", "module", any_module.determinism),
         Law("finiteness", "module", any_module.finiteness),
         Law("save and load", "module", any_module.save_and_load),
-        Law("chunks", "interface", interface.chunks),
-        Law("rewind", "interface", interface.rewind),
-        Law("fork", "interface", interface.fork),
+        Law("chunks", "interface", caches.chunks),
+        Law("rewind", "interface", caches.rewind),
+        Law("fork", "interface", caches.fork),
         Law("left padding", "interface", interface.left_padding),
         Law("masked rows", "interface", interface.masked_rows),
         Law("isolated documents", "interface", interface.isolated_documents),
-        Law("cache size", "interface", interface.cache_size),
-        Law("held rows", "interface", interface.held_rows),
+        Law("cache size", "interface", caches.cache_size),
+        Law("held rows", "interface", caches.held_rows),
         Law("plain path", "interface", interface.plain_path),
         Law("own layers", "interface", interface.own_layers),
         Law("relative position", "interface", interface.relative_position),
-        Law("kernels", "interface", interface.kernels),
-        Law("gradients", "interface", interface.gradients),
+        Law("kernels", "interface", computation.kernels),
+        Law("gradients", "interface", computation.gradients),
         Law("attention maps", "interface", interface.attention_maps),
-        Law("compile", "interface", interface.compiles),
-        Law("bfloat16", "interface", interface.bfloat16),
-        Law("flops", "interface", interface.flops),
+        Law("compile", "interface", computation.compiles),
+        Law("bfloat16", "interface", computation.bfloat16),
+        Law("flops", "interface", computation.flops),
     )
 }
 
 
 def check_mechanism(name: str, *, laws: Sequence[str] | None = None, **fields: Any) -> list[LawResult]:
-    """Every law on a mechanism of the registry, small and in each of its Config's variants.
+    """Put every law to a mechanism of the registry, small and in each of its Config's variants.
 
-    `fields` override those settings. One result per law: broken where one setting breaks it.
+    laws: the names of some; None: all. fields: override those settings. Return one result per law, broken where one
+    setting breaks it. UserError where the mechanism or a law is unknown.
     """
     module = attention.module(name)
     return check_class(name, module.Config, module.Attention, laws=laws, **fields)
@@ -86,7 +89,7 @@ def check_class(
     laws: Sequence[str] | None = None,
     **fields: Any,
 ) -> list[LawResult]:
-    """The same for any `Config` and `Attention` that follow the interface."""
+    """Do the same for any `Config` and `Attention` that follow the interface."""
     subjects = []
     for seed, (words, variant) in enumerate({"": {}, **config.variants}.items()):
         chosen = config(**{**SMALL, **variant, **fields})
@@ -101,22 +104,23 @@ def check_module(
     module: nn.Module,
     *,
     d_model: int | None = None,
-    call: Call | None = None,
+    call: ModuleCall | None = None,
     build: Callable[[], nn.Module] | None = None,
     laws: Sequence[str] | None = None,
     name: str | None = None,
 ) -> list[LawResult]:
-    """Every law that applies to `module`, which is copied and left as it was.
+    """Put every law that applies to `module`, which is copied and left as it was. Return one result per law.
 
     d_model: width D of its input, unless its attributes tell. call: `(module, x) -> y`, unless it is `module(x)`.
-    build: makes a fresh module of the same shape. Raises `UserError` where the module cannot be called at all.
+    build: makes a fresh module of the same shape. laws: the names of some; None: all. UserError where the module cannot
+    be called at all.
     """
     s = subject(module, name=name or type(module).__name__, d_model=d_model, call=call, build=build)
     return check_subject(s, laws)
 
 
 def check_subject(s: Subject, laws: Sequence[str] | None = None) -> list[LawResult]:
-    """The same for a module that is already prepared."""
+    """Do the same for a module that is already prepared."""
     return [_judge(law, s.name, [("", s)]) for law in _chosen(laws)]
 
 
@@ -124,11 +128,14 @@ def check_attention(
     module: nn.Module,
     *,
     d_model: int | None = None,
-    call: Call | None = None,
+    call: ModuleCall | None = None,
     build: Callable[[], nn.Module] | None = None,
     laws: Sequence[str] | None = None,
 ) -> list[LawResult]:
-    """For a test of your own: `check_module`, and an `AssertionError` with each counterexample if a law is broken."""
+    """Return the results of `check_module`, for a test of your own.
+
+    AssertionError with each counterexample if a law is broken.
+    """
     results = check_module(module, d_model=d_model, call=call, build=build, laws=laws)
     broken = [r for r in results if r.status == "broken"]
     if broken:
@@ -138,7 +145,7 @@ def check_attention(
 
 
 def verdict(results: Sequence[LawResult]) -> str:
-    """One line."""
+    """Return one line about all results: which laws are broken, or how many hold."""
     ran = [r for r in results if r.status != "n/a"]
     broken = [r.law for r in ran if r.status == "broken"]
     name = results[0].mechanism

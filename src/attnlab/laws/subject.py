@@ -1,4 +1,4 @@
-"""What a law questions, and the words it answers in."""
+"""A subject: the module that a law is put to, and the functions that laws have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,76 +19,82 @@ from ..cache import Cache
 from ..errors import UserError
 from ..spec import AttentionConfig, CacheSpec
 
-Call = Callable[[nn.Module, Tensor], Any]  # how to call somebody's module on x [B T D]
+ModuleCall = Callable[[nn.Module, Tensor], Any]  # calls somebody's module on x [B T D]
 
-LENGTHS = (2, 3, 5, 13, 37)  # odd ones: a law that fails does so at the shortest of them, so that a reader can follow
-LONG = 131  # for modules whose chunks and windows are not known: longer than most
+LENGTHS = (2, 3, 5, 13, 37)  # tokens; short ones first, because the shortest counterexample is the easiest to follow
+LONGEST = 131  # tokens; for modules whose chunks and windows are not known: longer than most
 
 
 class Broken(Exception):
-    """A law does not hold; the text is the counterexample."""
+    """An exception where a law does not hold. Its text is the counterexample."""
 
 
 class NotApplicable(Exception):
-    """A law says nothing about this module; the text is why."""
+    """An exception where a law says nothing about a module. Its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One module under question: evaluation mode, parameters shaken, float64 where it can be."""
+    """A module that laws are put to: in evaluation mode, its parameters shaken, in float64 if it runs in that."""
 
     name: str
     module: nn.Module
-    d_model: int
-    call: Call | None = None  # None: our interface
+    d_model: int  # width of its input
+    call: ModuleCall | None = None  # None: it has attnlab's interface
     build: Callable[[], nn.Module] | None = None  # a fresh module of the same shape, other parameters
-    lengths: tuple[int, ...] = LENGTHS  # sequence lengths it accepts, ascending
+    lengths: tuple[int, ...] = LENGTHS  # tokens; the sequence lengths to try, ascending
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-9  # of equality, relative to the largest output
 
     def x(self, length: int | None = None, batch: int = 2, seed: int = 0) -> Tensor:
-        """Random input [B T D]; the last length, the longest, unless told."""
+        """Return random input [B T D]. length: the longest of `lengths` if None."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch, length or self.lengths[-1], self.d_model, generator=generator, dtype=self.dtype)
 
     def __call__(self, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """y [B T D]; every call draws the same random numbers and finds the module as the first one did."""
+        """Return y [B T D]. Every call draws the same random numbers and finds the module as the first one did."""
         module = module or self.module
         with seeded(0), unchanged(module):
             return self.answer(module, x)
 
     def answer(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return y [B T D] of a plain call, which may change the module."""
         if self.call is not None:
             return first_tensor(self.call(module, x), x)
-        y, _ = module(x, plain(x))
+        y, _ = module(x, positions_of(x))
         return y
 
     def fresh(self) -> Subject:
-        """The same question put to a copy, so that what one law does to a module is unknown to the next."""
+        """Return the same subject with a copy of the module, so that no law sees what another did to it."""
         module = duplicate(self.module, self.build).to(self.dtype).eval()
         return dataclasses.replace(self, module=module)
 
-    # What follows needs the interface.
+    # The rest needs attnlab's interface.
 
     @property
     def config(self) -> AttentionConfig:
+        """The module's config."""
         return self.module.config  # type: ignore[return-value]
 
     def variant(self, **changes: Any) -> nn.Module:
-        """The same parameters under a changed config."""
+        """Return a module with the same parameters and a changed config."""
         module = type(self.module)(dataclasses.replace(self.config, **changes)).to(self.dtype).eval()
         module.load_state_dict(self.module.state_dict())
         return module
 
     def cache(self, batch: int = 2, max_len: int | None = None, *, ragged: bool = True) -> Cache:
+        """Return an empty cache. max_len: tokens; 6 more than the longest of `lengths` if None."""
         max_len = max_len or self.lengths[-1] + 6
         return Cache.empty(self.config.cache_spec, batch, max_len, ragged=ragged, dtype=self.dtype)
 
     def feed(
         self, x: Tensor, splits: Sequence[int], cache: Cache, positions: Tensor | None = None, *, start: int = 0
     ) -> tuple[Tensor, Cache]:
-        """Decode x in chunks. Positions continue from `start` unless given."""
-        positions = plain(x) + start if positions is None else positions
+        """Return y [B T D] and the cache after decoding x in chunks.
+
+        splits: the tokens of each chunk. positions: those from `start` on if None.
+        """
+        positions = positions_of(x) + start if positions is None else positions
         parts = []
         with torch.no_grad():
             for xs, ps in zip(x.split(list(splits), 1), positions.split(list(splits), 1), strict=True):
@@ -96,14 +102,34 @@ class Subject:
                 parts.append(y)
         return torch.cat(parts, 1), cache
 
+    def left_padded(self) -> LeftPadded:
+        """Return sequences of several lengths in one batch, padded on the left to the longest of `lengths`."""
+        total = self.lengths[-1]
+        lengths = (total, total - 7, total // 2, 1)
+        x = self.x(total, batch=len(lengths))
+        column = torch.arange(total).expand(len(lengths), -1)
+        positions = column - torch.tensor([total - n for n in lengths])[:, None]
+        return LeftPadded(x, positions.clamp(min=-1), lengths)
 
-def plain(x: Tensor) -> Tensor:
-    """Positions 0, 1, 2, ... [B T]."""
+
+class LeftPadded(NamedTuple):
+    """Sequences with pads on the left."""
+
+    x: Tensor  # [B T D]; at pads any numbers
+    positions: Tensor  # [B T]; -1 for a pad
+    lengths: tuple[int, ...]  # real tokens of each row
+
+
+def positions_of(x: Tensor) -> Tensor:
+    """Return positions 0, 1, 2, ... [B T] for x [B T D]."""
     return torch.arange(x.shape[1]).expand(x.shape[0], -1)
 
 
 def first_tensor(output: Any, x: Tensor) -> Tensor:
-    """y [B T D]: the output, or its first element, or a mapping's first value."""
+    """Return y [B T D]: the output, or its first element, or a mapping's first value.
+
+    UserError where that is no tensor, or has another batch or length than x [B T D].
+    """
     y = output
     while not isinstance(y, Tensor):
         if isinstance(y, Mapping) and y:
@@ -136,13 +162,18 @@ def subject(
     *,
     name: str,
     d_model: int | None = None,
-    call: Call | None = None,
+    call: ModuleCall | None = None,
     build: Callable[[], nn.Module] | None = None,
     seed: int = 0,
 ) -> Subject:
-    """Prepare a copy of `module` for the laws: evaluation mode, parameters shaken, the best precision it runs in."""
+    """Prepare a copy of `module` for the laws: evaluation mode, parameters shaken, the best precision it runs in.
+
+    d_model: width of its input; None: its attributes tell. call: None: attnlab's interface, or else module(x).
+    build: makes a fresh module of the same shape; None: the module is copied. UserError where the width is unknown or
+    the module cannot be called.
+    """
     module = shaken(duplicate(module, build), seed).eval()
-    if call is None and speaks(module):
+    if call is None and has_interface(module):
         config: AttentionConfig = module.config  # type: ignore[assignment]
         longest = max(spec.every * (spec.keep or 1) for spec in specs(config.cache_spec))
         lengths = LENGTHS if 3 * longest < LENGTHS[-1] else (*LENGTHS, 3 * longest + 2)
@@ -164,8 +195,10 @@ def subject(
 
 
 def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Module:
-    """A module of its own with the same state: built anew where that can be, because a deep copy of a module that keeps
-    a closure over its parts still runs the original's."""
+    """Return another module with the same state, made by `build` or, if that is None, by a deep copy.
+
+    A deep copy of a module that keeps a closure over its parts still runs those of the original.
+    """
     if build is None:
         return copy.deepcopy(module)
     with seeded(0):
@@ -176,7 +209,7 @@ def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Mo
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """What the module keeps for itself meanwhile, such as keys of its own, is forgotten again."""
+    """Restore afterwards what the module keeps in attributes and buffers, such as keys of its own."""
     kept = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
     try:
         yield
@@ -187,14 +220,18 @@ def unchanged(module: nn.Module) -> Iterator[None]:
                 now.update(before)
 
 
-def speaks(module: nn.Module) -> bool:
-    """Whether it has the interface: a config with a cache_spec, and forward(x, positions, cache, mask)."""
+def has_interface(module: nn.Module) -> bool:
+    """Return whether it has attnlab's interface: a config with a cache_spec, forward(x, positions, cache, mask)."""
     names = inspect.signature(module.forward).parameters
     return isinstance(getattr(module, "config", None), AttentionConfig) and {"positions", "cache", "mask"} <= set(names)
 
 
 def shaken(module: nn.Module, seed: int = 0, share: float = 0.1) -> nn.Module:
-    """Noise on every parameter, in place: a projection that starts at zero would let every law hold of nothing."""
+    """Add noise to every parameter, in place, and return the module.
+
+    A projection that starts at zero would hide what is behind it. share: size of the noise, relative to the parameter's
+    root mean square.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -205,7 +242,7 @@ def shaken(module: nn.Module, seed: int = 0, share: float = 0.1) -> nn.Module:
 
 
 def find_number(holder: object, names: Sequence[str]) -> int | None:
-    """The first of `names` that is a whole number among the holder's attributes, or among its config's."""
+    """Return the first of `names` that is a whole number among the holder's attributes, or among its config's."""
     for place in (holder, getattr(holder, "config", None)):
         for name in names:
             value = getattr(place, name, None)
@@ -215,10 +252,13 @@ def find_number(holder: object, names: Sequence[str]) -> int | None:
 
 
 def accepted(s: Subject) -> tuple[tuple[int, ...], str]:
-    """The lengths it can be called with: our odd ones, else what its context suggests; and why not the others."""
+    """Return the lengths it can be called with, and the first reason why not with others.
+
+    LENGTHS and LONGEST are tried first, then the module's context, then powers of two.
+    """
     context = find_number(s.module, CONTEXTS)
     why = ""
-    for lengths in ((*LENGTHS, LONG), (context,) if context else (), (4, 8, 16, 32, 64, 128)):
+    for lengths in ((*LENGTHS, LONGEST), (context,) if context else (), (4, 8, 16, 32, 64, 128)):
         found = []
         for length in lengths:
             try:
@@ -235,19 +275,21 @@ def accepted(s: Subject) -> tuple[tuple[int, ...], str]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
+    """Draw the random numbers of `seed`, and afterwards those that would have come without this."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def specs(spec: CacheSpec) -> Iterator[CacheSpec]:
-    """The spec and those of every further memory beside it."""
+    """Yield the spec and those of every further memory beside it."""
     yield spec
     for further in spec.beside.values():
         yield from specs(further)
 
 
 def accepts(s: Subject, length: int) -> bool:
+    """Return whether the module can be called with this length."""
     try:
         s.fresh()(s.x(length))
     except Exception:
@@ -256,47 +298,52 @@ def accepts(s: Subject, length: int) -> bool:
 
 
 def movement(new: Tensor, old: Tensor) -> Tensor:
-    """How far each token's output moved, [T]; what stops being a number, or starts to be one, moved infinitely far."""
+    """Return how far each token's output moved, the largest difference over batch and width: [T].
+
+    An output that stops being a number, or starts to be one, moved infinitely far.
+    """
     moved = (new - old).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return moved.masked_fill(new.isnan() & old.isnan(), 0).amax((0, 2)).detach()
 
 
-def same(new: Tensor, old: Tensor, tolerance: float, what: str) -> None:
-    """Raise `Broken`, naming the first output that differs."""
+def require_equal(new: Tensor, old: Tensor, tolerance: float, what: str) -> None:
+    """Raise `Broken` where the outputs differ by more than `tolerance`, relative to the largest; name the first."""
     if new.shape != old.shape:
         raise Broken(f"{what}: the shape is {list(new.shape)}, not {list(old.shape)}")
     moved = movement(new, old)
     wrong = (moved > tolerance * scale(old)).nonzero().flatten()
     if len(wrong):
         token = int(wrong[0])
-        raise Broken(f"{what}, output {token} {by(moved[token])}")
+        raise Broken(f"{what}, output {token} {moves_by(moved[token])}")
 
 
 def scale(y: Tensor) -> float:
-    """The largest finite size."""
+    """Return the largest finite size of a number in y."""
     return float(y.detach().abs().nan_to_num(nan=0, posinf=0).max())
 
 
-def by(moved: Tensor | float) -> str:
+def moves_by(moved: Tensor | float) -> str:
+    """Return the end of a sentence that begins with the output that moved."""
     return "is not a number" if math.isinf(moved) else f"moves by {float(moved):.2g}"
 
 
-def span(tokens: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> "0-2, 5"."""
+def ranges(tokens: Sequence[int]) -> str:
+    """Return ascending numbers as ranges: 0, 1, 2, 5 -> "0-2, 5"."""
     parts = []
-    for _, run in itertools.groupby(enumerate(tokens), lambda pair: pair[1] - pair[0]):
-        run_ = [token for _, token in run]
-        parts.append(str(run_[0]) if len(run_) == 1 else f"{run_[0]}-{run_[-1]}")
+    for _, pairs in itertools.groupby(enumerate(tokens), lambda pair: pair[1] - pair[0]):
+        run = [token for _, token in pairs]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
     return ", ".join(parts)
 
 
-def finite(y: Tensor, what: str) -> None:
+def require_finite(y: Tensor, what: str) -> None:
+    """Raise `Broken` where an output in y [B T D] is infinite or not a number."""
     wrong = (~y.isfinite()).any(2).any(0).nonzero().flatten().tolist()
     if wrong:
         raise Broken(f"{what}, output {wrong[0]} is not a finite number ({len(wrong)} of {y.shape[1]} are not)")
 
 
 def one_line(error: BaseException) -> str:
-    """The exception's name and the first line of what it says."""
+    """Return the exception's name and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
