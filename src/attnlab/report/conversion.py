@@ -56,8 +56,8 @@ def write_grid(path: Path, certificates: Sequence[Mapping[str, Any]], command: s
         "layer's output on what the original's layer reads."
     )
     body = [
-        common.section("quality", "Quality against cache", common.plot(drawn["grid"], "grid", caption)),
-        common.section("table", "Certificates", table(note, head, rows)),
+        common.frame("quality", "Quality against cache", common.plot(drawn["grid"], "grid", caption)),
+        common.frame("table", "Certificates", table(note, head, rows)),
         _reproduce(command),
     ]
     return _write(path, "Quality against cache", f"{certificates[0]['source']} converted", body, drawn)
@@ -81,8 +81,8 @@ def write_recovery(path: Path, found: Mapping[str, Any]) -> Path:
         f"; the original has {loss(original)}." if original is not None else "."
     )
     body = [
-        common.section("recovery", "Recovery", common.plot(drawn["recovery"], "recovery", caption)),
-        common.section("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
+        common.frame("recovery", "Recovery", common.plot(drawn["recovery"], "recovery", caption)),
+        common.frame("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
         _reproduce(found["command"]),
     ]
     return _write(path, "Recovery by tokens", found["name"], body, drawn)
@@ -112,7 +112,7 @@ def _level(value: float) -> dict[str, Any]:
 
 
 def _reproduce(command: str) -> Any:
-    return common.section("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
+    return common.frame("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
 
 
 def _write(path: Path, title: str, about: str, body: list[Any], drawn: common.Figures) -> Path:

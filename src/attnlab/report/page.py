@@ -13,20 +13,43 @@ from ..formatting import words
 from .findings import Findings
 from .headline import headline
 from .html import Html, script_json, tag
-from .sections import common, heads, sizes, tasks
-from .sections.attention import attention, map_figure
-from .sections.benchmarks import benchmarks
-from .sections.costs import costs
-from .sections.curves import curves
-from .sections.decoding import decoding
-from .sections.fairness import fairness
-from .sections.glossary import glossary
-from .sections.laws import laws
-from .sections.reproduce import reproduce
-from .sections.samples import samples
-from .sections.scoreboard import scoreboard
-from .sections.trade import trade
+from .sections import (
+    attention,
+    benchmarks,
+    costs,
+    curves,
+    decoding,
+    fairness,
+    glossary,
+    heads,
+    laws,
+    reproduce,
+    samples,
+    scoreboard,
+    sizes,
+    tasks,
+    trade,
+)
+from .sections.common import Figures
 from .style import GLYPHS, STROKES, dark, looks, variables
+
+SECTIONS = (  # in the order of the page
+    scoreboard,
+    curves,
+    trade,
+    sizes,
+    decoding,
+    tasks,
+    laws,
+    heads,
+    attention,
+    samples,
+    costs,
+    benchmarks,
+    fairness,
+    reproduce,
+    glossary,
+)
 
 
 def header(found: Findings) -> Html:
@@ -58,37 +81,17 @@ EARLY = 'try{document.documentElement.dataset.theme=localStorage.getItem("attnla
 
 def page(found: Findings, plotly: str) -> str:
     look = looks(found.mechanisms)
-    drawn: common.Figures = {}
-    body = [
-        scoreboard(found, look),
-        curves(found, look, drawn),
-        trade(found, look, drawn),
-        sizes.sizes(found, look, drawn),
-        decoding(found, look, drawn),
-        tasks.tasks(found, look, drawn),
-        laws(found, look),
-        heads.heads(found, look, drawn),
-        attention(found),
-        samples(found, look),
-        costs(found, look),
-        benchmarks(found, look),
-        fairness(found, look),
-        reproduce(found),
-        glossary(),
-    ]
+    drawn: Figures = {}
+    body = [each.section(found, look, drawn) for each in SECTIONS]
     title = f"{headline(found)[0]} attnlab: {found.folder}"
-    maps = {
-        "attention": [vars(maps) for maps in found.attention],
-        "map": map_figure() if found.attention else None,
-    }
-    return document(title, header(found), body, drawn, plotly, maps)
+    return document(title, header(found), body, drawn, plotly, attention.page_data(found))
 
 
 def document(
     title: str,
     header: Html,
     body: list[Html],
-    drawn: common.Figures,
+    drawn: Figures,
     plotly: str,
     maps: dict[str, Any] | None = None,
 ) -> str:

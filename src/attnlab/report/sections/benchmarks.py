@@ -8,10 +8,10 @@ from ...formatting import NONE, count, milliseconds, size, times
 from ..findings import Findings, number
 from ..html import Html, table, tag
 from ..style import Look
-from .common import missing, named, section
+from .common import Figures, frame, missing, named
 
 
-def benchmarks(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     kinds = {kind: [r for r in found.bench if r.kind == kind] for kind in ("train", "prefill")}
     said = (
         "the median of interleaved repeats after a warm-up; relative time is against the baseline at the same context."
@@ -23,7 +23,7 @@ def benchmarks(found: Findings, look: dict[str, Look]) -> Html:
     content = [
         [tag("h3", names[k][0]), bench_table(records, look, names[k][1])] for k, records in kinds.items() if records
     ]
-    return section(
+    return frame(
         "benchmarks",
         "Training and prefill speed",
         content or missing(found, "bench.json", "No training or prefill benchmark here"),

@@ -14,7 +14,7 @@ from ..style import Look, swatch
 Figures = dict[str, list[figures.View]]
 
 
-def section(anchor: str, title: str, *content: Any) -> Html:
+def frame(anchor: str, title: str, *content: Any) -> Html:
     return tag(
         "section", tag("h2", title, id=f"{anchor}-title"), *content, id=anchor, aria_labelledby=f"{anchor}-title"
     )

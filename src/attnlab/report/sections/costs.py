@@ -9,10 +9,10 @@ from ...formatting import count, size
 from ..findings import Findings
 from ..html import Html, table, tag
 from ..style import Look
-from .common import missing, named, section
+from .common import Figures, frame, missing, named
 
 
-def costs(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     measures: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("parameters", "parameters", count),
         ("cache_bytes", "cache", size),
@@ -21,7 +21,7 @@ def costs(found: Findings, look: dict[str, Look]) -> Html:
     ]
     mechanisms = [m for m in found.mechanisms if found.done(m)]
     if not mechanisms:
-        return section("costs", "What each mechanism costs", missing(found, "compare.json", "No finished run here"))
+        return frame("costs", "What each mechanism costs", missing(found, "compare.json", "No finished run here"))
     means = {name: {m: found.mean(m, name) for m in mechanisms} for name, *_ in measures}
     rows = []
     for m in mechanisms:
@@ -38,7 +38,7 @@ def costs(found: Findings, look: dict[str, Look]) -> Html:
         "the cache (0 for a ring that is full or a fixed state); FLOPs of one token's forward pass. Bars are shares of "
         "the largest."
     )
-    return section(
+    return frame(
         "costs",
         "What each mechanism costs",
         table(caption, ["mechanism", *(title for _, title, _ in measures)], rows, left=5),

@@ -9,20 +9,15 @@ from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
 from ..findings import Findings, number
 from ..html import Html
 from ..style import MUTED, Look
-from .common import Figures, missing, plot, section
-
-# Figures
+from .common import Figures, frame, missing, plot
 
 
-def curves(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     views = curve_views(found, look)
     if not views:
-        return section("curves", "Loss curves", missing(found, "compare.json", "No loss curve here"))
+        return frame("curves", "Loss curves", missing(found, "compare.json", "No loss curve here"))
     drawn["curves"] = views
-    return section("curves", "Loss curves", plot(views, "curves", "Loss against training step, one line per mechanism"))
-
-
-# Loss curves
+    return frame("curves", "Loss curves", plot(views, "curves", "Loss against training step, one line per mechanism"))
 
 
 def curve_views(found: Findings, look: dict[str, Look]) -> list[View]:

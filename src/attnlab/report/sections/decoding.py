@@ -14,16 +14,16 @@ from ..findings import Findings, number
 from ..html import Html, tag
 from ..style import MUTED, Look, veil
 from .benchmarks import bench_table
-from .common import Figures, missing, plot, section
+from .common import Figures, frame, missing, plot
 
 
-def decoding(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     views = decoding_views(found, look)
     if not views:
-        return section("decoding", "Decoding", missing(found, "bench.json", "No decoding time was measured here"))
+        return frame("decoding", "Decoding", missing(found, "bench.json", "No decoding time was measured here"))
     drawn["decoding"] = views
     records = [r for r in found.bench if r.kind == "decode"]
-    return section(
+    return frame(
         "decoding",
         "Decoding",
         plot(views, "decoding", "Time per decoding step against tokens held, one line per mechanism and form"),
@@ -37,9 +37,6 @@ def decoding(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
             ),
         ),
     )
-
-
-# Decoding
 
 
 def decoding_views(found: Findings, look: dict[str, Look]) -> list[View]:

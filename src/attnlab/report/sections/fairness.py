@@ -8,15 +8,13 @@ from ...formatting import NONE, count, signed, size, words
 from ..findings import Findings, number
 from ..html import Html, table, tag
 from ..style import Look
-from .common import missing, named, plainly, section
-
-# Fairness, reproduction, glossary
+from .common import Figures, frame, missing, named, plainly
 
 
-def fairness(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     title = "What was kept equal"
     if not found.compare:
-        return section("fairness", title, missing(found, "compare.json", "No finished comparison here"))
+        return frame("fairness", title, missing(found, "compare.json", "No finished comparison here"))
     match = str(found.compare.get("match") or "none")
     said: list[Any] = [
         "Data, data order, batch size, steps and schedule are the same for all; runs with one seed form a pair. "
@@ -28,7 +26,7 @@ def fairness(found: Findings, look: dict[str, Look]) -> Html:
             flag,
             "), so parameters and caches differ: see the scoreboard.",
         ]
-        return section("fairness", title, tag("p", said))
+        return frame("fairness", title, tag("p", said))
     noun, key, shown = {"params": ("parameters", "parameters", count), "cache": ("caches", "cache_bytes", size)}[match]
     said += [f"Widths were solved so that {noun} agree with {found.baseline}'s within 1 % (", flag, ")."]
     rows: list[list[Any]] = []
@@ -45,4 +43,4 @@ def fairness(found: Findings, look: dict[str, Look]) -> Html:
         said.append(f" It could not be done for {words(unequal)}: no width comes nearer than the table says.")
     head = ["mechanism", "changed", "from", "to", noun, f"against {found.baseline}"]
     caption = f"The width that gave way, and how far {noun} are from {found.baseline}'s."
-    return section("fairness", title, tag("p", said), table(caption, head, rows, left=2) if rows else None)
+    return frame("fairness", title, tag("p", said), table(caption, head, rows, left=2) if rows else None)

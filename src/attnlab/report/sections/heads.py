@@ -13,7 +13,7 @@ from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
 from ..findings import Findings
 from ..html import Html, table
 from ..style import DASHES, MARKERS, MUTED, Look
-from .common import Figures, named, plot, section
+from .common import Figures, frame, named, plot
 
 Heads = dict[str, Any]  # one entry of heads.json
 SCORES = {
@@ -295,7 +295,7 @@ def _layer_line(
     )
 
 
-def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     if not found.heads:  # only a comparison that was asked for it has it
         return Html("")
     drawn["inside"] = [*emergence(found, look), *scores(found), *causes(found, look)]
@@ -345,7 +345,7 @@ def heads(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         "and the most used expert."
     )
     kept = table(told, titles, own_rows, left=2) if own_rows else None
-    return section(
+    return frame(
         "inside",
         "Inside the heads",
         plot(drawn["inside"], "inside", "What the heads do"),

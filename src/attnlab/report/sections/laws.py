@@ -7,16 +7,14 @@ from typing import Any
 from ..findings import Findings
 from ..html import Html, join, table, tag
 from ..style import Look
-from .common import missing, section
-
-# Laws
+from .common import Figures, frame, missing
 
 SIGNS = {"holds": "✓", "broken": "✗", "n/a": "–"}
 
 
-def laws(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     if not found.laws:
-        return section("laws", "Laws", missing(found, "laws.json", "No law was checked here"))
+        return frame("laws", "Laws", missing(found, "laws.json", "No law was checked here"))
     mechanisms = [m for m in found.mechanisms if any(law.mechanism == m for law in found.laws)]
     statements = {law.law: law.statement for law in found.laws}
     results = {(law.law, law.mechanism): law for law in found.laws}
@@ -63,7 +61,7 @@ def laws(found: Findings, look: dict[str, Look]) -> Html:
         )
         for law in broken
     ]
-    return section(
+    return frame(
         "laws",
         "Laws",
         tag("div", table(caption, ["law", *mechanisms], rows), class_="matrix"),

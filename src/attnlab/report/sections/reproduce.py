@@ -6,10 +6,11 @@ from typing import Any
 
 from ..findings import Findings
 from ..html import Html, table, tag
-from .common import missing, plainly, section
+from ..style import Look
+from .common import Figures, frame, missing, plainly
 
 
-def reproduce(found: Findings) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     first = found.compare.get("command")
     commands = list(dict.fromkeys(c.command for c in found.cells if c.command))
     content: list[Any] = []
@@ -39,4 +40,4 @@ def reproduce(found: Findings) -> Html:
         content.append(
             table("The machine and the versions that these numbers come from.", ["what", "value"], rows, left=2)
         )
-    return section("reproduce", "Reproduce", content or missing(found, "compare.json", "No record of a command here"))
+    return frame("reproduce", "Reproduce", content or missing(found, "compare.json", "No record of a command here"))

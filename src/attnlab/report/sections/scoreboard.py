@@ -8,12 +8,12 @@ from ...formatting import NONE, count, loss, signed, size, words
 from ..findings import Findings, Standing
 from ..html import Html, join, table, tag
 from ..style import Look
-from .common import VERDICTS, ending, missing, named, section
+from .common import VERDICTS, Figures, ending, frame, missing, named
 
 
-def scoreboard(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     if not found.cells:
-        return section("scoreboard", "Scoreboard", missing(found, "compare.json", "No training runs here"))
+        return frame("scoreboard", "Scoreboard", missing(found, "compare.json", "No training runs here"))
     base = found.baseline
     ranked = sorted(found.standings, key=lambda s: (s.val_loss is None, s.val_loss or 0.0))
     scale = standing_scale(ranked)
@@ -84,7 +84,7 @@ def scoreboard(found: Findings, look: dict[str, Look]) -> Html:
             " completes it.",
             class_="missing",
         )
-    return section(
+    return frame(
         "scoreboard",
         "Scoreboard",
         warning,

@@ -11,7 +11,7 @@ from ..figures import View, figure, plain
 from ..findings import Findings, Standing
 from ..html import Html, join, table, tag
 from ..style import MUTED, Look
-from .common import VERDICTS, Figures, ending, named, plot, section
+from .common import VERDICTS, Figures, ending, frame, named, plot
 
 
 def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:
@@ -107,7 +107,7 @@ def _parameters(found: Findings) -> dict[str, Any]:
     }
 
 
-def sizes(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     """Empty where the comparison had one size."""
     if not found.sizes:
         return Html("")
@@ -122,7 +122,7 @@ def sizes(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         for c in own.cells
         if c.status != "done"
     ]
-    return section(
+    return frame(
         "sizes",
         "Sizes",
         plot(views, "sizes", "Loss against parameters, one line per mechanism") if views else None,

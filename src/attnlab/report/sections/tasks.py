@@ -14,7 +14,7 @@ from ..figures import View, bytes_ticks, figure, plain
 from ..findings import Findings, Trial
 from ..html import Html, join, table, tag
 from ..style import MUTED, Look
-from .common import VERDICTS, Figures, named, plot, section
+from .common import VERDICTS, Figures, frame, named, plot
 
 BLUES = ("#f5f3ee", "#8ecdf5", "#0072b2", "#062238")  # from none to all, dark enough apart for anyone's eyes
 SAID = {"better": "▲", "worse": "▼"}  # accuracies point the other way than losses
@@ -176,7 +176,7 @@ def _marks(trial: Trial) -> list[dict[str, Any]]:
     return [{"type": "line", "layer": "below", "line": line} | where for where in (upright, level)]
 
 
-def tasks(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     """Empty where the comparison had no tasks."""
     if not found.tasks:
         return Html("")
@@ -202,7 +202,7 @@ def tasks(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         if c.status != "done"
     ]
     widths = [f"{mechanism} in {t.task} ({change})" for t in found.tasks for mechanism, change in t.matched.items()]
-    return section(
+    return frame(
         "tasks",
         "Synthetic tasks",
         scores(found, look),

@@ -13,19 +13,16 @@ from ..figures import View, bytes_ticks, figure, plain
 from ..findings import Findings, number
 from ..html import Html
 from ..style import INK, MUTED, Look
-from .common import Figures, missing, plot, section
+from .common import Figures, frame, missing, plot
 
 
-def trade(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     views = trade_views(found, look)
     if not views:
-        return section("trade", "Quality against cost", missing(found, "compare.json", "No finished run here"))
+        return frame("trade", "Quality against cost", missing(found, "compare.json", "No finished run here"))
     drawn["trade"] = views
     label = "Validation loss against cache size or speed, one point per mechanism, with the Pareto front"
-    return section("trade", "Quality against cost", plot(views, "trade", label))
-
-
-# Quality against cost
+    return frame("trade", "Quality against cost", plot(views, "trade", label))
 
 
 @dataclass(frozen=True)
