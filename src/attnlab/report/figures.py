@@ -130,6 +130,18 @@ def bands(series: dict[str, Series], look: dict[str, Look], digits: str) -> list
     return sorted(traces, key=lambda trace: trace.fill is None)
 
 
+def error_bars(up: list[float], down: list[float], thickness: float = 1) -> dict[str, Any]:
+    """Return bars that reach `up` above the points and `down` below them, as plotly's error_y."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "thickness": thickness,
+        "width": 3,
+    }
+
+
 def bytes_ticks(values: list[float]) -> dict[str, Any]:
     low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
     ticks = [2**i for i in range(low, high + 1, max(1, (high - low) // 6))]
