@@ -1,4 +1,4 @@
-"""One look for one mechanism in every figure and table, and numbers as people read them.
+"""Colours, markers and dashes: one look for one mechanism in every figure and table.
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers; every mechanism also has a marker and a dash of
 its own. Each colour is a pair: on white, on black.
@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 from .html import Html, tag
 
-INK, MUTED, RULE, GROUND = (
-    ("#1d1d1b", "#efece6"),
-    ("#62605b", "#a5a29b"),
-    ("#e4e1da", "#35353a"),
-    ("#ffffff", "#17171a"),
-)
+INK = ("#1d1d1b", "#efece6")
+MUTED = ("#62605b", "#a5a29b")
+RULE = ("#e4e1da", "#35353a")
+GROUND = ("#ffffff", "#17171a")
 
 PALETTE = (
     ("#1d1d1b", "#efece6"),  # black, white
@@ -53,16 +51,20 @@ STROKES = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "5 2.5 1.5 2
 
 @dataclass(frozen=True)
 class Look:
-    slot: int  # in PALETTE
+    """The colour, marker and dash of one mechanism."""
+
+    slot: int  # of its colour in PALETTE
     marker: str
     dash: str
 
     @property
     def color(self) -> str:
+        """The colour on white."""
         return PALETTE[self.slot][0]
 
     @property
     def band(self) -> str:
+        """The colour of a band behind a line."""
         return veil(self.color)
 
 
@@ -87,19 +89,19 @@ def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
 
 
 def veil(color: str, share: float = 0.14) -> str:
-    """A colour thin enough to lay over others."""
+    """Return a colour of this opacity, to lay over others."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {share:g})"
 
 
 def dark() -> dict[str, str]:
-    """From every colour that figures use to the one that stands for it on a dark ground."""
+    """Return colour on white -> colour on black, for every colour that figures use."""
     pairs = dict((*PALETTE, INK, MUTED, RULE, GROUND))
     return pairs | {veil(light, share): veil(dim, share) for light, dim in PALETTE for share in (0.07, 0.14)}
 
 
 def variables() -> tuple[str, str]:
-    """The same colours as CSS variables: for light and for dark."""
+    """Return the colours as CSS variables: for the light theme, and for the dark one."""
     named = {f"c{slot}": pair for slot, pair in enumerate(PALETTE)}
     named |= {"ink": INK, "muted": MUTED, "rule": RULE, "ground": GROUND}
     light, dim = (";".join(f"--{name}:{pair[side]}" for name, pair in named.items()) for side in (0, 1))
@@ -107,6 +109,7 @@ def variables() -> tuple[str, str]:
 
 
 def swatch(look: Look) -> Html:
+    """Return a short piece of the mechanism's line with its marker, as SVG."""
     line = tag("path", d="M1 7H25", stroke_width=2, stroke_dasharray=STROKES[look.dash] or None, fill="none")
     mark = tag("path", d=GLYPHS[look.marker], transform="translate(13 7)", fill=f"var(--c{look.slot})", stroke="none")
     return tag(

@@ -14,6 +14,7 @@ from .common import Figures, frame, missing
 
 
 def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; the page's script draws the maps from `page_data`."""
     if not found.attention:
         return frame("attention", "Attention maps", missing(found, "attention.json", "No attention map here"))
     pickers = [
@@ -67,7 +68,7 @@ def page_data(found: Findings) -> dict[str, Any]:
 
 
 def map_figure() -> dict[str, Any]:
-    """A heat map without data. Colour follows the square root of the weight, so that faint attention can be seen."""
+    """Return a heat map without data. Colour follows the square root of the weight, so that faint weights show."""
     go = need("plotly.graph_objects", "report")
     ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
     trace = go.Heatmap(

@@ -1,4 +1,4 @@
-"""Decoding: time per token against tokens held."""
+"""Decoding time per token, against tokens held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Glossary: what the numbers mean."""
+"""Glossary of the numbers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ GLOSSARY = {
 
 
 def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; it has no figure."""
     return frame(
         "glossary", "What the numbers mean", tag("dl", [[tag("dt", k), tag("dd", v)] for k, v in GLOSSARY.items()])
     )

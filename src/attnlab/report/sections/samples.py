@@ -9,6 +9,7 @@ from .common import Figures, frame, missing, named
 
 
 def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; it has no figure."""
     if not found.samples:
         return frame("samples", "Samples", missing(found, "samples.json", "No sample text here"))
     cards = []
