@@ -11,9 +11,10 @@ from tyro.conf import Positional, arg
 from .. import presets
 from ..config import Execution, RunConfig
 from ..errors import UserError
+from ..formatting import known
 from ..runs.launcher import rank
 from ..terminal import tables
-from .options import Fields, Flag, Pack, listed, shown, train_and_tell, with_choices
+from .options import Fields, Flag, Pack, listed, train_and_tell, with_choices
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     how = Execution(strategy=strategy, recompute=recompute, track=tuple(listed(track or "")), peak=peak)
     result = train_and_tell(config, out, f"{config.mechanism} s{config.seed}", resume, how)
     if result is not None and rank() == 0:
-        loss, rate = shown(result.val_loss), shown(result.tokens_per_s, 0)
+        loss, rate = known(result.val_loss), known(result.tokens_per_s, 0)
         print(f"val loss {loss} after {result.steps} steps, {rate} tokens/s, {out}")
         if result.mfu is not None:
             print(f"model FLOPs used: {result.mfu:.0%} of {result.peak}", file=sys.stderr)
