@@ -40,9 +40,9 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     """Return the section, and add its figure to `drawn`; empty where the comparison looked into no heads."""
     if not found.heads:
         return Html("")
-    drawn["inside"] = [*emergence(found, look), *scores(found), *causes(found, look)]
-    drawn["inside"] += [*latents(found), *ranks(found, look), *gates(found, look), *reach(found, look)]
-    rows = [_row(mechanism, own, look) for mechanism, own in by_mechanism(found).items()]
+    drawn["inside"] = [*_emergence(found, look), *_scores(found), *_causes(found, look)]
+    drawn["inside"] += [*_latents(found), *_ranks(found, look), *_gates(found, look), *_reach(found, look)]
+    rows = [_row(mechanism, own, look) for mechanism, own in _by_mechanism(found).items()]
     return frame(
         "inside",
         "Inside the heads",
@@ -58,9 +58,9 @@ def _row(mechanism: str, own: list[Heads], look: dict[str, Look]) -> list[Any]:
     return [
         named(mechanism, look),
         str(len(own)),
-        _mean_range([strongest(e, "induction") for e in own]),
+        _mean_range([_strongest(e, "induction") for e in own]),
         _mean_range([float(m) for m in marked], ".1f"),
-        _mean_range([strongest(e, "previous token") for e in own]),
+        _mean_range([_strongest(e, "previous token") for e in own]),
         _mean_range([ablation["first_half"] - ablation["second_half"] for ablation in ablations]),
         _mean_range([max(map(max, ablation["change"])) for ablation in ablations]),
     ]
@@ -101,23 +101,23 @@ def _mean_range(values: list[float], digits: str = ".2f") -> str:
     return f"{fmean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
 
 
-def strongest(entry: Heads, score: str) -> float:
+def _strongest(entry: Heads, score: str) -> float:
     """Return the score of the head that has most of it."""
     return max(value for row in entry["scores"]["scores"][score] for value in row)
 
 
-def by_mechanism(found: Findings) -> dict[str, list[Heads]]:
+def _by_mechanism(found: Findings) -> dict[str, list[Heads]]:
     """Return the entries of each mechanism that has some, one per seed."""
     return {m: own for m in found.mechanisms if (own := [e for e in found.heads if e["mechanism"] == m])}
 
 
 def _layers(found: Findings) -> list[tuple[str, Heads]]:
     """Return (mechanism, what the layer remembers) for each layer of the first seeds."""
-    first = {mechanism: own[0] for mechanism, own in by_mechanism(found).items()}
+    first = {mechanism: own[0] for mechanism, own in _by_mechanism(found).items()}
     return [(mechanism, layer) for mechanism, entry in first.items() for layer in entry.get("inside", ())]
 
 
-def emergence(found: Findings, look: dict[str, Look]) -> list[View]:
+def _emergence(found: Findings, look: dict[str, Look]) -> list[View]:
     """Return curves over training, with a band from the lowest seed to the highest."""
     curves: dict[str, tuple[str, Callable[[Heads, int], float], str]] = {
         "induction": ("induction score of the strongest head", _best("induction"), "reaches 1 where one head does it"),
@@ -132,7 +132,7 @@ def emergence(found: Findings, look: dict[str, Look]) -> list[View]:
             "above 0, the model predicts the repeat of random tokens better than the tokens themselves",
         ),
     }
-    trained = {m: [e["emergence"] for e in own if "emergence" in e] for m, own in by_mechanism(found).items()}
+    trained = {m: [e["emergence"] for e in own if "emergence" in e] for m, own in _by_mechanism(found).items()}
     views = []
     for name, (label, value, meaning) in curves.items():
         lines = {m: over_seeds([_line(curve, value) for curve in own]) for m, own in trained.items()}
@@ -156,9 +156,9 @@ def _line(curve: Heads, value: Callable[[Heads, int], float]) -> list[list[float
     return [[step, value(curve, i)] for i, step in enumerate(curve["steps"])]
 
 
-def scores(found: Findings) -> list[View]:
+def _scores(found: Findings) -> list[View]:
     """Return heat maps, one view per score: every head of every layer of each mechanism's first seed."""
-    first = {m: own[0] for m, own in by_mechanism(found).items()}
+    first = {m: own[0] for m, own in _by_mechanism(found).items()}
     seed = next(iter(first.values()))["seed"]
     views = []
     for score, meaning in SCORES.items():
@@ -205,9 +205,9 @@ def _score_map(score: str, first: dict[str, Heads]) -> tuple[Any, int]:
     return trace, len(rows)
 
 
-def causes(found: Findings, look: dict[str, Look]) -> list[View]:
+def _causes(found: Findings, look: dict[str, Look]) -> list[View]:
     """Return the change of the loss without a head against its induction score: one point per head, all seeds."""
-    lines = {m: [p for e in own if "ablation" in e for p in _heads(e)] for m, own in by_mechanism(found).items()}
+    lines = {m: [p for e in own if "ablation" in e for p in _heads(e)] for m, own in _by_mechanism(found).items()}
     traces = [_cause_points(mechanism, points, look[mechanism]) for mechanism, points in lines.items() if points]
     if not traces:
         return []
@@ -249,10 +249,10 @@ def _cause_points(mechanism: str, points: list[tuple[float, float, str]], style:
     )
 
 
-def latents(found: Findings) -> list[View]:
+def _latents(found: Findings) -> list[View]:
     """Return the tokens of one sequence on the first two principal axes of each layer's latent, a view a mechanism."""
     views = []
-    for mechanism, own in by_mechanism(found).items():
+    for mechanism, own in _by_mechanism(found).items():
         layers = [layer for layer in own[0].get("inside", ()) if layer["path"]]
         if not layers:
             continue
@@ -289,7 +289,7 @@ def _path(number: int, layer: Heads) -> Any:
     )
 
 
-def ranks(found: Findings, look: dict[str, Look]) -> list[View]:
+def _ranks(found: Findings, look: dict[str, Look]) -> list[View]:
     """Return the share of a latent's variance that a smaller one would lose."""
     traces = []
     for mechanism, layer in _layers(found):
@@ -307,7 +307,7 @@ def ranks(found: Findings, look: dict[str, Look]) -> list[View]:
     return [View("Rank", caption, figure(traces, x, y))]
 
 
-def gates(found: Findings, look: dict[str, Look]) -> list[View]:
+def _gates(found: Findings, look: dict[str, Look]) -> list[View]:
     """Return the weight of each memory by position: a view per mechanism, all layers of the first seed."""
     traces: dict[str, list[Any]] = {}
     for mechanism, layer in _layers(found):
@@ -326,7 +326,7 @@ def gates(found: Findings, look: dict[str, Look]) -> list[View]:
     return views
 
 
-def reach(found: Findings, look: dict[str, Look]) -> list[View]:
+def _reach(found: Findings, look: dict[str, Look]) -> list[View]:
     """Return the share of what an indexer selects, or a memory recalls, within each distance."""
     views = []
     for kind, unit, what in (

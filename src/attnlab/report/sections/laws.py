@@ -25,13 +25,13 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     return frame(
         "laws",
         "Laws",
-        tag("div", matrix(found, caption), class_="matrix"),
+        tag("div", _matrix(found, caption), class_="matrix"),
         failures("Counterexamples", [_counterexample(law) for law in broken]),
         _reasons(apart),
     )
 
 
-def matrix(found: Findings, caption: str) -> Html:
+def _matrix(found: Findings, caption: str) -> Html:
     """Return the table: a row per law, a column per mechanism."""
     mechanisms = [m for m in found.mechanisms if any(law.mechanism == m for law in found.laws)]
     statements = {law.law: law.statement for law in found.laws}

@@ -69,7 +69,7 @@ def _row(found: Findings, look: dict[str, Look], standing: Standing, scale: floa
     return [
         named(m, look),
         loss(standing.val_loss),
-        join([spread(standing, scale) if compared else None, _verdict(standing)]),
+        join([_spread(standing, scale) if compared else None, _verdict(standing)]),
         join([signed(standing.difference) if compared else NONE, _interval(standing)]),
         size(found.mean(m, "cache_bytes")),
         count(found.mean(m, "floats_per_token")),
@@ -103,7 +103,7 @@ def _seeds(found: Findings, standing: Standing) -> Any:
     return join([f"{standing.n} of {len(own)}", sign])
 
 
-def spread(standing: Standing, scale: float) -> Html | str:
+def _spread(standing: Standing, scale: float) -> Html | str:
     """Return the difference and its interval as a small drawing; an arrow where the interval is cut at `scale`."""
     if standing.difference is None:
         return ""

@@ -131,12 +131,12 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
         "sizes",
         "Sizes",
         plot(views, "sizes", "Loss against parameters, one line per mechanism") if views else None,
-        losses(found, look),
+        _losses(found, look),
         unfinished((size, cell) for size, own in found.sizes.items() for cell in own.cells),
     )
 
 
-def losses(found: Findings, look: dict[str, Look]) -> Html:
+def _losses(found: Findings, look: dict[str, Look]) -> Html:
     """Return the table: a row per mechanism, a column per size."""
 
     def cell(own: Findings, mechanism: str) -> Html:

@@ -27,7 +27,7 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     figures: tuple[tuple[str, list[View], str, str], ...] = (
         ("tasks", against_length(found, look), "By length", "Accuracy against length, one line per mechanism"),
         ("memory", against_cache(found, look), "By cache", "Accuracy against cache bytes, one line per mechanism"),
-        ("depth", by_depth(found), "By depth", "Heat map of accuracy, depth down, length across"),
+        ("depth", depth_maps(found), "By depth", "Heat map of accuracy, depth down, length across"),
     )
     content: list[Any] = []
     for name, views, title, label in figures:
@@ -38,7 +38,7 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
     return frame(
         "tasks",
         "Synthetic tasks",
-        scores(found, look),
+        _scores(found, look),
         unfinished((trial.task, cell) for trial in found.tasks for cell in trial.cells),
         tag("p", f"Widths solved for {words(widths)}.", class_="note") if widths else None,
         *content,
@@ -46,7 +46,7 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
 
 
 @dataclass(frozen=True)
-class Place:
+class AtLength:
     """One mechanism at one length, over the seeds. Accuracies are shares, from 0 to 1."""
 
     length: int  # tokens of a sequence
@@ -56,7 +56,7 @@ class Place:
     cache_bytes: float  # of one sequence, mean over seeds
 
 
-def places(trial: Trial, mechanism: str) -> list[Place]:
+def places(trial: Trial, mechanism: str) -> list[AtLength]:
     """Return the mechanism's places, by rising length."""
     points = defaultdict(list)
     for cell in done(trial, mechanism):
@@ -66,7 +66,7 @@ def places(trial: Trial, mechanism: str) -> list[Place]:
     for length, own in sorted(points.items()):
         shares = [float(point["accuracy"]) for point in own]
         cache = fmean(point["cache_bytes"] for point in own)
-        found.append(Place(length, fmean(shares), min(shares), max(shares), cache))
+        found.append(AtLength(length, fmean(shares), min(shares), max(shares), cache))
     return found
 
 
@@ -120,7 +120,7 @@ def against_cache(found: Findings, look: dict[str, Look]) -> list[View]:
     return views
 
 
-def by_depth(found: Findings) -> list[View]:
+def depth_maps(found: Findings) -> list[View]:
     """Return heat maps of accuracy by depth and length, one per mechanism and task that has depths."""
     views = []
     several = sum(any(cell.depths for cell in trial.cells) for trial in found.tasks) > 1
@@ -169,7 +169,7 @@ def _depth_view(name: str, trial: Trial, mechanism: str, shares: dict[tuple[floa
     return View(name, caption, figure([heat], x, y | {"autorange": "reversed"}))
 
 
-def _line(mechanism: str, style: Look, own: list[Place], x: list[float] | list[int]) -> Any:
+def _line(mechanism: str, style: Look, own: list[AtLength], x: list[float] | list[int]) -> Any:
     go = need("plotly.graph_objects", "report")
     spread = any(place.high > place.low for place in own)
     error = error_bars(
@@ -204,7 +204,7 @@ def _marks(trial: Trial) -> list[dict[str, Any]]:
     return [{"type": "line", "layer": "below", "line": line} | where for where in (upright, level)]
 
 
-def scores(found: Findings, look: dict[str, Look]) -> Html:
+def _scores(found: Findings, look: dict[str, Look]) -> Html:
     """Return the table: a row per mechanism, a column per task."""
     mechanisms = [m for m in found.mechanisms if any(c.mechanism == m for t in found.tasks for c in t.cells)]
     rows: list[list[Any]] = []
