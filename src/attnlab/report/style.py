@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..attention import declared
 from .html import Html, tag
 
 INK = ("#1d1d1b", "#efece6")
@@ -29,11 +30,7 @@ PALETTE = (
 )
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot")
-KNOWN = {  # mechanism: (colour, marker, dash); a family shares no colour, the dash tells its members apart
-    "mha": (0, 0, 0), "gqa": (3, 3, 1), "mqa": (6, 4, 2), "sliding": (7, 7, 3),
-    "mla": (1, 1, 0), "msla": (2, 2, 1), "mka": (4, 5, 0), "fast_mka": (5, 6, 1),
-    "mlp_latent": (8, 8, 2), "latent_lookup": (8, 9, 3),
-}  # fmt: skip
+FREE = (4, 3, 6, 2, 5, 1, 7, 8)  # colours for mechanisms without a swatch, in this order
 GLYPHS = {  # the markers again, for legends drawn in HTML: SVG paths around (0, 0)
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
     "square": "M-3.6 -3.6h7.2v7.2h-7.2z",
@@ -69,21 +66,23 @@ class Look:
 
 
 def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
-    """The known mechanisms always look the same; others take what is free, and in the end share colours, not shapes."""
-    mechanisms = list(mechanisms)
-    taken = {KNOWN[m][0] for m in mechanisms if m in KNOWN}
-    free = [slot for slot in (4, 3, 6, 2, 5, 1, 7, 8) if slot not in taken] or [8]
+    """Return the look of each mechanism. One whose Config has a `swatch` always looks the same.
+
+    Others, such as hybrids, take the colours that are free, and in the end share colours, not shapes.
+    """
+    swatches = {mechanism: declared(mechanism, "swatch") for mechanism in mechanisms}
+    taken = {own[0] for own in swatches.values() if own}
+    free = [slot for slot in FREE if slot not in taken] or [FREE[-1]]
     found: dict[str, Look] = {}
-    for mechanism in mechanisms:
-        if mechanism in KNOWN:
-            slot, marker, dash = KNOWN[mechanism]
+    others = 0
+    for mechanism, own in swatches.items():
+        if own:
+            slot, marker, dash = own
         else:
-            count = len([m for m in found if m not in KNOWN])
-            slot, marker, dash = (
-                free[count % len(free)],
-                (9 - count) % len(MARKERS),
-                (2 + count // len(free)) % len(DASHES),
-            )
+            slot = free[others % len(free)]
+            marker = (len(MARKERS) - 1 - others) % len(MARKERS)
+            dash = (2 + others // len(free)) % len(DASHES)
+            others += 1
         found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
     return found
 
