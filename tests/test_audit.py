@@ -16,6 +16,7 @@ from attnlab.audit.build import Settings
 from attnlab.audit.call import causal_mask
 from attnlab.errors import UserError
 from attnlab.laws import LAWS
+from attnlab.terminal.audit import table
 
 HERE = Path(__file__).parent / "foreign"
 GPT, DICT, SMALL = HERE / "gpt_style.py", HERE / "dict_style.py", HERE / "library/models/small/modeling_small.py"
@@ -27,7 +28,7 @@ SEVEN = [name for name, law in LAWS.items() if law.needs == "module"]
 def said(audit):
     """What a person at an 80-column terminal reads."""
     console = Console(width=80, file=io.StringIO())
-    console.print(audit)
+    console.print(table(audit))
     return console.file.getvalue()
 
 

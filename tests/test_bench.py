@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from attnlab import attention
@@ -18,7 +16,6 @@ from attnlab.measure.counters import counted_flops, interleaved, peak_growth, te
 from attnlab.model import attention_configs, parameters
 from attnlab.presets import variant
 from attnlab.results import BenchRecord
-from attnlab.terminal.progress import Meter
 
 PRESET = RunConfig(
     model=ModelConfig(context=24, n_layers=2, d_model=32, n_heads=4, options={}),
@@ -198,14 +195,3 @@ def test_the_crossover_over_queries_is_measured():
     assert [point[0] for point in found.points] == [1, 4, 8] and found.modes == ("expanded", "absorbed")
     with pytest.raises(UserError, match="mha is computed in one way only"):
         query_crossover(PRESET, "mha")
-
-
-def test_the_meter_is_silent_at_first():
-    out = io.StringIO()
-    with Meter("bench", console=Console(file=out), patience=60) as meter:
-        meter("timing", 1, 9)
-    assert out.getvalue() == ""
-    with Meter("bench", console=Console(file=out), patience=0) as meter:
-        meter("timing mla", 1, 9)
-        meter("timing mla", 2, 9)
-    assert out.getvalue() == "bench: timing mla, 1/9\n"

@@ -22,6 +22,7 @@ pytest.importorskip("plotly")
 import browser as chromium
 import report_fixture as fixture
 
+from attnlab import attention
 from attnlab.errors import UserError
 from attnlab.formatting import count, size
 from attnlab.report import render, style, write_report
@@ -187,8 +188,10 @@ def test_sizes(value: float, written: str) -> None:
 
 
 def test_every_mechanism_has_a_look_of_its_own_that_does_not_depend_on_the_others() -> None:
-    names = [*style.KNOWN, *(f"theirs{i}" for i in range(12))]
+    known = [name for name in attention.names() if attention.declared(name, "swatch")]
+    names = [*known, *(f"theirs{i}" for i in range(12))]
     looks = style.looks(names)
+    assert set(fixture.MECHANISMS) <= set(known)
     assert len({(x.slot, x.marker, x.dash) for x in looks.values()}) == len(names)
     alone = style.looks(["mla", "theirs0"])
     assert alone["mla"] == looks["mla"] and alone["theirs0"].slot != alone["mla"].slot

@@ -16,7 +16,7 @@ import report_fixture as fixture
 from attnlab import TrainConfig, UserError, presets
 from attnlab.comparison.extras import heads_of_run
 from attnlab.report import render, write_report
-from attnlab.report.sections.heads import _within
+from attnlab.report.sections.heads import shares_within
 from attnlab.training.train import train
 
 
@@ -53,8 +53,8 @@ def test_numbers_on_the_page_are_those_of_the_file(folder: Path) -> None:
     assert f"{latent['effective_rank']:.1f} of {latent['rank']}" in page
 
 
-def test_bins_of_distances_become_shares_within_their_far_ends() -> None:
-    assert _within([[1.0, 0.25], [15.0, 0.25], [16.0, 0.375], [32.0, 0.125]]) == (
+def test_bins_of_distances_become_sharesshares_within_their_far_ends() -> None:
+    assert shares_within([[1.0, 0.25], [15.0, 0.25], [16.0, 0.375], [32.0, 0.125]]) == (
         [1, 15, 31, 63],
         [0.25, 0.5, 0.875, 1],
     )

@@ -97,7 +97,7 @@ def test_figures_show_what_the_file_holds(folder: Path) -> None:
     assert lines["mha"]["x"] == [1024 * n for n in LENGTHS]
     assert lines["sliding"]["x"] == [1024 * min(n, 32) for n in LENGTHS]
     assert "latent_lookup" not in lines and "latent_lookup keeps no cache" in by_cache[0].caption
-    by_depth = tasks.by_depth(found)
+    by_depth = tasks.depth_maps(found)
     assert [view.name for view in by_depth] == list(NAMES)
     heat = by_depth[0].figure["data"][0]
     assert heat["x"] == ["16", "32", "64", "128", "256"] and heat["y"] == ["12", "38", "62", "88"]

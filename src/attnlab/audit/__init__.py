@@ -56,9 +56,6 @@ class Audit:
             "laws": [r.to_dict() for r in self.results],
         }
 
-    def __rich__(self) -> Any:
-        return render(self)
-
 
 def audit_target(
     target: str,
@@ -188,34 +185,3 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def render(audit: Audit) -> Any:
-    """A table, the counterexamples and the verdict, for a rich console."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"holds": "green", "broken": "bold red", "n/a": "dim"}
-    needs_interface = [r for r in audit.results if r.status == "n/a" and "needs attnlab's interface" in r.detail]
-    table = Table(title=f"The laws, put to {escape(audit.target)}", title_justify="left", show_lines=False)
-    for column in ("law", "", "evidence"):
-        table.add_column(column, overflow="fold", no_wrap=column != "evidence")
-    for r in audit.results:
-        if r not in needs_interface:
-            evidence = "see below" if r.status == "broken" else r.detail
-            table.add_row(r.law, Text(r.status, colours[r.status]), Text(evidence, "dim" if r.status == "n/a" else ""))
-    parts: list[Any] = [table]
-    notes = list(audit.notes)
-    if needs_interface:
-        notes.append(
-            f"{len(needs_interface)} laws more are for modules with attnlab's interface (positions, cache, mask)"
-        )
-    parts += [Text(note, "dim") for note in notes]
-    for r in audit.results:
-        if r.status == "broken":
-            parts.append(Text.assemble("\n", (f"{r.law}: ", "bold red"), r.statement, f"\n  {r.detail}"))
-    bad = audit.exit_code
-    parts.append(Text(f"\n{audit.verdict}", "bold red" if bad else "bold green"))
-    return Group(*parts)

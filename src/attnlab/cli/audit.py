@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..terminal import tables
+from ..terminal.audit import table
 from .options import Json, json_object, split_commas
 
 
@@ -53,5 +54,5 @@ def audit(
     if json_:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        tables.console().print(found)
+        tables.console().print(table(found))
     return found.exit_code

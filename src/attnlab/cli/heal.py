@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..formatting import known
 from ..terminal import tables
-from .options import Flag, Json, number_text, this_command, train_and_tell
+from .options import Flag, Json, this_command, train_and_tell
 
 
 def heal(
@@ -104,5 +105,5 @@ def heal(
         print(json.dumps(found, indent=1))
     else:
         tables.console().print(tables.recovery(found))
-        print(f"val loss {number_text(result.val_loss)} after {result.tokens:,} tokens, {out}")
+        print(f"val loss {known(result.val_loss)} after {result.tokens:,} tokens, {out}")
     return 0

@@ -110,6 +110,13 @@ def json_object(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def number_text(value: float | None, digits: int = 4) -> str:
-    """Return a number with `digits` decimals; "unknown" for None."""
-    return "unknown" if value is None else f"{value:,.{digits}f}"
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def tokens_of(option: str, text: str) -> int:
+    """Return a number of tokens: 1500000, 100M, 1.5B. `UserError` for anything else."""
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        return round(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        raise UserError(f"{option} has {text!r}: give a number such as 1500000, 100M or 1.5B") from None

@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ..terminal import tables
+from ..terminal.plan import table
 from ..terminal.progress import working
 from .options import Fields, Flag, Json, json_object, options_of_mechanisms, split_commas, with_choices
 
@@ -71,5 +72,5 @@ def plan(
     if json_:
         print(json.dumps({**own.to_dict(), "mechanisms": [row.to_dict() for row in rows]}, indent=1))
     else:
-        tables.console().print(tables.plan(own, rows))
+        tables.console().print(table(own, rows))
     return int(not own.fits)

@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
-from .options import this_command
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+from .options import this_command, tokens_of
 
 
 def prepare(
@@ -71,9 +69,9 @@ def prepare(
         tokenizer=tokenizer,
         documents=documents,
         val_fraction=val_fraction,
-        max_tokens=None if tokens is None else count("--tokens", tokens),
+        max_tokens=None if tokens is None else tokens_of("--tokens", tokens),
         max_documents=max_documents,
-        shard_tokens=count("--shard-tokens", shard_tokens),
+        shard_tokens=tokens_of("--shard-tokens", shard_tokens),
         layout=format,
         end=end,
         revision=revision,
@@ -109,15 +107,6 @@ def described(about: Mapping[str, Any]) -> str:
     """Return one line about a tokenizer, from its kind, vocab_size and end."""
     ends = "no end of document" if about["end"] is None else f"end of document {about['end']}"
     return f"{about['kind']} tokenizer, {about['vocab_size']:,} tokens, {ends}"
-
-
-def count(option: str, text: str) -> int:
-    """Return a number of tokens: 1500000, 100M, 1.5B. Raises `UserError` for anything else."""
-    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
-    try:
-        return round(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
-        raise UserError(f"{option} has {text!r}: give a number such as 1500000, 100M or 1.5B") from None
 
 
 def told(bars: Any) -> Callable[[Mapping[str, Any]], None]:

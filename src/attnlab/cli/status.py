@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..formatting import known
 from ..terminal import tables
-from .options import Json, number_text
+from .options import Json
 
 if TYPE_CHECKING:
     from ..results import RunResult
@@ -150,7 +151,7 @@ def show(found: Status) -> None:
     lines = [
         f"{found.name}, {found.mechanism}: {found.status}{f' ({found.error})' if found.error else ''}",
         f"step {found.step:,} of {found.steps:,}, {checkpoint}",
-        f"loss {number_text(found.loss)}, val loss {number_text(found.val_loss)}",
+        f"loss {known(found.loss)}, val loss {known(found.val_loss)}",
     ]
     screen.print(*lines, sep="\n", markup=False, soft_wrap=True)
     table = tables.columns(rank="right", step="right", host="left", pid="right", last_heard="left")

@@ -11,9 +11,10 @@ from tyro.conf import Positional, arg
 from .. import presets
 from ..config import Execution, RunConfig
 from ..errors import UserError
+from ..formatting import known
 from ..runs.launcher import rank
 from ..terminal import tables
-from .options import Fields, Flag, Pack, number_text, split_commas, train_and_tell, with_choices
+from .options import Fields, Flag, Pack, split_commas, train_and_tell, with_choices
 
 
 def train(
@@ -62,8 +63,8 @@ def train(
     how = Execution(strategy=strategy, recompute=recompute, track=tuple(split_commas(track or "")), peak=peak)
     result = train_and_tell(config, out, f"{config.mechanism} s{config.seed}", resume, how)
     if result is not None and rank() == 0:
-        loss = number_text(result.val_loss)
-        rate = number_text(result.tokens_per_s, 0)
+        loss = known(result.val_loss)
+        rate = known(result.tokens_per_s, 0)
         print(f"val loss {loss} after {result.steps} steps, {rate} tokens/s, {out}")
         if result.mfu is not None:
             print(f"model FLOPs used: {result.mfu:.0%} of {result.peak}", file=sys.stderr)

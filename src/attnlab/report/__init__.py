@@ -1,4 +1,4 @@
-"""`attnlab report DIR`: a folder of results as one HTML file that needs nothing else.
+"""Report of a results folder: one HTML file that needs nothing else (`attnlab report DIR`).
 
 The page asks the network for nothing: style, script and the plotting library are inside it, and its own policy forbids
 the rest. Imports neither torch nor jax.
@@ -16,11 +16,14 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html, whole or not at all, and return its path. `UserError`: there is nothing to report."""
+    """Write `folder`/report.html, whole or not at all, and return its path. `UserError` as in `render`."""
     return write_bytes(Path(folder) / "report.html", render(folder).encode("utf-8", "replace"))
 
 
 def render(folder: str | Path) -> str:
-    """The report as one HTML document."""
+    """Return the report as one HTML document.
+
+    `UserError` where the folder is missing, has no results or a damaged file, or where plotly is not installed.
+    """
     found = read(Path(folder))
     return page(found, plotly_script()).encode("utf-8", "replace").decode()

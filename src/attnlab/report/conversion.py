@@ -1,4 +1,4 @@
-"""Pages about converted models: quality against cache over a grid of ranks, and how a healed model recovers."""
+"""Pages of `attnlab convert` and `attnlab heal`: quality against cache, and recovery by tokens."""
 
 from __future__ import annotations
 
@@ -20,52 +20,63 @@ DASHES = ("solid", "dash", "dot", "dashdot", "solid", "dash")
 
 
 def write_grid(path: Path, certificates: Sequence[Mapping[str, Any]], command: str = "") -> Path:
-    """A page of quality against cache, from certificates as JSON; those of one target and method are a line."""
+    """Write a page of quality against cache, and return its path.
+
+    `certificates` are as in certificates.json; those of one target and method are a line. `command` made them.
+    """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for each in certificates:
         lines.setdefault(f"{each['target']}, {each['method']}", []).append(each)
-    before, context = certificates[0]["loss_before"], certificates[0]["context"]
+    first = certificates[0]
+    before = first["loss_before"]
     caption = (
-        f"Loss on {certificates[0]['tokens']:,} held-out tokens right after conversion, nothing trained since; the "
+        f"Loss on {first['tokens']:,} held-out tokens right after conversion, nothing trained since; the "
         "line across is the original. Further left, and lower, is better."
     )
-    x = {"title": {"text": f"cache of one sequence of {context:,} tokens (log scale)"}, "type": "log"}
+    x = {"title": {"text": f"cache of one sequence of {first['context']:,} tokens (log scale)"}, "type": "log"}
     x |= bytes_ticks([float(c["cache_bytes_after"]) for c in certificates])
     y = {"title": {"text": "held-out loss (nats per token)"}}
-    series = {
-        name: sorted((float(c["cache_bytes_after"]), c["loss_after"]) for c in found) for name, found in lines.items()
-    }
+    series = {name: sorted(map(_place, found)) for name, found in lines.items()}
     drawn = {"grid": [View("Quality", caption, figure(_lines(series, "%{x:,d} B"), x, y, shapes=[_level(before)]))]}
-    rows = [
-        [
-            name,
-            "" if c["rank"] is None else str(c["rank"]),
-            size(c["cache_bytes_after"]),
-            f"{c['cache_bytes_after'] / c['cache_bytes_before']:.3f}",
-            loss(c["loss_after"]),
-            signed(c["loss_after"] - c["loss_before"]),
-            f"{max(c['layer_errors']):.4f}",
-            "exact" if c["exact"] else f"{c['max_logit_difference']:.2g}",
-        ]
-        for name, found in lines.items()
-        for c in found
-    ]
+    rows = [_row(name, certificate) for name, found in lines.items() for certificate in found]
     head = ["target, method", "rank", "cache", "share", "loss", "change", "worst layer", "logits differ by"]
     note = (
         f"Held-out loss in nats per token, {loss(before)} before. Worst layer: |new - old| / |old| of an attention "
         "layer's output on what the original's layer reads."
     )
     body = [
-        common.section("quality", "Quality against cache", common.plot(drawn["grid"], "grid", caption)),
-        common.section("table", "Certificates", table(note, head, rows)),
+        common.frame("quality", "Quality against cache", common.plot(drawn["grid"], "grid", caption)),
+        common.frame("table", "Certificates", table(note, head, rows)),
         _reproduce(command),
     ]
-    return _write(path, "Quality against cache", f"{certificates[0]['source']} converted", body, drawn)
+    return _write(path, "Quality against cache", f"{first['source']} converted", body, drawn)
+
+
+def _place(certificate: Mapping[str, Any]) -> tuple[float, float]:
+    return float(certificate["cache_bytes_after"]), certificate["loss_after"]
+
+
+def _row(name: str, certificate: Mapping[str, Any]) -> list[str]:
+    c = certificate
+    return [
+        name,
+        "" if c["rank"] is None else str(c["rank"]),
+        size(c["cache_bytes_after"]),
+        f"{c['cache_bytes_after'] / c['cache_bytes_before']:.3f}",
+        loss(c["loss_after"]),
+        signed(c["loss_after"] - c["loss_before"]),
+        f"{max(c['layer_errors']):.4f}",
+        "exact" if c["exact"] else f"{c['max_logit_difference']:.2g}",
+    ]
 
 
 def write_recovery(path: Path, found: Mapping[str, Any]) -> Path:
-    """A page of validation loss by tokens: {"curve": [[tokens, loss]], "original": loss or None, "name", "command"}."""
-    curve, original = found["curve"], found["original"]
+    """Write a page of validation loss by tokens, and return its path.
+
+    `found` is as in recovery.json: {"curve": [[tokens, loss], ...], "original": loss or None, "name", "command"}.
+    """
+    curve = found["curve"]
+    original = found["original"]
     caption = "Held-out loss by tokens of healing; token 0 is the converted model before any." + (
         " The line across is the original." if original is not None else ""
     )
@@ -81,8 +92,8 @@ def write_recovery(path: Path, found: Mapping[str, Any]) -> Path:
         f"; the original has {loss(original)}." if original is not None else "."
     )
     body = [
-        common.section("recovery", "Recovery", common.plot(drawn["recovery"], "recovery", caption)),
-        common.section("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
+        common.frame("recovery", "Recovery", common.plot(drawn["recovery"], "recovery", caption)),
+        common.frame("table", "By tokens", table(note, ["tokens", "loss", "above the original"], rows)),
         _reproduce(found["command"]),
     ]
     return _write(path, "Recovery by tokens", found["name"], body, drawn)
@@ -97,7 +108,7 @@ def _lines(series: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> li
             name=plain(name),
             legendgroup=name,
             mode="lines+markers",
-            line={"color": PALETTE[SLOTS[i % 6]][0], "dash": DASHES[i % 6], "width": 2},
+            line={"color": PALETTE[SLOTS[i % len(SLOTS)]][0], "dash": DASHES[i % len(DASHES)], "width": 2},
             marker={"symbol": MARKERS[i % len(MARKERS)], "size": 8},
             hovertemplate=f"<b>{plain(name)}</b><br>%{{y:.4f}} nats at {unit}<extra></extra>",
         )
@@ -112,7 +123,7 @@ def _level(value: float) -> dict[str, Any]:
 
 
 def _reproduce(command: str) -> Any:
-    return common.section("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
+    return common.frame("again", "Run it again", tag("pre", tag("code", command or "attnlab convert")))
 
 
 def _write(path: Path, title: str, about: str, body: list[Any], drawn: common.Figures) -> Path:

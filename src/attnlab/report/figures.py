@@ -1,4 +1,4 @@
-"""The figures, made with plotly in light colours; the page turns them dark. Pure functions of the findings."""
+"""Building blocks of figures, made with plotly in light colours; the page turns them dark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class View:
 def figure(
     traces: list[Any], x: dict[str, Any], y: dict[str, Any], hovermode: str = "closest", **layout: Any
 ) -> dict[str, Any]:
-    """Traces on two titled axes, with what all figures share."""
+    """Return a plotly figure as JSON: traces on two titled axes, and the layout that all figures share."""
     go = need("plotly.graph_objects", "report")
     axis = {
         "gridcolor": RULE[0],
@@ -69,7 +69,7 @@ def figure(
 
 
 def plain(text: str) -> str:
-    """Text that plotly shows as it is: it would read tags."""
+    """Return text that plotly shows as it is: it would read tags."""
     return html.escape(text, quote=False)
 
 
@@ -77,14 +77,15 @@ Series = list[tuple[float, float, float, float]]  # step, mean, lowest, highest
 
 
 def steps_axis(series: dict[str, Series], *, late: bool = False) -> dict[str, Any]:
-    """The axis of steps; `late` leaves out the first quarter, whose height would flatten the rest."""
+    """Return the axis of steps; `late` leaves out the first quarter, whose height would flatten the rest."""
     last = max(s[-1][0] for s in series.values())
-    bounds = [last * (0.235 if late else -0.015), last * 1.015] if last else None
+    first = 0.235 if late else -0.015  # a share of the last step
+    bounds = [last * first, last * 1.015] if last else None
     return {"title": {"text": "training step"}, "showgrid": False, "hoverformat": ",d", "range": bounds}
 
 
 def over_seeds(lines: list[list[list[float]]]) -> Series:
-    """Mean and range at the steps that every seed has."""
+    """Return the mean and the range of lines of [step, value], one a seed, at the steps that every seed has."""
     if not lines:
         return []
     tables = [{step: y for step, value in line if (y := number(value)) is not None} for line in lines]
@@ -94,44 +95,69 @@ def over_seeds(lines: list[list[list[float]]]) -> Series:
 
 
 def bands(series: dict[str, Series], look: dict[str, Look], digits: str) -> list[Any]:
-    go = need("plotly.graph_objects", "report")
-    traces: list[Any] = []
+    """Return a line for each mechanism, and a band from lowest to highest where they differ; bands come first.
+
+    `digits` is how plotly writes a value, such as ":.4f".
+    """
+    ranges = []
+    lines = []
     for mechanism, points in series.items():
-        steps, means, lows, highs = (list(column) for column in zip(*points, strict=True))
-        style = look[mechanism]
-        shared = {"legendgroup": mechanism, "meta": mechanism}
-        if lows != highs:
-            traces.append(
-                go.Scatter(
-                    x=steps + steps[::-1],
-                    y=highs + lows[::-1],
-                    fill="toself",
-                    fillcolor=style.band,
-                    mode="lines",
-                    line={"width": 0, "color": style.color},
-                    hoverinfo="skip",
-                    **shared,
-                )
-            )
-        spread = f" (%{{customdata[0]{digits}}} to %{{customdata[1]{digits}}})" if lows != highs else ""
-        traces.append(
-            go.Scatter(
-                x=steps,
-                y=means,
-                name=plain(mechanism),
-                mode="lines+markers",
-                customdata=list(zip(lows, highs, strict=True)),
-                line={"color": style.color, "dash": style.dash, "width": 2},
-                marker={"symbol": style.marker, "size": 6, "maxdisplayed": 6},
-                hovertemplate=f"%{{y{digits}}}{spread}",
-                **shared,
-            )
-        )
-    return sorted(traces, key=lambda trace: trace.fill is None)
+        spread = any(low != high for _, _, low, high in points)
+        if spread:
+            ranges.append(_band(mechanism, points, look[mechanism]))
+        lines.append(_line(mechanism, points, look[mechanism], digits, spread))
+    return [*ranges, *lines]
+
+
+def _band(mechanism: str, points: Series, style: Look) -> Any:
+    go = need("plotly.graph_objects", "report")
+    steps, _, lows, highs = (list(column) for column in zip(*points, strict=True))
+    return go.Scatter(
+        x=steps + steps[::-1],
+        y=highs + lows[::-1],
+        fill="toself",
+        fillcolor=style.band,
+        mode="lines",
+        line={"width": 0, "color": style.color},
+        hoverinfo="skip",
+        legendgroup=mechanism,
+        meta=mechanism,
+    )
+
+
+def _line(mechanism: str, points: Series, style: Look, digits: str, spread: bool) -> Any:
+    go = need("plotly.graph_objects", "report")
+    said = f" (%{{customdata[0]{digits}}} to %{{customdata[1]{digits}}})" if spread else ""
+    return go.Scatter(
+        x=[step for step, _, _, _ in points],
+        y=[mean for _, mean, _, _ in points],
+        name=plain(mechanism),
+        mode="lines+markers",
+        customdata=[(low, high) for _, _, low, high in points],
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        marker={"symbol": style.marker, "size": 6, "maxdisplayed": 6},
+        hovertemplate=f"%{{y{digits}}}{said}",
+        legendgroup=mechanism,
+        meta=mechanism,
+    )
+
+
+def error_bars(up: list[float], down: list[float], thickness: float = 1) -> dict[str, Any]:
+    """Return bars that reach `up` above the points and `down` below them, as plotly's error_y."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "thickness": thickness,
+        "width": 3,
+    }
 
 
 def bytes_ticks(values: list[float]) -> dict[str, Any]:
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    """Return the ticks and the range of a logarithmic axis of bytes: at most seven ticks, all powers of two."""
+    low = math.floor(math.log2(min(values)))
+    high = math.ceil(math.log2(max(values)))
     ticks = [2**i for i in range(low, high + 1, max(1, (high - low) // 6))]
     pad = 0.25 * math.log10(2)
     bounds = [math.log10(min(values)) - pad, math.log10(max(values)) + 3 * pad]

@@ -1,4 +1,4 @@
-"""Read a results folder. Every file in it is optional; every file that is there must be whole."""
+"""Findings of a results folder. Every file in it is optional; every file that is there must be whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from statistics import fmean
 from struct import pack
 from typing import Any
 
+from ..config import ModelConfig
 from ..errors import UserError
 from ..files import read_json
 from ..results import FORMAT, BenchRecord, LawResult, RunResult, TaskResult
@@ -25,11 +26,10 @@ class Maps:
     mechanism: str
     seed: int
     tokens: list[str]
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # queries, keys
     layers: list[list[str]]  # each matrix as base64 of little-endian uint16, 65535 for a weight of 1
-    values: list[list[list[float]] | None] = field(
-        default_factory=list
-    )  # layers, heads: the size of each token's value
+    # layers, then heads: the length of what each token's value adds to the residual stream; None: not measured
+    values: list[list[list[float]] | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Standing:
     """One mechanism in a comparison: its mean over seeds, and how it differs from the baseline."""
 
     mechanism: str
-    n: int = 0
-    val_loss: float | None = None
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
-    verdict: str = "too few seeds"
+    n: int = 0  # finished runs
+    val_loss: float | None = None  # mean over seeds, nats per token
+    difference: float | None = None  # to the baseline, mean over paired seeds, nats per token
+    interval: tuple[float, float] | None = None  # of the difference, 95 %
+    verdict: str = "too few seeds"  # better, worse, not distinguishable, baseline
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class Trial:
     """One synthetic task: its runs, and the rows of their paired differences."""
 
     task: str
-    tests: str
-    chance: float
-    context: int
+    tests: str  # what it asks, a sentence
+    chance: float  # the accuracy that the current token alone allows, from 0 to 1
+    context: int  # tokens of the longest sequences trained on
     matched: dict[str, str]  # mechanism -> the width that gave way, in words
     cells: list[TaskResult]
-    summary: list[dict[str, Any]]
+    summary: list[dict[str, Any]]  # a row per mechanism, as in compare.json
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything a folder holds. Empty lists where a file is missing."""
+    """Everything that a folder holds. Empty where a file is missing."""
 
-    folder: str
+    folder: str  # its name
     cells: list[RunResult] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
     compare: dict[str, Any] = field(default_factory=dict)  # compare.json without its cells
     tasks: list[Trial] = field(default_factory=list)
-    sizes: dict[str, Findings] = field(default_factory=dict)  # runs and standings of each; above: those of the largest
+    sizes: dict[str, Findings] = field(default_factory=dict)  # runs and standings of each size; `cells` are the largest
     laws: list[LawResult] = field(default_factory=list)
     bench: list[BenchRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +75,8 @@ class Findings:
 
     @property
     def baseline(self) -> str:
-        return str(self.compare.get("baseline") or "mha")
+        """The mechanism that others are compared with; a decoder's default where the folder names none."""
+        return str(self.compare.get("baseline") or ModelConfig().mechanisms[0])
 
     @property
     def mechanisms(self) -> list[str]:
@@ -87,34 +88,35 @@ class Findings:
         return list(dict.fromkeys(named))
 
     def done(self, mechanism: str) -> list[RunResult]:
-        """Finished runs with a loss, by seed."""
+        """Return the finished runs with a loss, by seed."""
         own = [c for c in self.cells if c.mechanism == mechanism and c.status == "done"]
         return sorted((c for c in own if number(c.val_loss) is not None), key=lambda cell: cell.seed)
 
     def mean(self, mechanism: str, name: str) -> float | None:
-        """Mean of a field over the finished runs that have it."""
+        """Return the mean of a field over the finished runs that have it, or None."""
         values = [x for cell in self.done(mechanism) if (x := number(getattr(cell, name))) is not None]
         return fmean(values) if values else None
 
     def standing(self, mechanism: str) -> Standing | None:
+        """Return the mechanism's row of the comparison, or None."""
         return next((s for s in self.standings if s.mechanism == mechanism), None)
 
     def how_to_make(self, file: str) -> str:
-        """The command that writes `file`: a comparison writes all but the benchmark, which the demo adds."""
+        """Return the command that writes `file`: a comparison writes all but bench.json, which the demo adds."""
         if file == "bench.json":
             return f"attnlab demo --out {self.folder}"
         return str(self.compare.get("command") or f"attnlab compare quick --out {self.folder}")
 
 
 def number(value: Any) -> float | None:
-    """The value as a float, or None where it is missing, NaN or infinite."""
+    """Return the value as a float, or None where it is missing, NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def read(path: Path) -> Findings:
-    """Read the folder `path`. `UserError` where it is missing, holds no results, or a file in it is damaged."""
+    """Return what the folder `path` holds. `UserError` where it is missing, has no results, or a file is damaged."""
     if not path.exists():
         raise UserError(f"there is no folder {path}: give the folder that attnlab compare or attnlab demo wrote")
     if not path.is_dir():
@@ -146,7 +148,7 @@ def read(path: Path) -> Findings:
 
 
 def guarded(file: Path, parse: Callable[[Any], Any]) -> Any:
-    """Parse one file, and name it where its content is not what it should be."""
+    """Return what `parse` makes of a file's JSON. `UserError` with its name where it is not what this version reads."""
     data = read_json(file)
     try:
         return parse(data)
@@ -184,7 +186,7 @@ def _standings(rows: list[dict[str, Any]]) -> list[Standing]:
 
 
 def _trial(data: dict[str, Any]) -> Trial:
-    """Checked as far as the figures rely on it."""
+    """Check an entry as far as the figures rely on it."""
     cells = [TaskResult.from_dict(cell) for cell in data["cells"]]
     for cell in cells:
         for point in cell.lengths:
@@ -206,7 +208,7 @@ def _cell(data: dict[str, Any]) -> RunResult:
 
 
 def _runs(path: Path) -> Iterator[RunResult]:
-    """A comparison that was stopped, or one run: what has finished."""
+    """Yield the finished runs of a comparison that was stopped, or of a single run."""
     for file in (path / "result.json", *sorted(path.glob("runs/*/result.json"))):
         if file.exists():
             yield guarded(file, _cell)
@@ -241,7 +243,7 @@ def _maps(data: dict[str, Any]) -> Maps:
 
 
 def _heads(data: dict[str, Any]) -> dict[str, Any]:
-    """Checked as far as the figures rely on it."""
+    """Check an entry as far as the figures rely on it."""
     scores, marked = data["scores"]["scores"], data["scores"]["marked"]
     for name in ("induction", "previous token", "copying"):
         for row in scores[name]:

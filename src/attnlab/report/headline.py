@@ -1,77 +1,102 @@
-"""What was found, in words: no stronger than the intervals allow."""
+"""Headline of the report: what was found, in words no stronger than the intervals allow."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import median
 
 from ..formatting import words
 from .findings import Findings, Standing, number
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """The mechanisms that are compared with the baseline, by what their intervals say."""
+
+    better: list[Standing]
+    worse: list[Standing]
+    same: list[Standing]  # not distinguishable
+    unknown: list[Standing]  # too few seeds
+
+    @property
+    def judged(self) -> int:
+        """The number of mechanisms with an interval."""
+        return len(self.better) + len(self.worse) + len(self.same)
+
+
 def headline(found: Findings) -> tuple[str, list[str]]:
-    """One sentence for the title, and two short paragraphs: what else was found, and how far it can be trusted."""
-    base = found.baseline
-    others = [s for s in found.standings if s.mechanism != base and s.val_loss is not None]
-    by_verdict = {v: [s for s in others if s.verdict == v] for v in ("better", "worse", "not distinguishable")}
-    better, worse, same = by_verdict.values()
-    unknown = [s for s in others if s not in better and s not in worse and s not in same]
-    if not others or not found.compare or not found.done(base):
+    """Return one sentence for the title, and up to two short paragraphs: what else was found, and its limits."""
+    others = [s for s in found.standings if s.mechanism != found.baseline and s.val_loss is not None]
+    verdicts = Verdicts(
+        better=[s for s in others if s.verdict == "better"],
+        worse=[s for s in others if s.verdict == "worse"],
+        same=[s for s in others if s.verdict == "not distinguishable"],
+        unknown=[s for s in others if s.verdict not in ("better", "worse", "not distinguishable")],
+    )
+    if not others or not found.compare or not found.done(found.baseline):
         title = _without_comparison(found)
-    elif not better and not worse and not same:
-        lowest = min(others, key=_loss)
-        few = "One seed each: too few" if _seeds(found) < 2 else "Too few paired seeds"
-        title = f"{few} to tell any mechanism from {base}"
-        title += f"; {lowest.mechanism} happened to end lowest" if _loss(lowest) < _base_loss(found) else ""
-    elif better:
-        first = min(better, key=_loss)
-        title = f"{words(s.mechanism for s in sorted(better, key=_loss))} {_learn(better)} better than {base}"
-        title += "" if len(better) > 1 else f", by {abs(first.difference or 0):.3f} nats per token"
-    elif same:
-        lean = _smallest(found, same)
-        if worse:
-            title = f"Nothing learns distinguishably better than {base}"
-            if lean:
-                title = f"{lean[0]} is not distinguishable from {base} with {lean[1]} cache"
-                title += "; nothing learns better for certain"
-        else:
-            title = f"No mechanism is distinguishable from {base}" + (
-                f"; {lean[0]} keeps {lean[1]} cache" if lean else ""
-            )
+    elif not verdicts.judged:
+        title = _too_few_seeds(found, others)
     else:
-        title = f"{_list(worse)} {_learn(worse)} worse than {base}; nothing learns better"
-    return title + ".", [" ".join(part) for part in _details(found, better, worse, same, unknown) if part]
+        title = _title(found, verdicts)
+    paragraphs = (_details(found, verdicts), _limits(found, verdicts))
+    return title + ".", [" ".join(sentences) for sentences in paragraphs if sentences]
 
 
-def _details(
-    found: Findings, better: list[Standing], worse: list[Standing], same: list[Standing], unknown: list[Standing]
-) -> tuple[list[str], list[str]]:
-    base, said, limits = found.baseline, [], []
-    if same:
-        said.append(f"At 95 % confidence {_list(same)} {_are(same)} not distinguishable from {base}.")
-        if better and (lean := _smallest(found, same)) is not None:
-            said[-1] = said[-1][:-1] + f"; {lean[0]} keeps {lean[1]} cache."
-    if worse and (better or same):
-        said.append(f"{_list(worse)} {_learn(worse)} worse.")
-    broken = [law for law in found.laws if law.status == "broken"]
-    if broken:
-        guilty = dict.fromkeys(law.mechanism for law in broken)
-        parts = (f"{m} breaks the law{'s' * (n > 1)} of {laws}" for m in guilty for n, laws in [_broken(found, m)])
-        said.append(f"{'; '.join(parts)}.")
-    elif found.laws:
-        said.append("Every law that applies holds.")
-    halves = [(s.interval[1] - s.interval[0]) / 2 for s in same if s.interval]
-    if halves:
-        limits.append(
-            f"Not distinguishable does not mean equal: with {_seeds(found)} seeds these intervals reach "
-            f"±{median(halves):.3f} nats (median), so smaller differences stay unseen."
-        )
-    if (better or worse) and (calls := len(better) + len(worse) + len(same)) > 2:
-        limits.append(
-            f"Each interval stands alone: of {calls} comparisons at 95 %, {calls / 20:.2g} would be called different "
-            "by luck on average even if all were equal."
-        )
-    if unknown and (better or worse or same):
-        limits.append(f"Too few paired seeds to judge {words(s.mechanism for s in unknown)}.")
+def _title(found: Findings, verdicts: Verdicts) -> str:
+    base = found.baseline
+    if verdicts.better:
+        first = min(verdicts.better, key=_loss)
+        title = f"{_list(verdicts.better)} {_learn(verdicts.better)} better than {base}"
+        one = len(verdicts.better) == 1
+        return title + (f", by {abs(first.difference or 0):.3f} nats per token" if one else "")
+    if not verdicts.same:
+        return f"{_list(verdicts.worse)} {_learn(verdicts.worse)} worse than {base}; nothing learns better"
+    lean = _smallest(found, verdicts.same)
+    if not verdicts.worse:
+        return f"No mechanism is distinguishable from {base}" + (f"; {lean[0]} keeps {lean[1]} cache" if lean else "")
+    if lean:
+        return f"{lean[0]} is not distinguishable from {base} with {lean[1]} cache; nothing learns better for certain"
+    return f"Nothing learns distinguishably better than {base}"
+
+
+def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
+    lowest = min(others, key=_loss)
+    few = "One seed each: too few" if _seeds(found) < 2 else "Too few paired seeds"
+    luck = f"; {lowest.mechanism} happened to end lowest" if _loss(lowest) < _base_loss(found) else ""
+    return f"{few} to tell any mechanism from {found.baseline}{luck}"
+
+
+def _details(found: Findings, verdicts: Verdicts) -> list[str]:
+    said = []
+    if verdicts.same:
+        same = f"At 95 % confidence {_list(verdicts.same)} {_are(verdicts.same)} not distinguishable from"
+        lean = _smallest(found, verdicts.same) if verdicts.better else None
+        said.append(f"{same} {found.baseline}" + (f"; {lean[0]} keeps {lean[1]} cache." if lean else "."))
+    if verdicts.worse and (verdicts.better or verdicts.same):
+        said.append(f"{_list(verdicts.worse)} {_learn(verdicts.worse)} worse.")
+    return said + _about_laws(found)
+
+
+def _about_laws(found: Findings) -> list[str]:
+    if not found.laws:
+        return []
+    broken: dict[str, list[str]] = {}
+    for law in found.laws:
+        if law.status == "broken":
+            broken.setdefault(law.mechanism, []).append(law.law)
+    if not broken:
+        return ["Every law that applies holds."]
+    parts = []
+    for mechanism, laws in broken.items():
+        parts.append(f"{mechanism} breaks the {'law' if len(laws) == 1 else 'laws'} of {words(laws)}")
+    return [f"{'; '.join(parts)}."]
+
+
+def _limits(found: Findings, verdicts: Verdicts) -> list[str]:
+    limits = _limits_of_intervals(found, verdicts)
+    if verdicts.unknown and verdicts.judged:
+        limits.append(f"Too few paired seeds to judge {words(s.mechanism for s in verdicts.unknown)}.")
     if found.sizes:
         limits.append(f"All of this is about the largest size, {found.compare.get('size')}; see Sizes for the others.")
     planned = len(found.compare.get("mechanisms") or []) * len(found.compare.get("seeds") or [])
@@ -81,12 +106,23 @@ def _details(
     if failed:
         names = words(f"{c.mechanism} with seed {c.seed} ({c.status})" for c in failed)
         limits.append(f"{len(failed)} of {len(found.cells)} runs did not finish and count nowhere: {names}.")
-    return said, limits
+    return limits
 
 
-def _broken(found: Findings, mechanism: str) -> tuple[int, str]:
-    laws = [law.law for law in found.laws if law.status == "broken" and law.mechanism == mechanism]
-    return len(laws), words(laws)
+def _limits_of_intervals(found: Findings, verdicts: Verdicts) -> list[str]:
+    limits = []
+    halves = [(s.interval[1] - s.interval[0]) / 2 for s in verdicts.same if s.interval]
+    if halves:
+        limits.append(
+            f"Not distinguishable does not mean equal: with {_seeds(found)} seeds these intervals reach "
+            f"±{median(halves):.3f} nats (median), so smaller differences stay unseen."
+        )
+    if (verdicts.better or verdicts.worse) and verdicts.judged > 2:
+        limits.append(
+            f"Each interval stands alone: of {verdicts.judged} comparisons at 95 %, {verdicts.judged / 20:.2g} would "
+            "be called different by luck on average even if all were equal."
+        )
+    return limits
 
 
 def _without_comparison(found: Findings) -> str:
@@ -102,7 +138,7 @@ def _without_comparison(found: Findings) -> str:
 
 
 def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | None:
-    """The sound mechanism with the smallest cache, and how small: only if it is smaller than the baseline's."""
+    """Return the lawful mechanism with the smallest cache, and how small; None where the baseline's is as small."""
     base = found.mean(found.baseline, "cache_bytes")
     unsound = {law.mechanism for law in found.laws if law.status == "broken"}
     sizes = {s.mechanism: x for s in standings if (x := found.mean(s.mechanism, "cache_bytes")) is not None}

@@ -1,4 +1,4 @@
-"""HTML that cannot forget to escape: whatever is not already `Html` is text."""
+"""HTML that is escaped: every child that is not `Html` is text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ class Html(str):
 
 
 def tag(element: str, *children: Any, **attributes: Any) -> Html:
-    """`tag("p", "a < b", class_="note")`. In attributes `_` is a hyphen; None and False leave them out."""
+    """Return an element: `tag("p", "a < b", class_="note")`.
+
+    In names of attributes `_` is a hyphen, at their end it is nothing. None and False leave an attribute out.
+    """
     written = "".join(
         f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
         for name, value in attributes.items()
@@ -22,7 +25,7 @@ def tag(element: str, *children: Any, **attributes: Any) -> Html:
 
 
 def join(children: Any, between: str = "") -> Html:
-    """Text, markup, None and nested lists of these, one after the other."""
+    """Return text, markup and nested lists of these, one after the other; None is nothing."""
     parts = []
     for child in children:
         if isinstance(child, Html):
@@ -35,7 +38,10 @@ def join(children: Any, between: str = "") -> Html:
 
 
 def table(caption: Any, head: list[Any], rows: list[list[Any]], *, left: int = 1, marked: tuple[int, ...] = ()) -> Html:
-    """A table in a box that scrolls by itself. The first `left` columns are words, the others numbers."""
+    """Return a table in a box that scrolls by itself.
+
+    The first `left` columns are words, the others numbers. `marked` are the numbers of the rows to highlight.
+    """
 
     def side(column: int) -> str | None:
         return None if column < left else "num"
@@ -52,11 +58,12 @@ def table(caption: Any, head: list[Any], rows: list[list[Any]], *, left: int = 1
 
 
 def script_json(data: Any) -> Html:
-    """JSON that no text inside it can end the script element with; NaN and infinities become null."""
+    """Return JSON for a script element, which no text inside it can end; NaN and infinities are null."""
     return Html(json.dumps(finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
 def finite(data: Any) -> Any:
+    """Return JSON data with None for NaN and infinities."""
     if isinstance(data, float):
         return data if abs(data) < float("inf") else None
     if isinstance(data, dict):

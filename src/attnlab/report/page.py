@@ -1,4 +1,4 @@
-"""The page: its header, its sections in order, and the policy that lets it run nothing else."""
+"""Page of the report: its header, its sections in order, its content security policy."""
 
 from __future__ import annotations
 
@@ -13,23 +13,47 @@ from ..formatting import words
 from .findings import Findings
 from .headline import headline
 from .html import Html, script_json, tag
-from .sections import common, heads, sizes, tasks
-from .sections.attention import attention, map_figure
-from .sections.benchmarks import benchmarks
-from .sections.costs import costs
-from .sections.curves import curves
-from .sections.decoding import decoding
-from .sections.fairness import fairness
-from .sections.glossary import glossary
-from .sections.laws import laws
-from .sections.reproduce import reproduce
-from .sections.samples import samples
-from .sections.scoreboard import scoreboard
-from .sections.trade import trade
+from .sections import (
+    attention,
+    benchmarks,
+    costs,
+    curves,
+    decoding,
+    fairness,
+    glossary,
+    heads,
+    laws,
+    reproduce,
+    samples,
+    scoreboard,
+    sizes,
+    tasks,
+    trade,
+)
+from .sections.common import Figures
 from .style import GLYPHS, STROKES, dark, looks, variables
+
+SECTIONS = (  # in the order of the page
+    scoreboard,
+    curves,
+    trade,
+    sizes,
+    decoding,
+    tasks,
+    laws,
+    heads,
+    attention,
+    samples,
+    costs,
+    benchmarks,
+    fairness,
+    reproduce,
+    glossary,
+)
 
 
 def header(found: Findings) -> Html:
+    """Return the head of the page: what was found, and facts about the comparison in one line."""
     title, details = headline(found)
     facts = [
         str(found.compare.get("preset") or ""),
@@ -50,49 +74,36 @@ def header(found: Findings) -> Html:
 
 
 def _plural(things: set[Any], noun: str) -> str:
-    return f"{len(things)} {noun}{'s' * (len(things) != 1)}" if things else ""
+    if not things:
+        return ""
+    return f"1 {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
 
 
+# sets the chosen theme before the page is drawn
 EARLY = 'try{document.documentElement.dataset.theme=localStorage.getItem("attnlab-theme")||""}catch{}'
 
 
 def page(found: Findings, plotly: str) -> str:
+    """Return the report as HTML; `plotly` is the script of the plotting library."""
     look = looks(found.mechanisms)
-    drawn: common.Figures = {}
-    body = [
-        scoreboard(found, look),
-        curves(found, look, drawn),
-        trade(found, look, drawn),
-        sizes.sizes(found, look, drawn),
-        decoding(found, look, drawn),
-        tasks.tasks(found, look, drawn),
-        laws(found, look),
-        heads.heads(found, look, drawn),
-        attention(found),
-        samples(found, look),
-        costs(found, look),
-        benchmarks(found, look),
-        fairness(found, look),
-        reproduce(found),
-        glossary(),
-    ]
+    drawn: Figures = {}
+    body = [each.section(found, look, drawn) for each in SECTIONS]
     title = f"{headline(found)[0]} attnlab: {found.folder}"
-    maps = {
-        "attention": [vars(maps) for maps in found.attention],
-        "map": map_figure() if found.attention else None,
-    }
-    return document(title, header(found), body, drawn, plotly, maps)
+    return document(title, header(found), body, drawn, plotly, attention.page_data(found))
 
 
 def document(
     title: str,
     header: Html,
     body: list[Html],
-    drawn: common.Figures,
+    drawn: Figures,
     plotly: str,
     maps: dict[str, Any] | None = None,
 ) -> str:
-    """A page of sections in the look of the report; `drawn` are the figures that their `sections.plot` name."""
+    """Return a page of sections in the look of the report.
+
+    `drawn` are the figures that the sections name with `common.plot`; `maps` is the data of the attention maps.
+    """
     data = {
         "dark": dark(),
         "glyphs": GLYPHS,
@@ -117,18 +128,19 @@ def document(
 
 
 def plotly_script() -> str:
+    """Return the script of the plotting library. `UserError` where plotly is not installed."""
     source: str = need("plotly.offline", "report").get_plotlyjs()
     return source.replace("\r", "")
 
 
 def _contents(body: list[Html]) -> Html:
-    """Links to the sections, read off their markup."""
+    """Return links to the sections, read off their markup."""
     found = [str(part).split('<h2 id="')[1].split("</h2>")[0].split('-title">') for part in body if part]
     return tag("ol", [tag("li", tag("a", Html(title), href=f"#{anchor}")) for anchor, title in found])
 
 
 def _policy(*scripts: str) -> str:
-    """A content security policy: these scripts and no others run, and nothing is fetched."""
+    """Return a content security policy: these scripts and no others run, and nothing is fetched."""
     digests = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"

@@ -1,4 +1,4 @@
-"""One look for one mechanism in every figure and table, and numbers as people read them.
+"""Colours, markers and dashes: one look for one mechanism in every figure and table.
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers; every mechanism also has a marker and a dash of
 its own. Each colour is a pair: on white, on black.
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..attention import declared
 from .html import Html, tag
 
-INK, MUTED, RULE, GROUND = (
-    ("#1d1d1b", "#efece6"),
-    ("#62605b", "#a5a29b"),
-    ("#e4e1da", "#35353a"),
-    ("#ffffff", "#17171a"),
-)
+INK = ("#1d1d1b", "#efece6")
+MUTED = ("#62605b", "#a5a29b")
+RULE = ("#e4e1da", "#35353a")
+GROUND = ("#ffffff", "#17171a")
 
 PALETTE = (
     ("#1d1d1b", "#efece6"),  # black, white
@@ -31,11 +30,7 @@ PALETTE = (
 )
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot")
-KNOWN = {  # mechanism: (colour, marker, dash); a family shares no colour, the dash tells its members apart
-    "mha": (0, 0, 0), "gqa": (3, 3, 1), "mqa": (6, 4, 2), "sliding": (7, 7, 3),
-    "mla": (1, 1, 0), "msla": (2, 2, 1), "mka": (4, 5, 0), "fast_mka": (5, 6, 1),
-    "mlp_latent": (8, 8, 2), "latent_lookup": (8, 9, 3),
-}  # fmt: skip
+FREE = (4, 3, 6, 2, 5, 1, 7, 8)  # colours for mechanisms without a swatch, in this order
 GLYPHS = {  # the markers again, for legends drawn in HTML: SVG paths around (0, 0)
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
     "square": "M-3.6 -3.6h7.2v7.2h-7.2z",
@@ -53,53 +48,59 @@ STROKES = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "5 2.5 1.5 2
 
 @dataclass(frozen=True)
 class Look:
-    slot: int  # in PALETTE
+    """The colour, marker and dash of one mechanism."""
+
+    slot: int  # of its colour in PALETTE
     marker: str
     dash: str
 
     @property
     def color(self) -> str:
+        """The colour on white."""
         return PALETTE[self.slot][0]
 
     @property
     def band(self) -> str:
+        """The colour of a band behind a line."""
         return veil(self.color)
 
 
 def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
-    """The known mechanisms always look the same; others take what is free, and in the end share colours, not shapes."""
-    mechanisms = list(mechanisms)
-    taken = {KNOWN[m][0] for m in mechanisms if m in KNOWN}
-    free = [slot for slot in (4, 3, 6, 2, 5, 1, 7, 8) if slot not in taken] or [8]
+    """Return the look of each mechanism. One whose Config has a `swatch` always looks the same.
+
+    Others, such as hybrids, take the colours that are free, and in the end share colours, not shapes.
+    """
+    swatches = {mechanism: declared(mechanism, "swatch") for mechanism in mechanisms}
+    taken = {own[0] for own in swatches.values() if own}
+    free = [slot for slot in FREE if slot not in taken] or [FREE[-1]]
     found: dict[str, Look] = {}
-    for mechanism in mechanisms:
-        if mechanism in KNOWN:
-            slot, marker, dash = KNOWN[mechanism]
+    others = 0
+    for mechanism, own in swatches.items():
+        if own:
+            slot, marker, dash = own
         else:
-            count = len([m for m in found if m not in KNOWN])
-            slot, marker, dash = (
-                free[count % len(free)],
-                (9 - count) % len(MARKERS),
-                (2 + count // len(free)) % len(DASHES),
-            )
+            slot = free[others % len(free)]
+            marker = (len(MARKERS) - 1 - others) % len(MARKERS)
+            dash = (2 + others // len(free)) % len(DASHES)
+            others += 1
         found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
     return found
 
 
 def veil(color: str, share: float = 0.14) -> str:
-    """A colour thin enough to lay over others."""
+    """Return a colour of this opacity, to lay over others."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {share:g})"
 
 
 def dark() -> dict[str, str]:
-    """From every colour that figures use to the one that stands for it on a dark ground."""
+    """Return colour on white -> colour on black, for every colour that figures use."""
     pairs = dict((*PALETTE, INK, MUTED, RULE, GROUND))
     return pairs | {veil(light, share): veil(dim, share) for light, dim in PALETTE for share in (0.07, 0.14)}
 
 
 def variables() -> tuple[str, str]:
-    """The same colours as CSS variables: for light and for dark."""
+    """Return the colours as CSS variables: for the light theme, and for the dark one."""
     named = {f"c{slot}": pair for slot, pair in enumerate(PALETTE)}
     named |= {"ink": INK, "muted": MUTED, "rule": RULE, "ground": GROUND}
     light, dim = (";".join(f"--{name}:{pair[side]}" for name, pair in named.items()) for side in (0, 1))
@@ -107,6 +108,7 @@ def variables() -> tuple[str, str]:
 
 
 def swatch(look: Look) -> Html:
+    """Return a short piece of the mechanism's line with its marker, as SVG."""
     line = tag("path", d="M1 7H25", stroke_width=2, stroke_dasharray=STROKES[look.dash] or None, fill="none")
     mark = tag("path", d=GLYPHS[look.marker], transform="translate(13 7)", fill=f"var(--c{look.slot})", stroke="none")
     return tag(

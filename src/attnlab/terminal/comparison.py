@@ -1,4 +1,4 @@
-"""compare.json for a terminal."""
+"""Tables of a comparison."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+COLORS = {"better": "green", "worse": "red", "baseline": "dim"}  # of a verdict; yellow for the others
+LOSS_SIGNS = {"better": "[green]▼", "worse": "[red]▲", "baseline": " ", "not distinguishable": "[yellow]≈"}
+SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not distinguishable": "[yellow]≈"}
+
+
 def table(found: Mapping[str, Any]) -> RenderableType:
-    """compare.json for a terminal."""
+    """Return the tables of what compare.json holds: the runs, then sizes and tasks where there are some."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -25,26 +30,12 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     for title in ("val loss", f"to {found['baseline']} ± 95 %", "", "size", "cache", "tok/s"):
         view.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for row in found["summary"]:
-        own = [cell for cell in cells if cell.mechanism == row["mechanism"] and cell.status == "done"]
-        color = {"better": "green", "worse": "red", "baseline": "dim"}.get(row["verdict"], "yellow")
-        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
-        if row["interval"]:
-            difference += f" ± {(row['interval'][1] - row['interval'][0]) / 2:.4f}"
-        rates = [cell.tokens_per_s for cell in own if cell.tokens_per_s]
-        view.add_row(
-            f"[bold]{escape(row['mechanism'])}",
-            "" if row["val_loss"] is None else f"{row['val_loss']:.4f}",
-            difference,
-            f"[{color}]{row['verdict']}",
-            f"{own[0].parameters / 1e6:,.2f}M" if own else "",
-            f"{own[0].cache_bytes / 1024:,.0f}K" if own else "",
-            f"{fmean(rates):,.0f}" if rates else "",
-        )
-    seeds, context = len(found["seeds"]), max((cell.context for cell in cells), default=0)
+        view.add_row(*_row(row, cells))
+    seeds = len(found["seeds"])
+    context = max((cell.context for cell in cells), default=0)
     notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens; Student's intervals over seeds."]
     notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
-    failed = [cell for cell in cells if cell.status == "failed"]
-    notes += [_lost(cell) for cell in failed]
+    notes += [_lost(cell) for cell in cells if cell.status == "failed"]
     below: list[RenderableType] = []
     if found["sizes"]:
         notes.insert(0, f"[dim]The largest size, {found['size']}.")
@@ -52,6 +43,26 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     if found["tasks"]:
         below += ["", *task_table(found["tasks"], found["baseline"])]
     return Group(view, "", *notes, *below)
+
+
+def _row(row: Mapping[str, Any], cells: Sequence[RunResult]) -> tuple[str, ...]:
+    from rich.markup import escape
+
+    own = [cell for cell in cells if cell.mechanism == row["mechanism"] and cell.status == "done"]
+    difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+    if row["interval"]:
+        low, high = row["interval"]
+        difference += f" ± {(high - low) / 2:.4f}"
+    rates = [cell.tokens_per_s for cell in own if cell.tokens_per_s]
+    return (
+        f"[bold]{escape(row['mechanism'])}",
+        "" if row["val_loss"] is None else f"{row['val_loss']:.4f}",
+        difference,
+        f"[{COLORS.get(row['verdict'], 'yellow')}]{row['verdict']}",
+        f"{own[0].parameters / 1e6:,.2f}M" if own else "",
+        f"{own[0].cache_bytes / 1024:,.0f}K" if own else "",
+        f"{fmean(rates):,.0f}" if rates else "",
+    )
 
 
 def _lost(cell: RunResult, size: str = "") -> str:
@@ -64,7 +75,7 @@ def _lost(cell: RunResult, size: str = "") -> str:
 def _grid(
     title: str, columns: Sequence[Mapping[str, Any]], name: str, cell: Callable[[Mapping[str, Any]], str]
 ) -> Table:
-    """A row for each mechanism, a column for each of several comparisons."""
+    """Return a row for each mechanism, a column for each of several comparisons."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -78,12 +89,12 @@ def _grid(
 
 
 def _marked(row: Mapping[str, Any], name: str, form: str, signs: Mapping[str, str], scale: float = 1) -> str:
-    """A number and the sign of its verdict."""
+    """Return a number and the sign of its verdict."""
     return "" if row[name] is None else f"{form.format(scale * row[name])} {signs.get(row['verdict'], '?')}"
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
-    """Losses, a column for each size."""
+    """Return the table of losses, a column for each size, and its notes on failed runs of sizes other than `main`."""
     view = _grid("val loss", sizes, "size", lambda row: _marked(row, "val_loss", "{:.4f}", LOSS_SIGNS))
     notes: list[RenderableType] = [
         "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; "
@@ -95,12 +106,8 @@ def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[Renderable
     return [view, "", *notes, *(_lost(cell, size) for size, cell in cells if cell.status == "failed")]
 
 
-LOSS_SIGNS = {"better": "[green]▼", "worse": "[red]▲", "baseline": " ", "not distinguishable": "[yellow]≈"}
-SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not distinguishable": "[yellow]≈"}
-
-
 def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[RenderableType]:
-    """Accuracies, a column for each task."""
+    """Return the table of accuracies, a column for each task, and its notes."""
     from rich.markup import escape
 
     view = _grid("accuracy, %", tasks, "task", lambda row: _marked(row, "accuracy", "{:.1f}", SIGNS, 100))

@@ -1,4 +1,4 @@
-"""What is running, how fast, how well, how long still: live bars on a terminal, plain lines anywhere else.
+"""Progress of what is running: live bars on a terminal, plain lines anywhere else.
 
 A run reports events, plain dictionaries. Any key may be missing:
 `step` (steps done), `loss` (nats per token), `val_loss`, `tokens_per_s`, `say` (a line that stays on the screen).
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ..formatting import clock
+from ..formatting import clock, rate
 from .tables import console
 
 if TYPE_CHECKING:
@@ -64,14 +64,17 @@ class Progress:
         self._bars.stop()
 
     def begin(self, name: str, steps: int | None, unit: str = "steps") -> Callable[[Mapping[str, Any]], None]:
-        """Show a run of `steps` steps, or of something else; None where nobody knows how many. Returns where its events
-        go: what `train` takes as `progress`."""
+        """Show a run, and return the function that takes its events: what `train` takes as `progress`.
+
+        `steps`: of the whole run, in `unit`; None where nobody knows how many.
+        """
         self._runs[name] = _Run(self._bars.add_task(name, total=steps, rate="", losses=""), steps, unit)
         if not self.live:
             self.say(f"{name}: starts" if steps is None else f"{name}: starts, {steps} {unit}")
         return lambda event: self.update(name, event)
 
     def update(self, name: str, event: Mapping[str, Any]) -> None:
+        """Show an event of the run `name`."""
         run = self._runs[name]
         now = time.monotonic()
         if "say" in event:
@@ -82,132 +85,108 @@ class Progress:
         if self._total is not None:
             self._bars.advance(self._total, step - run.counted)
         run.counted = step
-        rate = f"{_short(run.seen['tokens_per_s'])} tok/s" if "tokens_per_s" in run.seen else ""
-        self._bars.update(run.bar, completed=step, rate=rate, losses=run.losses())
+        speed = rate(run.seen["tokens_per_s"]) if "tokens_per_s" in run.seen else ""
+        self._bars.update(run.bar, completed=step, rate=speed, losses=run.losses())
         if not self.live and (validated or now - run.spoken > PATIENCE):
             run.spoken = now
-            self.say("  ".join(filter(None, (f"{name}: {run.place()}", run.losses(), rate, run.left(now)))))
+            self.say("  ".join(filter(None, (f"{name}: {run.place()}", run.losses(), speed, run.left(now)))))
 
     def end(self, name: str, text: str) -> None:
-        """The run is over; `text` stays on the screen."""
+        """Take the run off the screen; `text` stays."""
         run = self._runs.pop(name)
         self._bars.remove_task(run.bar)
         self.say(f"{name}: {text}")
 
     def say(self, text: str) -> None:
+        """Print a line that stays on the screen."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class Meter:
-    """For work that may be short: silent for two seconds, then one bar, or a line every ten seconds.
-
-    Call it with what is being done, how much of it is, and how much there is.
-    """
-
-    def __init__(self, title: str, *, console: Console | None = None, patience: float = 2.0) -> None:
-        from rich.console import Console
-
-        self.title, self.console, self.patience = title, console or Console(stderr=True), patience
-        self.spoken = time.monotonic()
-        self._bars: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        now = time.monotonic()
-        if now - self.spoken < self.patience:
-            return
-        if not self.console.is_terminal:
-            self.spoken, self.patience = now, PATIENCE
-            self.console.print(f"{self.title}: {what}, {done}/{of}", highlight=False, markup=False, soft_wrap=True)
-            return
-        if self._bars is None:
-            self._bars = self._bar()
-        self._bars.update(self._task, description=f"{self.title}: {what}", completed=done, total=of)
-
-    def _bar(self) -> Any:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bars
-
-        self.patience = 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        bars = Bars(*columns, console=self.console, transient=True)
-        self._task = bars.add_task(self.title, total=1)
-        bars.start()
-        return bars
-
-
 class _Run:
+    """One run under way: the events so far, and when it began."""
+
     def __init__(self, bar: Any, steps: int | None, unit: str) -> None:
-        self.bar, self.steps, self.unit, self.counted = bar, steps, unit, 0
-        self.seen: dict[str, Any] = {}
-        self.spoken = self.began = time.monotonic()
-        self.first: int | None = None
+        self.bar = bar
+        self.steps = steps  # None: nobody knows how many
+        self.unit = unit
+        self.counted = 0  # steps done
+        self.seen: dict[str, Any] = {}  # the newest value of each key of its events
+        self.began = time.monotonic()
+        self.spoken = self.began  # when its last line was printed
+        self.first: int | None = None  # steps that were done when `left` was first asked
 
     def place(self) -> str:
+        """Return how far it is."""
         if self.unit == "steps":
             return f"step {self.counted}/{self.steps}"
         return f"{self.counted:,}{'' if self.steps is None else f' of {self.steps:,}'} {self.unit}"
 
     def losses(self) -> str:
+        """Return its newest losses."""
         shown = (("loss", "loss"), ("val_loss", "val"))
         return "  ".join(f"{word} {self.seen[key]:.3f}" for key, word in shown if key in self.seen)
 
     def left(self, now: float) -> str:
-        """From the steps of this sitting alone: a resumed run did not do the others at this pace."""
+        """Return the time that is left, or nothing; steps from before a resume were not done at this pace."""
         if self.first is None:
-            self.first, self.began = self.counted, now
+            self.first = self.counted
+            self.began = now
         done = self.counted - self.first
         if not done or self.steps is None:
             return ""
         return f"{(now - self.began) / done * (self.steps - self.counted):.0f} s left"
 
 
-def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
 @contextmanager
 def working() -> Iterator[Callable[[str, int, int], None]]:
-    """A line that says what is being done, how far it is and how long still; where there is no terminal, one every ten
-    seconds. Never anything on stdout."""
+    """Yield a function to call with what is being done, how much of it is done, and how much there is.
+
+    It shows one line, with the time that is left; where there is no terminal, one every ten seconds. It writes to
+    stderr, never to stdout.
+    """
     screen = console(stderr=True)
-    pace = Pace()
     if screen.is_terminal:
+        pace = Pace()
         with screen.status("starting") as status:
             yield lambda what, done, of: status.update(pace.line(what, done, of))
-        return
-    told = time.monotonic()
+    else:
+        yield _Lines(screen)
 
-    def tell(what: str, done: int, of: int) -> None:
-        nonlocal told
-        line = pace.line(what, done, of)
-        if time.monotonic() - told >= PATIENCE:
-            told = time.monotonic()
-            screen.print(line)
 
-    yield tell
+class _Lines:
+    """The lines of `working` where there is no terminal to redraw."""
+
+    def __init__(self, screen: Console) -> None:
+        self.screen = screen
+        self.pace = Pace()
+        self.spoken = time.monotonic()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        line = self.pace.line(what, done, of)
+        now = time.monotonic()
+        if now - self.spoken >= PATIENCE:
+            self.spoken = now
+            self.screen.print(line)
 
 
 class Pace:
-    """How fast the present kind of work goes."""
+    """The speed of the present kind of work."""
 
     def __init__(self) -> None:
-        self.what, self.began, self.start = "", 0.0, 0
+        self.what = ""
+        self.began = 0.0  # when this kind of work was first reported
+        self.start = 0  # how much was done then
 
     def line(self, what: str, done: int, of: int) -> str:
+        """Return how far the work is; after a second of it, also its speed and the time that is left."""
         now = time.monotonic()
         if what != self.what:
-            self.what, self.began, self.start = what, now, done
+            self.what = what
+            self.began = now
+            self.start = done
         line = f"{what} ({done:,}/{of:,})"
-        if done <= self.start or now - self.began < 1:
+        seconds = now - self.began
+        if done <= self.start or seconds < 1:
             return line
-        rate = (done - self.start) / (now - self.began)
-        return f"{line}, {rate:,.3g} a second, {clock((of - done) / rate)} left"
+        speed = (done - self.start) / seconds
+        return f"{line}, {speed:,.3g} a second, {clock((of - done) / speed)} left"

@@ -1,29 +1,29 @@
-"""What the terminal shows: tables that fit into 80 columns."""
+"""Tables of the commands, for a terminal of 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..formatting import gigabytes, short, span
+from ..formatting import number, remembered, size, span
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
     from ..costs.dry_run import Forecast
-    from ..costs.plan import Plan
     from ..results import BenchRecord, EvalResult
 
 
 def console(*, stderr: bool = False) -> Console:
+    """Return the console that commands print to."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
 
 
 def columns(**kinds: str) -> Table:
-    """A plain table; each column's kind is "left" or "right"."""
+    """Return an empty table; each column's kind is "left" or "right", and `_` in its title is a blank."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -33,13 +33,12 @@ def columns(**kinds: str) -> Table:
 
 
 def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """`attnlab list`: sizes, then words and formulas."""
+    """Return the tables of `attnlab list`: sizes, then sentences and formulas."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
     from ..catalogue import SHAPE, TOKENS
-    from ..formatting import number
 
     left, right = "left", "right"
     numbers = {"floats/token": right, f"cache at {TOKENS}": right, "parameters": right}
@@ -64,7 +63,7 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def bench(records: Sequence[BenchRecord]) -> RenderableType:
-    """`attnlab bench`: a row per record."""
+    """Return the table of `attnlab bench`: a row per record."""
     from rich.markup import escape
 
     left, right = "left", "right"
@@ -88,15 +87,15 @@ def bench(records: Sequence[BenchRecord]) -> RenderableType:
             "" if r.ms is None else f"{r.ms:,.2f}",
             "" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
             "" if r.relative is None else f"{r.relative:.2f}",
-            size(r.cache_bytes),
-            size(r.peak_bytes),
+            size(r.cache_bytes, "terminal"),
+            size(r.peak_bytes, "terminal"),
             "" if r.flops is None else f"{r.flops / 1e6:,.1f}",
         )
     return table
 
 
 def forecast(found: Forecast) -> RenderableType:
-    """`attnlab train PRESET --dry-run`."""
+    """Return the table of `attnlab train PRESET --dry-run`."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -105,113 +104,14 @@ def forecast(found: Forecast) -> RenderableType:
     table.add_row("parameters", f"{found.parameters:,}")
     table.add_row("tokens", f"{found.tokens:,} ({steps:,} steps of {found.tokens_per_step:,})")
     table.add_row("training FLOPs", f"{found.flops_per_token:,.0f} per token, {found.flops:.2e} in all")
-    table.add_row(
-        "cache", f"{found.cache_bytes_per_token:,.0f} bytes per token, {size(found.cache_bytes)} at full context"
-    )
+    full = size(found.cache_bytes, "terminal")
+    table.add_row("cache", f"{found.cache_bytes_per_token:,.0f} bytes per token, {full} at full context")
     table.add_row("time, at least", f"{span(found.seconds)} at {found.rate / 1e9:,.0f} GFLOP/s ({whose})")
     return table
 
 
-def plan(found: Plan, others: Sequence[Plan] = ()) -> RenderableType:
-    """`attnlab plan`: the model in detail, a row for each other mechanism, and what is assumed."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-
-    from ..costs.plan import USABLE
-
-    def facts(title: str, rows: Mapping[str, tuple[str, str]]) -> Table:
-        table = Table(
-            box=None, pad_edge=False, show_header=False, title=title, title_justify="left", title_style="bold"
-        )
-        for width, justify in ((20, "left"), (12, "right"), (0, "left")):
-            table.add_column(min_width=width, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        for name, (value, why) in rows.items():
-            table.add_row(name, value, f"[dim]{why}")
-        return table
-
-    memory, decode = found.memory, found.decode
-    time = ("unknown", f"the peak is that of bf16, and this trains in {found.precision}")
-    if found.seconds is not None:
-        time = (span(found.seconds), f"at an MFU of {found.mfu:.0%}")
-    passes = "forward, layers again, backward" if found.recompute else "forward and backward"
-    training = {
-        "parameters": (short(found.parameters), f"{found.parameters:,}"),
-        "FLOPs per token": (f"{found.flops_per_token / 1e9:,.3g} GFLOPs", passes),
-        "tokens": (short(found.tokens), f"{found.flops:.3g} FLOPs"),
-        "time": time,
-    }
-    parts = {
-        "weights": (gigabytes(memory.weights), "float32"),
-        "gradients": (gigabytes(memory.gradients), "float32"),
-        "optimiser": (gigabytes(memory.optimizer), "float32"),
-        "copies of weights": (gigabytes(memory.copies), f"{found.precision}, of all layers"),
-        "gathered weights": (gigabytes(memory.gathered), "float32, of two layers, embedding and head"),
-        "activations": (gigabytes(memory.activations), f"of {found.batch:,} x {found.context:,} tokens"),
-        "at the worst moment": (
-            gigabytes(memory.peak),
-            f"[/]{'[green]fits' if found.fits else '[bold red]does not fit'}[/] into {gigabytes(found.usable)}",
-        ),
-    }
-    parts = {name: row for name, row in parts.items() if row[0] != gigabytes(0)}
-    held = f"{decode.context:,} tokens"
-    batch = "no limit" if decode.batch is None else f"{decode.batch:,}"
-    decoding = {
-        "weights": (gigabytes(decode.weights), "bfloat16"),
-        "cache": (gigabytes(decode.cache), f"bfloat16, of a sequence of {held}"),
-        "largest batch": (batch, "the weights do not fit" if decode.batch == 0 else f"sequences of {held}"),
-    }
-    if decode.batch != 0:
-        decoding["time per token"] = (milliseconds(decode.seconds), "of one sequence")
-    if decode.batch and decode.seconds_batch is not None:
-        rate = decode.batch / decode.seconds_batch
-        decoding["in that batch"] = (milliseconds(decode.seconds_batch), f"{rate:,.0f} tokens a second in all")
-    where = f"{found.gpus:,} x {found.gpu}, {escape(found.strategy)}, {found.precision}"
-    verdict: list[RenderableType] = []
-    if not found.fits:
-        would = "Neither sharding nor more GPUs help: a whole layer and its gradients must fit on each."
-        would = f"It would fit with {found.remedy}" if found.remedy else would
-        verdict = [f"[bold red]Training does not fit.[/] {would}", ""]
-    notes = (
-        f"GB are 10^9 bytes. {USABLE:.0%} of a GPU's memory is used; the rest is left to CUDA, communication and "
-        "fragmentation. Memory and FLOPs are counted on the meta device, with fused attention (which computes its "
-        "scores twice), a fused AdamW and evenly loaded experts. "
-        "Time is FLOPs alone; whatever else takes time is in the MFU. Decoding: one model split evenly over all GPUs, "
-        "nothing lost to communication; a step reads at full bandwidth or computes at full speed, whichever takes "
-        "longer."
-    )
-    title = f"[bold]{escape(found.name)}, {found.mechanism}[/]: {where}"
-    table: list[RenderableType] = [shapes(others), ""] if others else []
-    shown = [facts("Training", training), "", facts("Memory of each GPU", parts), "", *verdict]
-    return Group(title, "", *shown, facts("Decoding", decoding), "", *table, f"[dim]{notes}")
-
-
-def shapes(plans: Sequence[Plan]) -> Table:
-    """What `attnlab plan` says of other mechanisms."""
-    right = "right"
-    numbers = {"peak GB": right, "time": right, "cache": right, "batch": right, "ms": right, "in batch": right}
-    table = columns(mechanism="left", size=right, **numbers)
-    for each in plans:
-        decode = each.decode
-        table.add_row(
-            f"[bold]{each.mechanism}",
-            short(each.parameters),
-            f"{'' if each.fits else '[red]'}{each.memory.peak / 1e9:,.1f}",
-            "" if each.seconds is None else span(each.seconds),
-            gigabytes(decode.cache),
-            "any" if decode.batch is None else short(decode.batch),
-            "" if decode.batch == 0 else f"{decode.seconds * 1e3:,.3g}",
-            "" if decode.seconds_batch is None else f"{decode.seconds_batch * 1e3:,.3g}",
-        )
-    return table
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
 def evaluation(found: EvalResult) -> RenderableType:
-    """`attnlab eval`."""
+    """Return the tables of `attnlab eval`: the loss, and the loss by position."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -234,13 +134,14 @@ def evaluation(found: EvalResult) -> RenderableType:
 
 
 def certificates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """`attnlab convert`: a row per conversion, and what the numbers mean."""
+    """Return the table of `attnlab convert`: a row per conversion, and what the numbers mean."""
     from rich.console import Group
 
     left, right = "left", "right"
     table = columns(target=left, method=left, rank=right, cache=right, loss=right, change=right, worst_layer=right)
     for each in found:
-        before, after = each["loss_before"], each["loss_after"]
+        before = each["loss_before"]
+        after = each["loss_after"]
         table.add_row(
             f"[bold]{each['target']}",
             each["method"],
@@ -255,7 +156,7 @@ def certificates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     note = (
         f"Loss in nats per token on {first['tokens']:,} held-out tokens; {first['source']} before: "
         f"{first['loss_before']:.4f}. Cache of one sequence of {first['context']:,} tokens before: "
-        f"{size(first['cache_bytes_before'])}."
+        f"{size(first['cache_bytes_before'], 'terminal')}."
     )
     logits = f"Logits differ by at most {first['max_logit_difference']:.2e} in float64."
     errors = f"Relative error of each layer's attention output: {layers}."
@@ -263,7 +164,7 @@ def certificates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def recovery(found: Mapping[str, Any]) -> RenderableType:
-    """`attnlab heal`: validation loss by tokens."""
+    """Return the table of `attnlab heal`: validation loss by tokens."""
     original = found["original"]
     table = columns(tokens="right", loss="right", **({"above the original": "right"} if original is not None else {}))
     for tokens, loss in found["curve"]:
@@ -271,50 +172,51 @@ def recovery(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def size(count: int | None) -> str:
-    """Bytes, in words."""
-    if count is None:
-        return ""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
 SHOWN = 3  # heads of each kind, where more are marked
 
 
 def heads(found: Mapping[str, Any]) -> RenderableType:
-    """`attnlab heads`: the strongest heads of each kind beside what they would score by chance."""
+    """Return the tables of `attnlab heads`: the strongest heads of each kind beside what they would score by chance."""
     from rich.console import Group
 
-    scores, ablation = found["scores"], found.get("ablation")
+    scores = found["scores"]
+    ablation = found.get("ablation")
     left, right = "left", "right"
     table = columns(
         score=left, head=left, value=right, not_repeated=right, untrained=right, p=right, loss_without=right
     )
     for name, layers in scores["scores"].items():
-        ranked = sorted(
-            ((value, layer, head) for layer, row in enumerate(layers) for head, value in enumerate(row)), reverse=True
-        )
-        for place, (value, layer, head) in enumerate(ranked[:SHOWN]):
+        ranked = [(value, layer, head) for layer, row in enumerate(layers) for head, value in enumerate(row)]
+        for place, (_, layer, head) in enumerate(sorted(ranked, reverse=True)[:SHOWN]):
+            title = "" if place else name
+            table.add_row(title, f"{layer + 1}.{head + 1}", *_head(scores, ablation, name, layer, head))
+    notes = _about_heads(scores, ablation)
+    if found["untrained"]:
+        notes.append("These weights are random: nothing was loaded.")
+    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
+    return Group(table, "", *_remembered(found["inside"]), *(f"[dim]{note}" for note in notes))
 
-            def cell(kind: str, digits: str, name: str = name, layer: int = layer, head: int = head) -> str:
-                return format(scores[kind][name][layer][head], digits) if name in scores[kind] else ""
 
-            mark = "*" if name in scores["marked"] and scores["marked"][name][layer][head] else ""
-            change = "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}"
-            table.add_row(
-                name if not place else "",
-                f"{layer + 1}.{head + 1}",
-                f"{value:.3f}{mark or ' '}",
-                cell("not_repeated", ".3f"),
-                cell("untrained", ".3f"),
-                _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
-                change,
-            )
-    marks = sum(mark for layers in scores["marked"].values() for row in layers for mark in row)
+def _head(
+    scores: Mapping[str, Any], ablation: Mapping[str, Any] | None, name: str, layer: int, head: int
+) -> tuple[str, ...]:
+    """Return the cells about one score of one head: value, both nulls, p, and the change of the loss without it."""
+
+    def cell(kind: str, digits: str) -> str:
+        return format(scores[kind][name][layer][head], digits) if name in scores[kind] else ""
+
+    marked = name in scores["marked"] and scores["marked"][name][layer][head]
+    return (
+        cell("scores", ".3f") + ("*" if marked else " "),
+        cell("not_repeated", ".3f"),
+        cell("untrained", ".3f"),
+        _tail(scores["p"][name][layer][head]) if name in scores["p"] else "",
+        "" if ablation is None else f"{ablation['change'][layer][head]:+.3f}",
+    )
+
+
+def _about_heads(scores: Mapping[str, Any], ablation: Mapping[str, Any] | None) -> list[str]:
+    marks = sum(sum(map(sum, layers)) for layers in scores["marked"].values())
     segments = ", ".join(map(str, scores["segments"]))
     notes = [
         f"{scores['sequences']} random sequences each of segments of {segments} tokens, repeated once. * above both "
@@ -325,11 +227,7 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             f"Loss on the repeat {ablation['second_half']:.3f} nats per token, before it {ablation['first_half']:.3f}; "
             "loss without: how it changes when the head is replaced by its mean."
         )
-    if found["untrained"]:
-        notes.append("These weights are random: nothing was loaded.")
-    notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")
-    remembered = _remembered(found["inside"])
-    return Group(table, "", *remembered, *(f"[dim]{note}" for note in notes))
+    return notes
 
 
 def _tail(p: float) -> str:
@@ -337,8 +235,6 @@ def _tail(p: float) -> str:
 
 
 def _remembered(layers: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    from ..formatting import remembered
-
     titles, rows = remembered(layers)
     if not rows:
         return []

@@ -9,19 +9,19 @@ from ...errors import need
 from ..figures import figure
 from ..findings import Findings
 from ..html import Html, tag
-from .common import missing, section
+from ..style import Look
+from .common import Figures, frame, missing
 
-# Attention, samples
 
-
-def attention(found: Findings) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; the page's script draws the maps from `page_data`."""
     if not found.attention:
-        return section("attention", "Attention maps", missing(found, "attention.json", "No attention map here"))
+        return frame("attention", "Attention maps", missing(found, "attention.json", "No attention map here"))
     pickers = [
         tag("label", name, tag("select", id=f"pick-{name}", aria_label=f"{name} of the attention map"))
         for name in ("mechanism", "layer", "head", "show")
     ]
-    return section(
+    return frame(
         "attention",
         "Attention maps",
         tag("div", pickers, class_="pickers"),
@@ -59,11 +59,16 @@ def attention(found: Findings) -> Html:
     )
 
 
-# Attention maps: the page fills this in
+def page_data(found: Findings) -> dict[str, Any]:
+    """Return what the page's script draws: "attention", every map, and "map", the figure that it fills in or None."""
+    return {
+        "attention": [vars(maps) for maps in found.attention],
+        "map": map_figure() if found.attention else None,
+    }
 
 
 def map_figure() -> dict[str, Any]:
-    """A heat map without data. Colour follows the square root of the weight, so that faint attention can be seen."""
+    """Return a heat map without data. Colour follows the square root of the weight, so that faint weights show."""
     go = need("plotly.graph_objects", "report")
     ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
     trace = go.Heatmap(

@@ -1,9 +1,11 @@
-"""Glossary: what the numbers mean."""
+"""Glossary of the numbers."""
 
 from __future__ import annotations
 
+from ..findings import Findings
 from ..html import Html, tag
-from .common import section
+from ..style import Look
+from .common import Figures, frame
 
 GLOSSARY = {
     "val loss": "Mean cross entropy on held-out text, nats per token: lower is better; its exponential is perplexity.",
@@ -23,7 +25,8 @@ GLOSSARY = {
 }
 
 
-def glossary() -> Html:
-    return section(
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; it has no figure."""
+    return frame(
         "glossary", "What the numbers mean", tag("dl", [[tag("dt", k), tag("dd", v)] for k, v in GLOSSARY.items()])
     )

@@ -1,4 +1,4 @@
-"""Reproduce: the commands, the machine and the versions."""
+"""Record of how to reproduce the page: commands, machine, versions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 from ..findings import Findings
 from ..html import Html, table, tag
-from .common import missing, plainly, section
+from ..style import Look
+from .common import Figures, frame, missing, plainly
 
 
-def reproduce(found: Findings) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; it has no figure."""
     first = found.compare.get("command")
     commands = list(dict.fromkeys(c.command for c in found.cells if c.command))
     content: list[Any] = []
@@ -20,9 +22,8 @@ def reproduce(found: Findings) -> Html:
         ]
     if commands:
         inside = tag("pre", "\n".join(commands), class_="command", tabindex=0)
-        content.append(
-            tag("details", tag("summary", f"The {len(commands)} run{'s' * (len(commands) != 1)} one by one"), inside)
-        )
+        runs = "run" if len(commands) == 1 else "runs"
+        content.append(tag("details", tag("summary", f"The {len(commands)} {runs} one by one"), inside))
     environment = dict(found.compare.get("environment") or {})
     packages = environment.pop("packages", None)
     rows: list[list[Any]] = [[k, plainly(v)] for k, v in environment.items()]
@@ -39,4 +40,4 @@ def reproduce(found: Findings) -> Html:
         content.append(
             table("The machine and the versions that these numbers come from.", ["what", "value"], rows, left=2)
         )
-    return section("reproduce", "Reproduce", content or missing(found, "compare.json", "No record of a command here"))
+    return frame("reproduce", "Reproduce", content or missing(found, "compare.json", "No record of a command here"))

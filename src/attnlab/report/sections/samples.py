@@ -5,12 +5,13 @@ from __future__ import annotations
 from ..findings import Findings
 from ..html import Html, tag
 from ..style import Look
-from .common import missing, named, section
+from .common import Figures, frame, missing, named
 
 
-def samples(found: Findings, look: dict[str, Look]) -> Html:
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section; it has no figure."""
     if not found.samples:
-        return section("samples", "Samples", missing(found, "samples.json", "No sample text here"))
+        return frame("samples", "Samples", missing(found, "samples.json", "No sample text here"))
     cards = []
     for sample in found.samples:
         prompt, text = str(sample.get("prompt") or ""), sample["text"]
@@ -22,4 +23,4 @@ def samples(found: Findings, look: dict[str, Look]) -> Html:
         "The prompt is bold; the rest is what each model writes. "
         "A few lines say little about quality: the losses above say more."
     )
-    return section("samples", "Samples", tag("p", note, class_="note"), tag("div", cards, class_="cards"))
+    return frame("samples", "Samples", tag("p", note, class_="note"), tag("div", cards, class_="cards"))

@@ -7,39 +7,30 @@ from typing import Any
 
 from ...errors import need
 from ...formatting import count, loss, signed
-from ..figures import View, figure, plain
+from ..figures import View, error_bars, figure, plain
 from ..findings import Findings, Standing
 from ..html import Html, join, table, tag
 from ..style import MUTED, Look
-from .common import VERDICTS, Figures, ending, named, plot, section
+from .common import VERDICTS, Figures, frame, named, plot, unfinished
 
 
 def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:
-    """Loss, and its paired difference to the baseline, against parameters: a line for each mechanism."""
-    lines, gaps = [], []
+    """Return loss, and its paired difference to the baseline, against parameters: a line for each mechanism."""
+    losses = []
+    gaps = []
     for mechanism in found.mechanisms:
-        points = [
-            (found.sizes[size].mean(mechanism, "parameters"), size, standing)
-            for size in found.sizes
-            if (standing := found.sizes[size].standing(mechanism)) and standing.val_loss is not None
-        ]
-        held = [(x, size, standing) for x, size, standing in points if x]
-        if not held:
-            continue
-        ends = [_ends(found.sizes[size], mechanism) for _, size, _ in held]
-        means = [standing.val_loss or 0.0 for _, _, standing in held]
-        lines.append(_line(mechanism, look[mechanism], held, means, ends, ".4f"))
-        told = [point for point in held if point[2].difference is not None]
-        if told:
-            differences = [standing.difference or 0.0 for _, _, standing in told]
-            intervals = [standing.interval or (d, d) for (_, _, standing), d in zip(told, differences, strict=True)]
-            gaps.append(_line(mechanism, look[mechanism], told, differences, intervals, "+.4f"))
+        held = _held(found, mechanism)
+        if held:
+            losses.append(_loss_line(found, mechanism, look[mechanism], held))
+        compared = [point for point in held if point[2].difference is not None]
+        if compared:
+            gaps.append(_gap_line(mechanism, look[mechanism], compared))
     views = []
     said = "each point is a size, its parameters those of the whole model"
-    if lines:
+    if losses:
         caption = f"Mean validation loss, lower is better; {said}. Bars reach from the lowest seed to the highest."
         y: dict[str, Any] = {"title": {"text": "validation loss (nats per token)"}}
-        views.append(View("Validation", caption, figure(lines, _parameters(found), y)))
+        views.append(View("Validation", caption, figure(losses, _parameters(found), y)))
     if gaps:
         caption = (
             f"Validation loss minus that of {found.baseline} of the same size and seed; {said}. Below zero is better "
@@ -52,6 +43,31 @@ def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:
     return views
 
 
+Held = tuple[float, str, Standing]  # mean parameters, the size, how the mechanism stands there
+
+
+def _held(found: Findings, mechanism: str) -> list[Held]:
+    held = []
+    for size, own in found.sizes.items():
+        standing = own.standing(mechanism)
+        parameters = own.mean(mechanism, "parameters")
+        if standing and standing.val_loss is not None and parameters:
+            held.append((parameters, size, standing))
+    return held
+
+
+def _loss_line(found: Findings, mechanism: str, style: Look, held: list[Held]) -> Any:
+    means = [standing.val_loss or 0.0 for _, _, standing in held]
+    ends = [_ends(found.sizes[size], mechanism) for _, size, _ in held]
+    return _line(mechanism, style, held, means, ends, ".4f")
+
+
+def _gap_line(mechanism: str, style: Look, held: list[Held]) -> Any:
+    differences = [standing.difference or 0.0 for _, _, standing in held]
+    intervals = [standing.interval or (d, d) for (_, _, standing), d in zip(held, differences, strict=True)]
+    return _line(mechanism, style, held, differences, intervals, "+.4f")
+
+
 def _ends(found: Findings, mechanism: str) -> tuple[float, float]:
     losses = [cell.val_loss or 0.0 for cell in found.done(mechanism)]
     return min(losses), max(losses)
@@ -60,20 +76,17 @@ def _ends(found: Findings, mechanism: str) -> tuple[float, float]:
 def _line(
     mechanism: str,
     style: Look,
-    points: list[tuple[float, str, Standing]],
+    points: list[Held],
     y: list[float],
     ends: list[tuple[float, float]],
     digits: str,
 ) -> Any:
     go = need("plotly.graph_objects", "report")
-    error = {
-        "type": "data",
-        "symmetric": False,
-        "array": [high - value for value, (_, high) in zip(y, ends, strict=True)],
-        "arrayminus": [value - low for value, (low, _) in zip(y, ends, strict=True)],
-        "thickness": 1.2,
-        "width": 3,
-    }
+    error = error_bars(
+        [high - value for value, (_, high) in zip(y, ends, strict=True)],
+        [value - low for value, (low, _) in zip(y, ends, strict=True)],
+        thickness=1.2,
+    )
     return go.Scatter(
         x=[x for x, _, _ in points],
         y=y,
@@ -91,7 +104,7 @@ def _line(
 
 
 def _parameters(found: Findings) -> dict[str, Any]:
-    """The axis, with a tick at each size: where the baseline is, or else whoever is there."""
+    """Return the axis, with a tick at each size: at the baseline's parameters, or else at the first mechanism's."""
     ticks = {}
     for size, own in found.sizes.items():
         counts = [x for m in (found.baseline, *found.mechanisms) if (x := own.mean(m, "parameters"))]
@@ -107,32 +120,24 @@ def _parameters(found: Findings) -> dict[str, Any]:
     }
 
 
-def sizes(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
-    """Empty where the comparison had one size."""
+def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
+    """Return the section, and add its figure to `drawn`; empty where the comparison had one size."""
     if not found.sizes:
         return Html("")
     views = against_parameters(found, look)
     if views:
         drawn["sizes"] = views
-    lost = [
-        tag(
-            "li", tag("b", f"{c.mechanism}, seed {c.seed}, {size}"), f" {ending(c)}", f": {c.error}" if c.error else "."
-        )
-        for size, own in found.sizes.items()
-        for c in own.cells
-        if c.status != "done"
-    ]
-    return section(
+    return frame(
         "sizes",
         "Sizes",
         plot(views, "sizes", "Loss against parameters, one line per mechanism") if views else None,
-        losses(found, look),
-        tag("div", tag("h3", "Runs that did not finish"), tag("ul", lost), class_="failures") if lost else None,
+        _losses(found, look),
+        unfinished((size, cell) for size, own in found.sizes.items() for cell in own.cells),
     )
 
 
-def losses(found: Findings, look: dict[str, Look]) -> Html:
-    """A row per mechanism, a column per size."""
+def _losses(found: Findings, look: dict[str, Look]) -> Html:
+    """Return the table: a row per mechanism, a column per size."""
 
     def cell(own: Findings, mechanism: str) -> Html:
         standing = own.standing(mechanism)
