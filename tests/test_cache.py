@@ -110,7 +110,7 @@ def test_a_saved_cache_goes_on_where_it_was(name, tmp_path):
     with torch.no_grad():
         store = Cache.empty(m.config.cache_spec, 2, 30, dtype=torch.float64)
         _, store = m(x[:, :18], positions[:, :18], store)
-        (again,) = cache.load(cache.save([store], tmp_path / "prompt.safetensors"))
+        (again,) = cache.load_cache(cache.save_cache([store], tmp_path / "prompt.safetensors"))
         want, _ = m(x[:, 18:], positions[:, 18:], store)
         got, after = m(x[:, 18:], positions[:, 18:], again)
     assert torch.equal(got, want)
@@ -120,11 +120,11 @@ def test_a_saved_cache_goes_on_where_it_was(name, tmp_path):
 def test_a_damaged_cache_file_is_one_sentence(tmp_path):
     path = tmp_path / "prompt.safetensors"
     with pytest.raises(UserError, match="no cache file"):
-        cache.load(path)
-    cache.save([Cache.empty(TOKEN, 1, 9)], path)
+        cache.load_cache(path)
+    cache.save_cache([Cache.empty(TOKEN, 1, 9)], path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="not a whole cache file"):
-        cache.load(path)
+        cache.load_cache(path)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 15), (2, 16), (2, 17), (1, 100)])

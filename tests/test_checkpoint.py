@@ -24,7 +24,7 @@ from attnlab.runs import checkpoint
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.runs.processes import Processes
-from attnlab.runs.tensors import Piece, Stored, load_weights, weights, whole
+from attnlab.runs.tensors import Piece, Stored, load_weights, weights, whole_piece
 
 CORPUS = data.from_text("to be or not to be, that is the question\n" * 20, "mine")
 MODEL = ModelConfig(vocab_size=CORPUS.vocab_size, context=16, n_layers=1, d_model=16, n_heads=2)
@@ -152,11 +152,11 @@ def test_tensors_in_pieces(tmp_path):
         folder = RunFolder.create(tmp_path / f"in-{len(cuts) + 1}", CONFIG, CORPUS)
         ends = [0, *cuts, 42]
         place = folder.path / "step-00000003"
-        folder.save_pieces(3, {name: whole(tensor) for name, tensor in tensors.items()}, {}, {})
+        folder.save_pieces(3, {name: whole_piece(tensor) for name, tensor in tensors.items()}, {}, {})
         files = []
         for number, (start, stop) in enumerate(pairwise(ends)):
             held = {"a": Piece(tensors["a"].flatten()[start:stop], start, (7, 3, 2))}
-            held |= {name: whole(tensors[name]) for name in "bcd"} if number == 0 else {}
+            held |= {name: whole_piece(tensors[name]) for name in "bcd"} if number == 0 else {}
             checkpoint.write_pieces(place, held, {}, Processes(rank=number, size=len(ends) - 1))
             files.append(place / (f"model.rank-{number:05d}.safetensors" if number else "model.safetensors"))
         stored = Stored(files)
@@ -188,7 +188,7 @@ def test_any_stretch_is_read_from_any_pieces(tmp_path, shape, cuts):
     """Numbers that tell where they are from: every beginning and end within, at the edge of and beyond a piece."""
     tensor = torch.arange(100, 100 + math.prod(shape)).view(shape)
     if cuts is None:  # in its own shape
-        RunFolder.create(tmp_path / "run", CONFIG, CORPUS).save_pieces(1, {"a": whole(tensor)}, {}, {})
+        RunFolder.create(tmp_path / "run", CONFIG, CORPUS).save_pieces(1, {"a": whole_piece(tensor)}, {}, {})
         files = [tmp_path / "run" / "step-00000001" / "model.safetensors"]
     else:
         files = cut(tmp_path / "cut", tensor, cuts)
@@ -235,7 +235,7 @@ def test_pieces_that_name_different_shapes_are_refused(tmp_path):
 
 def test_each_process_writes_what_it_holds_and_says_so(tmp_path):
     """The first one's files are there though empty; a whole tensor needs no word on where it begins."""
-    processes, piece = Processes(rank=2, size=3), whole(nn.Linear(3, 2).weight)
+    processes, piece = Processes(rank=2, size=3), whole_piece(nn.Linear(3, 2).weight)
     assert not piece.data.requires_grad and piece.start == 0 and piece.shape == (2, 3)
     part = Piece(torch.arange(5.0), 4, (3, 3))
     assert checkpoint.write_pieces(tmp_path, {}, {}, processes) == {} and not names(tmp_path)

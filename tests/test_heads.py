@@ -24,7 +24,7 @@ from attnlab.heads import (
     watch,
 )
 from attnlab.heads.memory import angles
-from attnlab.heads.scores import lengths
+from attnlab.heads.scores import segment_lengths
 from attnlab.recording import Maps, record_attention
 from attnlab.stats import beyond, holm, welch
 
@@ -138,7 +138,7 @@ def test_large_random_weights_score_at_their_own_null() -> None:
     [(9, [4]), (35, [4, 8, 17]), (64, [8, 16, 32]), (1024, [32, 64, 128]), (10**6, [32, 64, 128])],
 )
 def test_several_lengths_whatever_the_context(context: int, expected: list[int]) -> None:
-    assert lengths(ModelConfig(context=context)) == expected
+    assert segment_lengths(ModelConfig(context=context)) == expected
 
 
 def test_progress_is_told_batch_by_batch_and_ends_at_the_end() -> None:

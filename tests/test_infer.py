@@ -61,7 +61,7 @@ def loaded(
 @pytest.fixture(scope="module")
 def words() -> bpe.BPETokenizer:
     pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'attnlab[data]'")
-    return bpe.train(TEXTS, 320, SPECIAL)
+    return bpe.train_bpe(TEXTS, 320, SPECIAL)
 
 
 def test_what_was_streamed_is_the_text(words):
@@ -137,7 +137,7 @@ def test_a_chat_reads_as_transformers_renders_it(words, template, tmp_path):
         if system:
             messages.insert(0, {"role": "system", "content": system})
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        text = chat.render(template, messages, names)
+        text = chat.render_chat(template, messages, names)
         assert text == expected
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert chat.encode(words, text) == ids
@@ -167,7 +167,7 @@ def test_a_name_in_a_users_text_is_text(words):
 )
 def test_a_template_that_does_not_work_is_refused(template):
     with pytest.raises(UserError, match="the chat template of this model"):
-        chat.render(template, [{"role": "user", "content": "x"}], {})
+        chat.render_chat(template, [{"role": "user", "content": "x"}], {})
 
 
 @pytest.mark.parametrize(

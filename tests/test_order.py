@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from attnlab.data.order import GOLDEN, key_of, mix, permuted, shares, units, window_starts
+from attnlab.data.order import GOLDEN, key_of, mix, shares, shuffled, units, window_starts
 
 PINNED = {
     "mix": [0, 6238072747940578789, 2720858781877447050],
@@ -21,7 +21,7 @@ PINNED = {
 
 def order(size: int, *key: int, count: int | None = None) -> np.ndarray:
     index = np.arange(size if count is None else count, dtype=np.uint64)
-    return permuted(index, size, key_of(*key).repeat(len(index)))
+    return shuffled(index, size, key_of(*key).repeat(len(index)))
 
 
 def test_every_size_is_permuted_one_to_one():
@@ -32,7 +32,7 @@ def test_every_size_is_permuted_one_to_one():
 @pytest.mark.parametrize("size", [2**32 - 1, 2**40 + 7, 10**13])
 def test_large_sizes_stay_in_range_and_do_not_collide(size):
     index = np.random.default_rng(0).integers(0, size, 50_000).astype(np.uint64)
-    found = permuted(index, size, key_of(3).repeat(len(index)))
+    found = shuffled(index, size, key_of(3).repeat(len(index)))
     assert found.max() < size and len(np.unique(found)) == len(np.unique(index))
     assert abs(found.mean() / size - 0.5) < 0.01
 
@@ -57,7 +57,7 @@ def test_the_hash_is_splitmix64s():
 def test_all_orders_of_a_few_are_equally_likely():
     keys = mix(np.arange(24_000, dtype=np.uint64) * GOLDEN)
     for size in (2, 3, 4, 5):
-        orders = np.stack([permuted(np.full(len(keys), i, np.uint64), size, keys) for i in range(size)], 1)
+        orders = np.stack([shuffled(np.full(len(keys), i, np.uint64), size, keys) for i in range(size)], 1)
         seen, kinds = Counter(map(tuple, orders.tolist())), factorial(size)
         assert len(seen) == kinds
         chi = sum((count - len(keys) / kinds) ** 2 for count in seen.values()) * kinds / len(keys)

@@ -22,7 +22,7 @@ from attnlab.config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, Tr
 from attnlab.errors import UserError
 from attnlab.model import Decoder, flops_per_token
 from attnlab.pretrained import tensor_names
-from attnlab.pretrained.folders import Stored
+from attnlab.pretrained.folders import LazyTensor
 from attnlab.recording import record_notes
 from attnlab.spec import RopeScaling
 from attnlab.training.train import train
@@ -613,8 +613,8 @@ ROWS: dict[str, tuple[tensor_names.Row, list[tuple[int, ...]], Callable[..., lis
 }
 
 
-def on_disk(tensors: dict[str, Tensor]) -> dict[str, Stored]:
-    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+def on_disk(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
+    return {name: LazyTensor(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -622,11 +622,11 @@ def test_a_row_is_read_as_it_says_and_written_back(kind: str) -> None:
     row, shapes, witness = ROWS[kind]
     theirs = {name: torch.randn(shape) for name, shape in zip(row.theirs, shapes, strict=True)}
     held = {name: tensor.clone() for name, tensor in theirs.items()}
-    mine = tensor_names.read([row], on_disk(theirs), {})
+    mine = tensor_names.read_tensors([row], on_disk(theirs), {})
     wanted = witness(*theirs.values())
     assert list(mine) == list(row.ours) and len(wanted) == len(mine)
     assert all(torch.equal(mine[name], want) for name, want in zip(row.ours, wanted, strict=True))
-    written = tensor_names.write([row], {name: tensor.requires_grad_() for name, tensor in mine.items()})
+    written = tensor_names.write_tensors([row], {name: tensor.requires_grad_() for name, tensor in mine.items()})
     assert list(written) == list(row.theirs)
     for name, tensor in written.items():
         assert torch.equal(tensor, held[name]) and tensor.is_contiguous() and not tensor.requires_grad
@@ -642,26 +642,28 @@ def test_a_row_is_read_as_it_says_and_written_back(kind: str) -> None:
 def test_what_is_read_has_the_kind_that_was_asked_for_or_its_own() -> None:
     rows = [tensor_names.same("a", "x"), tensor_names.transposed("b", "y")]
     theirs = {"x": torch.randn(3, 2).half(), "y": torch.randn(3, 2).double()}
-    mine = tensor_names.read(rows, on_disk(theirs), {"b": torch.bfloat16})
+    mine = tensor_names.read_tensors(rows, on_disk(theirs), {"b": torch.bfloat16})
     assert {name: tensor.dtype for name, tensor in mine.items()} == {"a": torch.float16, "b": torch.bfloat16}
     assert torch.equal(mine["a"], theirs["x"]) and torch.equal(mine["b"], theirs["y"].T.bfloat16())
 
 
 def test_a_vector_that_they_lack_is_zero_or_refused() -> None:
     row = tensor_names.absent("b", 7)
-    assert torch.equal(tensor_names.read([row], {}, {})["b"], torch.zeros(7))
-    assert tensor_names.write([row], {"b": torch.zeros(7)}) == {}
+    assert torch.equal(tensor_names.read_tensors([row], {}, {})["b"], torch.zeros(7))
+    assert tensor_names.write_tensors([row], {"b": torch.zeros(7)}) == {}
     assert tensor_names.expected([row], {"b": torch.empty(7, device="meta")}) == {}
-    refuses(lambda: tensor_names.write([row], {"b": torch.eye(7)[3]}), "b is not zero", "write family 'attnlab'")
+    refuses(
+        lambda: tensor_names.write_tensors([row], {"b": torch.eye(7)[3]}), "b is not zero", "write family 'attnlab'"
+    )
 
 
 def test_a_row_that_gives_more_or_less_than_it_names_is_an_error() -> None:
     for names, made in ((["a"], 2), (["a", "b"], 1)):
         row = tensor_names.Row(names, ["x"], lambda x, made=made: [x] * made, lambda *x: [x[0]])
         with pytest.raises(ValueError, match="zip"):
-            tensor_names.read([row], on_disk({"x": torch.ones(2)}), {})
+            tensor_names.read_tensors([row], on_disk({"x": torch.ones(2)}), {})
         row = tensor_names.Row(["a"], names, lambda *x: [x[0]], lambda x, made=made: [x] * made)
-        for use in (tensor_names.write, tensor_names.expected):
+        for use in (tensor_names.write_tensors, tensor_names.expected):
             with pytest.raises(ValueError, match="zip"):
                 use([row], {"a": torch.ones(2)})
 
@@ -672,7 +674,7 @@ FAMILY: Any = SimpleNamespace(__name__="mine", PREFIX="body.", EXTRA=r"\.mask$")
 def checked(found: dict[str, tuple[int, ...]], **wanted: tuple[int, ...]) -> set[str]:
     full = {f"body.{name}": torch.Size(shape) for name, shape in wanted.items()} | {"head": torch.Size((2, 3))}
     stored = on_disk({name: torch.empty(shape) for name, shape in found.items()})
-    return set(tensor_names.check(full, stored, FAMILY, "it"))
+    return set(tensor_names.check_tensors(full, stored, FAMILY, "it"))
 
 
 def test_tensors_are_checked_by_name_and_shape() -> None:
@@ -701,9 +703,9 @@ def test_a_prefix_is_added_to_all_names_or_to_none() -> None:
     """A bare model has it nowhere; where one tensor has it, another that lacks it is not ours."""
     wanted = {f"body.{name}": torch.Size((2,)) for name in "ab"}
     bare, half = ({name: torch.empty(2) for name in names} for names in ("ab", ("body.a", "b")))
-    found = tensor_names.check(wanted, on_disk(bare), FAMILY, "it")
+    found = tensor_names.check_tensors(wanted, on_disk(bare), FAMILY, "it")
     assert {name: each.load() is bare[name[-1]] for name, each in found.items()} == {"body.a": True, "body.b": True}
-    refuses(lambda: tensor_names.check(wanted, on_disk(half), FAMILY, "it"), "lacks the tensor body.b;")
+    refuses(lambda: tensor_names.check_tensors(wanted, on_disk(half), FAMILY, "it"), "lacks the tensor body.b;")
 
 
 def test_a_config_may_say_nothing_or_the_one_value() -> None:

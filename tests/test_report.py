@@ -26,7 +26,7 @@ from attnlab import attention
 from attnlab.errors import UserError
 from attnlab.formatting import count, size
 from attnlab.report import render, style, write_report
-from attnlab.report.findings import Findings, Standing, read
+from attnlab.report.findings import Findings, Standing, read_results
 from attnlab.report.headline import headline
 from attnlab.report.sections.curves import curve_views
 from attnlab.report.sections.decoding import crossings, decoding_views
@@ -138,7 +138,7 @@ def test_many_comparisons_carry_their_warning() -> None:
 
 
 def test_one_seed_is_too_few(tmp_path: Path) -> None:
-    found = read(fixture.make(tmp_path / "one", seeds=(3,), failed=None, layers=1))
+    found = read_results(fixture.make(tmp_path / "one", seeds=(3,), failed=None, layers=1))
     title, details = headline(found)
     assert title.startswith("One seed each: too few to tell any mechanism from mha")
     assert not re.search(r"\b(better|worse)\b", " ".join([title, *details]))
@@ -152,7 +152,7 @@ def test_failed_runs_are_marked_and_counted_nowhere(folder: Path) -> None:
     assert "1 of 24 runs did not finish and count nowhere: msla with seed 2 (failed)" in page
     assert "2 of 3" in page and "✗ 1 failed" in page
     assert "the loss is NaN at step 431" in page
-    found = read(folder)
+    found = read_results(folder)
     assert [cell.seed for cell in found.done("msla")] == [0, 1]
 
 
@@ -265,7 +265,7 @@ def test_no_crossover_is_claimed_from_one_form_alone() -> None:
 
 
 def test_axes_have_units_and_differences_are_paired(folder: Path) -> None:
-    found = read(folder)
+    found = read_results(folder)
     looks = style.looks(found.mechanisms)
     views = [*curve_views(found, looks), *trade_views(found, looks), *decoding_views(found, looks)]
     assert [view.name for view in views] == [
@@ -287,7 +287,7 @@ def test_axes_have_units_and_differences_are_paired(folder: Path) -> None:
 
 
 def test_a_mechanism_without_a_cache_is_named_where_a_log_axis_cannot_show_it(folder: Path) -> None:
-    found = read(folder)
+    found = read_results(folder)
     cells = [replace(c, cache_bytes=0) if c.mechanism == "sliding" else c for c in found.cells]
     view = trade_views(replace(found, cells=cells), style.looks(found.mechanisms))[0]
     assert "sliding keeps no cache, which this axis cannot show" in view.caption
@@ -361,7 +361,7 @@ def test_a_comparison_under_way_says_so(tmp_path: Path) -> None:
     data = json.loads((made / "compare.json").read_text())
     data["cells"] = data["cells"][:4]
     (made / "compare.json").write_text(json.dumps(data))
-    assert "The comparison is not finished: 4 of its 6 runs have started." in headline(read(made))[1][-1]
+    assert "The comparison is not finished: 4 of its 6 runs have started." in headline(read_results(made))[1][-1]
 
 
 def test_missing_numbers_are_not_zero(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import report_fixture as fixture
 
 from attnlab.errors import UserError
 from attnlab.report import render, style, write_report
-from attnlab.report.findings import read
+from attnlab.report.findings import read_results
 from attnlab.report.sections import sizes
 
 NAMES = ("mha", "mla", "sliding")
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_show_what_the_file_holds(folder: Path) -> None:
-    found = read(folder)
+    found = read_results(folder)
     validation, difference = sizes.against_parameters(found, style.looks(found.mechanisms))
     held = json.loads((folder / "compare.json").read_text())["sizes"]
     rows = [{row["mechanism"]: row for row in each["summary"]} for each in held]

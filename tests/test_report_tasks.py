@@ -17,7 +17,7 @@ import report_fixture as fixture
 
 from attnlab.errors import UserError
 from attnlab.report import render, style, write_report
-from attnlab.report.findings import read
+from attnlab.report.findings import read_results
 from attnlab.report.sections import tasks
 from attnlab.results import TaskResult
 
@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_show_what_the_file_holds(folder: Path) -> None:
-    found = read(folder)
+    found = read_results(folder)
     looks = style.looks(found.mechanisms)
     by_length, by_cache, by_depth = tasks.against_length(found, looks), tasks.against_cache(found, looks), None
     assert [view.name for view in by_length] == [view.name for view in by_cache] == ["mqar", "needle"]

@@ -60,7 +60,7 @@ def gpt2() -> bpe.BPETokenizer:
 
 @pytest.fixture(scope="module")
 def own() -> bpe.BPETokenizer:
-    return bpe.train(TEXTS * 3, 600, special=["<|user|>"])
+    return bpe.train_bpe(TEXTS * 3, 600, special=["<|user|>"])
 
 
 @pytest.fixture(params=["byte", "gpt2", "own"])
@@ -87,7 +87,7 @@ def test_json_is_the_whole_tokenizer(tokenizer: data.Tokenizer) -> None:
 def test_fingerprints_differ(gpt2: bpe.BPETokenizer, own: bpe.BPETokenizer) -> None:
     texts = ["aaaa bbbb", "aaaa cccc"]
     made = [data.CharTokenizer("abc"), data.CharTokenizer("abd"), data.ByteTokenizer(), gpt2, own]
-    made += [bpe.train([text] * 2, 262) for text in texts]
+    made += [bpe.train_bpe([text] * 2, 262) for text in texts]
     assert len({one.fingerprint for one in made}) == len(made)
 
 
@@ -206,19 +206,19 @@ def test_without_the_files_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_training_is_the_same_every_time(own: bpe.BPETokenizer) -> None:
-    assert bpe.train(TEXTS * 3, 600, special=["<|user|>"]).fingerprint == own.fingerprint
+    assert bpe.train_bpe(TEXTS * 3, 600, special=["<|user|>"]).fingerprint == own.fingerprint
     assert own.vocab_size == 600 and own.end == 598 and own.encode("<|user|>") != [599]
 
 
 def test_text_it_never_saw(own: bpe.BPETokenizer) -> None:
-    small = bpe.train(["only plain words here"], 257)
+    small = bpe.train_bpe(["only plain words here"], 257)
     for text in random_texts(40, seed=1):
         assert own.decode(own.encode(text)) == text and small.decode(small.encode(text)) == text
     assert small.encode("é") == [small._ids[c] for c in "Ã©"] and small.end == 256
 
 
 def test_merges_are_the_commonest_pairs() -> None:
-    made = bpe.train(["ab ab ab cd cd"], 260)
+    made = bpe.train_bpe(["ab ab ab cd cd"], 260)
     assert made.to_json()["model"]["merges"][0] == ["a", "b"]
     assert len(made.encode("ab")) == 1
 
@@ -229,7 +229,7 @@ def test_merges_are_the_commonest_pairs() -> None:
 )
 def test_a_vocabulary_that_cannot_be(size: int, special: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        bpe.train(["text"], size, special)
+        bpe.train_bpe(["text"], size, special)
 
 
 def test_by_name(tmp_path: Path, own: bpe.BPETokenizer) -> None:

@@ -161,7 +161,7 @@ class Fake:
         self.fails, self.told = fails, list[object]()
 
     @contextmanager
-    def __call__(self, run: trackers.Run) -> Iterator[trackers.Write]:
+    def __call__(self, run: trackers.TrackerRun) -> Iterator[trackers.Write]:
         self.stage("opening")
         try:
             yield lambda values, step: (self.stage(f"step {step}"), self.told.append((step, values)))[1]

@@ -234,7 +234,7 @@ def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tens
         cache.positions[:, cache.capacity] = -1
 
 
-def save(caches: Sequence[Cache], path: str | Path) -> Path:
+def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
     """Write the caches of all layers to one safetensors file, whole or not at all. Return its path."""
     from safetensors.torch import save as pack
 
@@ -246,7 +246,7 @@ def save(caches: Sequence[Cache], path: str | Path) -> Path:
     return write_bytes(path, pack(tensors, {"attnlab.cache": json.dumps(layers)}))
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
+def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
     """Return the caches that `save` wrote. Raise `UserError` where the file is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 

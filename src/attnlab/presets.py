@@ -213,7 +213,7 @@ def wikitext2_gpt2(mechanism: str) -> RunConfig:
     return RunConfig(name=f"wikitext2-gpt2-{mechanism}", model=model, data=prepared("wikitext-2"), train=train)
 
 
-def task(name: str, steps: int) -> RunConfig:
+def task_preset(name: str, steps: int) -> RunConfig:
     """A synthetic task, for two layers and one core: one minute or two of it (docs/tasks.md)."""
     model = ModelConfig(vocab_size=28, context=64, n_layers=2, d_model=64, n_heads=2)
     train = TrainConfig(steps=steps, batch_size=32, eval_every=500, eval_batches=4, save_every=1000, precision="fp32")
@@ -224,7 +224,7 @@ def repeats() -> RunConfig:
     """Induction among 64 symbols, with a checkpoint every 100 steps, so that `attnlab compare repeats --heads` shows
     when induction heads appear; docs/induction.md is made with it. 16 sequences a step and this rate are what small
     models of all mechanisms learn it with in half a minute of one core."""
-    base = task("repeats", 1400)
+    base = task_preset("repeats", 1400)
     model = replace(base.model, n_heads=4)
     train = replace(
         base.train, batch_size=16, lr=1.5e-3, min_lr=1.5e-4, warmup=50, eval_every=350, save_every=100, keep=0
@@ -286,8 +286,8 @@ _ALL: tuple[Callable[[], RunConfig], ...] = (
     *(partial(openwebtext_124m, name) for name in ("mha", "mla")),
     *(partial(wikitext103_35m, name) for name in ("mha", "mqa", "mla")),
     *(partial(wikitext2_gpt2, name) for name in ("mha", "mqa", "gqa", "mla", "mka", "fast_mka")),
-    *(partial(task, name, 2000) for name in ("mqar", "induction", "copying")),
-    *(partial(task, name, 3000) for name in ("selective", "needle")),
+    *(partial(task_preset, name, 2000) for name in ("mqar", "induction", "copying")),
+    *(partial(task_preset, name, 3000) for name in ("selective", "needle")),
     repeats,
 )
 _PRESETS = {preset().name: preset for preset in _ALL}

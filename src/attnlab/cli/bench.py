@@ -61,5 +61,5 @@ def bench(
         print(json.dumps([r.to_dict() for r in records], indent=1))
     else:
         crossovers = context_crossovers(records)
-        tables.console().print(tables.bench(records), *map(str, crossovers), sep="\n")
+        tables.console().print(tables.bench_table(records), *map(str, crossovers), sep="\n")
     return 0

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from .. import presets
-from ..comparison.engines import Kind, Local, Ray, Share, Slurm
+from ..comparison.engines import EngineOptions, Local, Ray, Share, Slurm
 from ..errors import UserError, choose
 from ..terminal import tables
 from .options import Fields, Flag, Json, Pack, options_of_mechanisms, progress, split_commas, this_command, with_choices
@@ -74,7 +74,7 @@ def compare(
 
     config = with_choices(config, None, data, pack)
     presets.check_corpus(config)
-    kinds: dict[str, Kind] = {"local": Local(), "ray": Ray(ray_address), "slurm": slurm}
+    kinds: dict[str, EngineOptions] = {"local": Local(), "ray": Ray(ray_address), "slurm": slurm}
     kind = kinds[choose("engine", engine, kinds)]
     for name, other in kinds.items():
         if other is not kind and other != type(other)():

@@ -27,5 +27,5 @@ def list_(
     elif markdown:
         print(catalogue.markdown([r for r in records if r.get("package") == "attnlab"]), end="")
     else:
-        tables.console().print(tables.listing(records))
+        tables.console().print(tables.mechanism_table(records))
     return 0

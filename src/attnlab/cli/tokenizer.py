@@ -66,7 +66,7 @@ def tokenizer(
                 tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})
                 yield piece.text
 
-        made = bpe.train(texts(), vocab_size, split_commas(special))
+        made = bpe.train_bpe(texts(), vocab_size, split_commas(special))
     characters = sum(lengths)
     if not characters:
         raise UserError(f"{name} has no text in it; give a source that has")

@@ -86,6 +86,6 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     except UserError as error:
         missing = f"\nTraining would stop here: {error}"
     print(f"{presets.about(preset)}\n")
-    tables.console().print(tables.forecast(forecast(config, rate)))
+    tables.console().print(tables.forecast_table(forecast(config, rate)))
     print(missing, end="\n" if missing else "")
     return 0

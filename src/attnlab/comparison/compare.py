@@ -17,10 +17,10 @@ from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
 from ..results import RunResult, environment
-from .engines import Engine, Kind, Local, Needs, Outcome, Share
+from .engines import Engine, EngineOptions, Local, Needs, Outcome, Share
 from .extras import EXTRAS, write_extras
 from .grid import Cell, Comparison, Sweep, default_command, sweep
-from .progress import Progress, Show, Silent
+from .progress import ComparisonProgress, Show, Silent
 from .verdicts import summarize, summarize_size, summarize_task
 
 
@@ -28,7 +28,7 @@ def compare(
     comparison: Comparison,
     out: str | Path,
     *,
-    engine: Kind = Local(),  # noqa: B008
+    engine: EngineOptions = Local(),  # noqa: B008
     share: Share = Share(),  # noqa: B008
     command: str = "",
     extras: Sequence[str] = EXTRAS,
@@ -60,7 +60,7 @@ def compare(
     return runs.found
 
 
-def foresee(comparison: Comparison, out: Path, engine: Kind, share: Share = Share()) -> str:  # noqa: B008
+def foresee(comparison: Comparison, out: Path, engine: EngineOptions, share: Share = Share()) -> str:  # noqa: B008
     """Return what `compare` would do, in words; nothing is trained or written."""
     cells = sweep(comparison, out).cells
     todo = [cell for cell in cells if not cell.finished()]
@@ -72,7 +72,9 @@ def foresee(comparison: Comparison, out: Path, engine: Kind, share: Share = Shar
     return "\n".join([*lines, f"{runs} {opened.describe([cell.call for cell in todo])}" if todo else runs])
 
 
-def _needs(comparison: Comparison, todo: Sequence[Cell], out: Path, share: Share, progress: Progress) -> Needs:
+def _needs(
+    comparison: Comparison, todo: Sequence[Cell], out: Path, share: Share, progress: ComparisonProgress
+) -> Needs:
     device = comparison.preset.train.device
     return Needs(runs=len(todo), folder=out, device=device, say=progress.say, **vars(share))
 
@@ -89,7 +91,7 @@ class Runs:
         self.attempts: Counter[Cell] = Counter()  # how often each was begun by this call
         self.about = {"command": command, "environment": environment()}
         self.found: dict[str, Any] = {}  # compare.json
-        self.progress: Progress = Silent()
+        self.progress: ComparisonProgress = Silent()
 
     def write(self) -> None:
         """Write compare.json: what is known so far."""
@@ -100,7 +102,7 @@ class Runs:
         write_json(self.out / "compare.json", found)
         self.found = found
 
-    def make(self, engine: Engine, progress: Progress, extras: Sequence[str]) -> None:
+    def make(self, engine: Engine, progress: ComparisonProgress, extras: Sequence[str]) -> None:
         """Make the runs that are not finished, then the extras. `KeyboardInterrupt` says how many runs are finished."""
         self.progress = progress
         for cell in self.cells:

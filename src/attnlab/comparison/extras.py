@@ -19,14 +19,16 @@ from ..results import LawResult
 from ..runs.folder import RunFolder, load_model
 from .engines import Call, Engine, Outcome
 from .grid import Grid
-from .progress import Progress
+from .progress import ComparisonProgress
 
 EXTRAS = ("laws", "samples", "attention")  # the files by default; also: "heads"
 WINDOW = 32  # tokens whose attention is kept
 SAMPLE = 240  # tokens of text
 
 
-def write_extras(work: Grid, out: Path, engine: Engine, progress: Progress, files: Sequence[str] = EXTRAS) -> None:
+def write_extras(
+    work: Grid, out: Path, engine: Engine, progress: ComparisonProgress, files: Sequence[str] = EXTRAS
+) -> None:
     """Write `files` into `out`. A file that is newer than all finished runs stays as it is.
 
     "laws": of every mechanism. "samples" and "attention": of each mechanism's first finished run. "heads": of every

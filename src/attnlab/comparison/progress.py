@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 
-class Progress(Protocol):
+class ComparisonProgress(Protocol):
     """A display of the runs under way, open from `__enter__` to `__exit__`. `terminal.progress.Progress` is one."""
 
     def __enter__(self) -> Self: ...
@@ -29,7 +29,7 @@ class Progress(Protocol):
         """Show a line, also before `__enter__`."""
 
 
-Show = Callable[[int], Progress]  # makes a display, given the optimizer steps of all runs together
+Show = Callable[[int], ComparisonProgress]  # makes a display, given the optimizer steps of all runs together
 
 
 class Silent:

@@ -20,7 +20,7 @@ from ..measure.counters import counted_flops, interleaved, peak_growth
 from ..presets import BASELINE, Options, variant, with_options
 from ..results import BenchRecord, Tell
 from ..training.train import resolve
-from .subjects import Case, Kind, Subject
+from .subjects import Case, Kind, Workload
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def bench(
 
 def measure_cases(cases: Sequence[Case], corpus: data.Corpus | None, repeats: int, tell: Tell) -> list[BenchRecord]:
     """Return a record of each case: all are checked, those that passed are timed in turns, then FLOPs are counted."""
-    subjects: dict[Case, Subject | None] = {}
+    subjects: dict[Case, Workload | None] = {}
     errors: dict[Case, str] = {}
     for number, case in enumerate(cases):
         tell(f"checking {case}", number, len(cases))
@@ -111,7 +111,7 @@ def _relative(record: BenchRecord, baseline: float | None) -> BenchRecord:
     return replace(record, relative=record.ms / baseline) if record.ms and baseline else record
 
 
-def _checked(case: Case, corpus: data.Corpus | None) -> tuple[Subject | None, str]:
+def _checked(case: Case, corpus: data.Corpus | None) -> tuple[Workload | None, str]:
     """The subject of a case, and what is wrong with it. One that cannot be made or run spoils no other case."""
     try:
         subject = case.subject(corpus)
@@ -120,7 +120,7 @@ def _checked(case: Case, corpus: data.Corpus | None) -> tuple[Subject | None, st
         return None, str(error).splitlines()[0]
 
 
-def _record(case: Case, subject: Subject | None, seconds: Sequence[float], error: str) -> BenchRecord:
+def _record(case: Case, subject: Workload | None, seconds: Sequence[float], error: str) -> BenchRecord:
     config = case.config
     known: dict[str, Any] = {
         "kind": case.kind,

@@ -36,7 +36,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerMemory:
     """The two passes of one kind of layer, of the embedding, or of the head."""
 
     forward: Part
@@ -51,9 +51,9 @@ class Footprint:
     The backward pass of the head is counted in its forward part.
     """
 
-    embed: Layer
-    layers: tuple[Layer, ...]
-    head: Layer
+    embed: LayerMemory
+    layers: tuple[LayerMemory, ...]
+    head: LayerMemory
 
     @property
     def flops(self) -> int:
@@ -161,7 +161,7 @@ class Laps(Follow):
         else:
             self.backward.append(part)
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[LayerMemory]:
         """Return embed, each layer, and the head, once the backward pass has ended."""
         self.mark_backward()
         assert self.head is not None
@@ -170,7 +170,7 @@ class Laps(Follow):
         copies = [after - before for before, after in pairwise(self.copied)]
         if not self.stand_in.keep:
             copies = [0] * len(copies)
-        return [Layer(*parts) for parts in zip([*self.forward, self.head], backward, copies, strict=True)]
+        return [LayerMemory(*parts) for parts in zip([*self.forward, self.head], backward, copies, strict=True)]
 
 
 class Mark(nn.Module):
@@ -252,7 +252,7 @@ class AsOnGpu(TorchFunctionMode):
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self.narrow, (args, kwargs))
         elif self.bf16 and name in EXACT:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, widen, (args, kwargs))
-        return fused(*args, **kwargs) if name == FUSED else function(*args, **kwargs)
+        return fused_attention(*args, **kwargs) if name == FUSED else function(*args, **kwargs)
 
     def narrow(self, x: Tensor) -> Tensor:
         """Return `x` in bfloat16 where it is float32; the copy of a weight is made once where `keep` is set."""
@@ -274,7 +274,7 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def fused(
+def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

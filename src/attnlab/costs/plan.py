@@ -53,7 +53,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory(Record):
+class StepMemory(Record):
     """Bytes on the fullest GPU, in training. Each part is given at its largest.
 
     The peak is not their sum: not all are largest at once, and operations need memory for their own results.
@@ -69,7 +69,7 @@ class Memory(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding(Record):
+class DecodingCost(Record):
     """The costs of decoding: one model over all GPUs, split evenly, in bfloat16. Sizes in bytes, times in seconds."""
 
     context: int  # tokens held
@@ -95,7 +95,7 @@ class Plan(Record):
     batch: int  # sequences on each GPU at a time
     context: int  # their tokens
     usable: int  # bytes of each GPU
-    memory: Memory
+    memory: StepMemory
     fits: bool
     remedy: str  # options with which training would fit; "": it fits, or nothing was found
     tokens: int  # to train on
@@ -103,7 +103,7 @@ class Plan(Record):
     flops_per_token: float  # of training, recomputation included
     flops: float  # of all training
     seconds: float | None  # of all training; None: the peak of these GPUs in this precision is not known
-    decode: Decoding
+    decode: DecodingCost
 
 
 def plan(
@@ -193,7 +193,7 @@ class Sizes:
         batch = self.batch(machine)
         return self.step(batch, machine.recompute, False).flops / (batch * self.config.model.context)
 
-    def memory(self, machine: Machine) -> Memory:
+    def memory(self, machine: Machine) -> StepMemory:
         """Return the memory of a training step, once the optimizer has its state."""
         sharding = find_sharding(machine.strategy)
         gpus = machine.gpus
@@ -224,7 +224,7 @@ class Sizes:
             freed = [size - size // gpus for size in buffers]
         in_passes = before + walk(step, buffers, freed)
         in_optimizer = weights + optimizer + gradients + self.working
-        return Memory(
+        return StepMemory(
             weights=weights,
             gradients=gradients,
             optimizer=optimizer,
@@ -239,7 +239,7 @@ class Sizes:
         ends = sum(p.nbytes for p in self.weights) - sum(self.layers)
         return ends + sum(sorted(self.layers)[-2:])
 
-    def decoding(self, machine: Machine, context: int | None = None) -> Decoding:
+    def decoding(self, machine: Machine, context: int | None = None) -> DecodingCost:
         """Return the costs of decoding with `context` tokens held (None: the config's), by a roofline.
 
         A step takes the time of its reading or of its FLOPs, whichever is longer. It reads the weights that its tokens
@@ -269,7 +269,7 @@ class Sizes:
             reading = always + experts * (1 - unused**batch) + batch * read
             return max(reading / gpu.bandwidth, batch * flops / gpu.flops) / machine.gpus
 
-        return Decoding(
+        return DecodingCost(
             context=context,
             weights=weights,
             cache=cache,

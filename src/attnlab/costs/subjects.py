@@ -40,7 +40,7 @@ class Case:
     def __str__(self) -> str:
         return " ".join(filter(None, (self.label, self.mode, f"at {self.config.model.context}")))
 
-    def subject(self, corpus: data.Corpus | None) -> Subject:
+    def subject(self, corpus: data.Corpus | None) -> Workload:
         """Return the case ready to be measured; `corpus` is for training alone."""
         if self.kind == "train":
             assert corpus is not None
@@ -48,7 +48,7 @@ class Case:
         return (Prefilling if self.kind == "prefill" else Decoding)(self)
 
 
-class Subject(Protocol):
+class Workload(Protocol):
     """A case, ready to be measured. One repeat makes `calls` calls, which process `tokens` tokens."""
 
     device: torch.device

@@ -139,7 +139,7 @@ def gpt2() -> BPETokenizer:
     return made
 
 
-def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
     """Return a byte-level tokenizer of `vocab_size` tokens, learned from `texts`.
 
     Its tokens are every byte, the end of a document, `special` tokens of your own, and merges. Text of any kind makes

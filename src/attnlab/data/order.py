@@ -34,7 +34,7 @@ def key_of(*numbers: int) -> np.ndarray:
     return key
 
 
-def permuted(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Return where the permutation of 0 .. size - 1 that belongs to `key` takes each `index`; all uint64 [n].
 
     A Feistel network permutes the next larger power of 4, at least 64, below which its orders are not equally likely.
@@ -65,7 +65,7 @@ def units(samples: np.ndarray, size: int, key: np.ndarray) -> tuple[np.ndarray, 
     """Return the unit (0 .. size - 1) that each sample reads, and the key of its epoch. All uint64 [n]."""
     epoch, index = np.divmod(samples.astype(np.uint64), np.uint64(size))
     keys = mix(key + epoch * GOLDEN)
-    return permuted(index, size, keys), keys
+    return shuffled(index, size, keys), keys
 
 
 def window_starts(samples: np.ndarray, tokens: int, context: int, key: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ def examine(folder: str | Path) -> TaskResult:
     model, _ = load_model(folder, device=device)
     found = {
         length: score(lambda tokens: model(tokens.to(device))[0].cpu(), task, length, SEQUENCES)
-        for length in lengths(task, config.model)
+        for length in exam_lengths(task, config.model)
     }
     size = model.embed.weight.element_size()
     trained = found[config.model.context]
@@ -68,7 +68,7 @@ def examine(folder: str | Path) -> TaskResult:
     )
 
 
-def lengths(task: Task, model: ModelConfig) -> list[int]:
+def exam_lengths(task: Task, model: ModelConfig) -> list[int]:
     """Return the lengths (tokens) at which a model is examined."""
     longest = model.context if model.positions == "learned" else 4 * model.context
     asked = (model.context // 4, model.context // 2, model.context, 2 * model.context, 4 * model.context)

@@ -18,7 +18,7 @@ from ..model import Decoder
 from ..results import Ablation, Tell
 from ..stats import t_quantile
 from .capture import heads_replaced, watch
-from .scores import check_sequences, lengths, repeated
+from .scores import check_sequences, repeated, segment_lengths
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def ablate(
     sequences, and for a segment that does not fit twice into the context.
     """
     config = model.config
-    segment = lengths(config, None if segment is None else [segment])[-1]
+    segment = segment_lengths(config, None if segment is None else [segment])[-1]
     check_sequences(sequences)
     training = model.training
     device = next(model.parameters()).device

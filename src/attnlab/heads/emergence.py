@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..results import Emergence, Tell
 from ..runs.folder import RunFolder, load_model
 from .ablation import losses
-from .scores import PATTERNS, lengths, mean_scores, repeated
+from .scores import PATTERNS, mean_scores, repeated, segment_lengths
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def scores_over_training(
             "--train.keep 0 and a smaller --train.save-every"
         )
     shape = folder.config.model
-    segments = lengths(shape, segments)
+    segments = segment_lengths(shape, segments)
     batches = repeated(shape.vocab_size, sequences, segments[-1], seed).split(batch_size)
     scores: dict[str, list[list[list[float]]]] = {name: [] for name in PATTERNS}
     first = []

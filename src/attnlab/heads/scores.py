@@ -139,7 +139,7 @@ def head_scores(
     """
     config = model.config
     device = next(model.parameters()).device
-    segments = lengths(config, segments)
+    segments = segment_lengths(config, segments)
     check_sequences(sequences)
     each = max(2, -(-sequences // FRESH))  # sequences per untrained model
     count = _Count(tell, (2 * sequences + FRESH * each) * len(segments))
@@ -242,7 +242,7 @@ def check_sequences(sequences: int) -> None:
         )
 
 
-def lengths(config: ModelConfig, given: Sequence[int] | None = None) -> list[int]:
+def segment_lengths(config: ModelConfig, given: Sequence[int] | None = None) -> list[int]:
     """Return the lengths of the segment in tokens, ascending.
 
     `given` None: half of the context, at most 128, and a half and a quarter of that, as far as they reach 4 tokens.

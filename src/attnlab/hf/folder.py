@@ -32,7 +32,7 @@ def dry_run(source: str, **settings: Any) -> Counts:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        config = read(folder)
+        config = read_patched(folder)
     else:
         config = AutoConfig.for_model(choose("folder or model type", source, TYPES[: len(MODELS)]))
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def patch_folder(source: str, out: str | Path, *, progress: Tell, **settings: An
     folders.check_free(out)
     folder = folder if folder.is_dir() else folders.download(source)
     progress(f"reading {source}", 0, 3)
-    model = load(folder)
+    model = load_patched(folder)
     progress("patching, and asking the laws", 1, 3)
     counts = patch(model, **settings)
     progress(f"writing {out}", 2, 3)
@@ -64,16 +64,16 @@ def patch_folder(source: str, out: str | Path, *, progress: Tell, **settings: An
     return counts
 
 
-def read(folder: Path) -> PretrainedConfig:
+def read_patched(folder: Path) -> PretrainedConfig:
     """Return the config of the model in `folder`. Raises `UserError` for a type that cannot be patched."""
-    kind = folders.about(folder)["config"].get("model_type")
+    kind = folders.describe(folder)["config"].get("model_type")
     choose(f"model_type in {folder}:", str(kind), TYPES)
     return AutoConfig.from_pretrained(folder)
 
 
-def load(folder: Path) -> Any:
+def load_patched(folder: Path) -> Any:
     """Return the model in `folder`. Raises `UserError` where a tensor is missing or damaged."""
-    config = read(folder)
+    config = read_patched(folder)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:

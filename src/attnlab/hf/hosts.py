@@ -22,7 +22,7 @@ from ..errors import UserError, choose
 from ..model import init_weights
 from ..pretrained.families import gpt2, llama
 from .decoder import cached, refuse
-from .memory import Memory, Place, add_memories, locate
+from .memory import LayerPlace, Memory, add_memories, locate
 
 TRAIN = ("all", "attention", "new")
 MODELS: list[type[Patched]] = []  # the classes below, in their order
@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         self,
         hidden_states: Tensor,
         past_key_values: DynamicCache | None = None,
-        attnlab_place: Place | None = None,
+        attnlab_place: LayerPlace | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Return the output B L D for hidden_states B L D. Raises `UserError` where the model was not called whole."""
@@ -90,13 +90,13 @@ class Patched:
         super().__init__(config)  # type: ignore[call-arg]
         for entry in config.attnlab:
             install(self, from_dict(Patch, entry))
-        freeze(self)
+        freeze_host(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Return the model as transformers does, with the parameters frozen that were frozen when it was saved."""
         found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        freeze(found[0] if isinstance(found, tuple) else found)
+        freeze_host(found[0] if isinstance(found, tuple) else found)
         return found
 
     def blocks(self) -> list[nn.Module]:
@@ -162,7 +162,7 @@ def install(model: Any, patch: Patch) -> None:
         setattr(blocks[i], model.slot, adapter.to(like.dtype).train(host.training))
 
 
-def freeze(model: Any) -> None:
+def freeze_host(model: Any) -> None:
     """Let parameters train as the config says: all, those of the mechanisms, or of these what did not carry over."""
     choice = choose("train", model.config.attnlab_train, TRAIN)
     for parameter in model.parameters():

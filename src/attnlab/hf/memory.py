@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..spec import CAUSAL, AttentionConfig, Mask
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """Positions of the tokens of one call."""
 
     positions: Tensor  # B L, from 0; -1: padding
@@ -36,7 +36,7 @@ class Memory(CacheLayerMixin):
         self.cache: Cache | None = None
         self.room = 0  # tokens that fit into the cache
 
-    def ready(self, x: Tensor, place: Place) -> Cache:
+    def ready(self, x: Tensor, place: LayerPlace) -> Cache:
         """Return the cache with room for the tokens of `x` (B L ...), whose dtype and device it has."""
         ragged = self.ragged or not place.mask.plain
         needed = self.get_seq_length() + x.shape[1]
@@ -129,7 +129,9 @@ def add_memories(cache: object, layers: Iterable[tuple[int, AttentionConfig]]) -
     return found
 
 
-def locate(tokens: Tensor, memories: list[Memory], attention_mask: Tensor | None, position_ids: Tensor | None) -> Place:
+def locate(
+    tokens: Tensor, memories: list[Memory], attention_mask: Tensor | None, position_ids: Tensor | None
+) -> LayerPlace:
     """Return the positions of `tokens` (B L ...), which follow those in `memories`, and the mask.
 
     attention_mask: B S over all tokens so far, 0 for padding. position_ids (B L) must agree with it. Raises `UserError`
@@ -157,4 +159,4 @@ def locate(tokens: Tensor, memories: list[Memory], attention_mask: Tensor | None
             "position_ids do not count the tokens that attention_mask shows, from 0 in each row; leave them out, and "
             "give each document a row of its own"
         )
-    return Place(positions, CAUSAL if padded or ragged else Mask(plain=True))
+    return LayerPlace(positions, CAUSAL if padded or ragged else Mask(plain=True))

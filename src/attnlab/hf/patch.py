@@ -21,7 +21,7 @@ from ..laws.interface import separate
 from ..laws.subject import Broken, movement, moves_by, scale, seeded, unchanged
 from ..pretrained.rope_config import rotary
 from ..spec import UNSCALED, AttentionConfig
-from .hosts import MODELS, TRAIN, Adapter, Patch, freeze, install
+from .hosts import MODELS, TRAIN, Adapter, Patch, freeze_host, install
 
 
 class Counts(NamedTuple):
@@ -73,12 +73,12 @@ def patch(
     except BaseException:
         before.restore(model, cls)
         raise
-    counts = count(model)
+    counts = count_parameters(model)
     print(counts)
     return counts
 
 
-def count(model: nn.Module) -> Counts:
+def count_parameters(model: nn.Module) -> Counts:
     """Return how many parameters of `model` train, of how many."""
     parameters = list(model.parameters())
     return Counts(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
@@ -140,7 +140,7 @@ def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -
         if projections.endswith("_norm") and shared >= {"q", "k"}:  # of heads
             value = parts.get(name)
         elif projections and set(projections) <= shared:
-            value = stacked(parts, projections, kind, kv_heads(config, projections, len(parameter)), config.head_dim)
+            value = stack_projections(parts, projections, kind, kv_heads(config, projections, len(parameter)), config.head_dim)
         else:
             value = None
         if value is not None and value.shape == parameter.shape:
@@ -156,7 +156,7 @@ def kv_heads(config: AttentionConfig, projections: str, rows: int) -> int:
     return heads // 2 if {"k", "v"} <= set(projections) else heads
 
 
-def stacked(parts: Mapping[str, Tensor], projections: str, kind: str, heads: int, head_dim: int) -> Tensor:
+def stack_projections(parts: Mapping[str, Tensor], projections: str, kind: str, heads: int, head_dim: int) -> Tensor:
     """Return `projections` of the model, such as "qkv", below one another: their weights or biases, as `kind` says.
 
     Keys and values get so many `heads`.
@@ -200,7 +200,7 @@ def adopt(model: Any, cls: type[Any], entry: Patch, train: str, seed: int) -> No
             mechanism = model.adapters()[i].mechanism
             for name, value in carried(cls.read(host), mechanism, entry.keep_output).items():
                 mechanism.get_parameter(name).copy_(value)
-    freeze(model)
+    freeze_host(model)
 
 
 def reconfigure(model: Any, config: PretrainedConfig) -> None:

@@ -16,7 +16,7 @@ from ..data import Tokenizer
 from ..errors import UserError
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
+def render_chat(template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str:
     """Return the text of `messages` ({"role", "content"}), and the beginning of an answer.
 
     `special`: "bos_token" and the like -> name. Raises `UserError` for a template that is broken, or that refuses these

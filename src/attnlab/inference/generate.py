@@ -88,7 +88,7 @@ def generate(  # the public function takes the fields of Sampling one by one
     prompt, a token that the model does not know, or a length that learned positions do not reach.
     """
     sampling = Sampling(n, temperature, top_k, top_p, seed)
-    check(model, prompts, sampling)
+    check_request(model, prompts, sampling)
     return continuation(model, prompts, sampling, on_token, stop=stop, compile=compile).rows
 
 
@@ -223,7 +223,7 @@ def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Ten
     return tokens.gather(-1, torch.minimum(at, likeliest_last))[:, 0]
 
 
-def check(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def check_request(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     """Raise `UserError` where `generate` could not do what is asked."""
     sampling.check()
     config = model.config

@@ -16,7 +16,7 @@ from ..measure.counters import tensor_bytes
 from ..model import Decoder
 from ..runs.folder import RunFolder
 from . import chat
-from .generate import Continuation, Sampling, check, continuation
+from .generate import Continuation, Sampling, check_request, continuation
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def continue_texts(
     if system is not None and not chatting:
         raise UserError("a system message is for a chat; add --chat, or put it into the prompt")
     ids = [in_chat(loaded, prompt, system) if chatting else tokenizer.encode(prompt) for prompt in prompts]
-    check(model, ids, sampling)
+    check_request(model, ids, sampling)
     if not ids or not sampling.n:
         raise UserError(f"there are {len(ids)} prompts and {sampling.n} tokens to sample; give at least one of each")
     stop = ends(loaded, tokenizer)
@@ -185,7 +185,7 @@ def in_chat(loaded: pretrained.Loaded, prompt: str, system: str | None) -> list[
     names: dict[int | None, str] = {i: name for name, i in chat.special_tokens(tokenizer).items()}
     config = loaded.about.get("config", {})
     special = {key.removesuffix("_id"): names.get(several(config.get(key))[0], "") for key in pretrained.TOKENS}
-    return chat.encode(tokenizer, chat.render(template, messages, special))
+    return chat.encode(tokenizer, chat.render_chat(template, messages, special))
 
 
 def ends(loaded: pretrained.Loaded, tokenizer: Tokenizer) -> Collection[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..cache import load, save
+from ..cache import load_cache, save_cache
 from ..spec import CacheSpec
 from .subject import (
     Broken,
@@ -261,8 +261,8 @@ def save_and_load(s: Subject) -> str:
     _, cache = s.feed(x[:, :cut], [cut], s.cache())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache.safetensors"
-        save([cache], path)
-        (loaded,) = load(path)
+        save_cache([cache], path)
+        (loaded,) = load_cache(path)
     got, _ = s.feed(x[:, cut:], [1, 2], loaded, start=cut)
     require_equal(got, y[:, cut:], s.tolerance, "decoding on from a saved and loaded cache")
     return "equal after a round trip, and decoding goes on from a loaded cache"

@@ -74,9 +74,9 @@ def load(
         tokenizer = None
     else:
         path = path if path.is_dir() else folders.download(str(source))
-        about = folders.about(path)
+        about = folders.describe(path)
         found = folders.tensors(path, trust)
-        tokenizer = folders.tokenizer(path)
+        tokenizer = folders.folder_tokenizer(path)
     known = {kind: name for name in names() for kind in module(name).MODEL_TYPES}
     family = known[choose(f"model_type in {path}:", str(about["config"].get("model_type")), known)]
     model = build(module(family), about["config"], found, str(source), dtype)
@@ -95,7 +95,7 @@ def _load_run(path: Path, source: str, step: int | None, dtype: torch.dtype, dev
 
 
 def build(
-    family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, folders.Stored], source: str, dtype: torch.dtype
+    family: ModuleType, hf: Mapping[str, Any], found: Mapping[str, folders.LazyTensor], source: str, dtype: torch.dtype
 ) -> Decoder:
     """Return the Decoder of a family's config and tensors, in evaluation mode.
 
@@ -111,9 +111,9 @@ def build(
     except TypeError as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
-    stored = tensor_names.check(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
+    stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
-    model.load_state_dict(tensor_names.read(rows, stored, dtypes), strict=False, assign=True)
+    model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()
@@ -136,11 +136,11 @@ def save(
     """
     theirs = module(family)
     hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _dtype(loaded.model)}
-    state = tensor_names.write(tensor_names.rows(theirs, loaded.model), tensor_names.ours(loaded.model))
+    state = tensor_names.write_tensors(tensor_names.rows(theirs, loaded.model), tensor_names.ours(loaded.model))
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = model_card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return folders.write(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
+    return folders.write_folder(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor on the disk, whose shape is known before it is read."""
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ def download(name: str) -> Path:
         ) from None
 
 
-def about(folder: Path) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, Any]:
     """Return a folder's "config", and where it has them "tokenizer_config" and "chat_template".
 
     Raises `UserError` where there is no config.json, or one that is no JSON object.
@@ -73,13 +73,13 @@ def about(folder: Path) -> dict[str, Any]:
     return found if template is None else {**found, "chat_template": template}
 
 
-def tokenizer(folder: Path) -> data.Tokenizer | None:
+def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
     """Return the tokenizer in `folder`, None where there is none."""
     path = folder / "tokenizer.json"
-    return tokenizer_json.read(read_json(path)) if path.is_file() else None
+    return tokenizer_json.parse_tokenizer(read_json(path)) if path.is_file() else None
 
 
-def tensors(folder: Path, trust: bool = False) -> dict[str, Stored]:
+def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
     """Return the tensors of a folder by name: from one safetensors file, several with an index, or pytorch_model.bin.
 
     Raises `UserError` where there is none of these, or a damaged one, or a pickle that `trust` does not allow.
@@ -94,35 +94,35 @@ def tensors(folder: Path, trust: bool = False) -> dict[str, Stored]:
     raise UserError(f"{folder} has a config.json but no model.safetensors; bring the weights there")
 
 
-def _safe(path: Path, trust: bool) -> dict[str, Stored]:
+def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
     try:
         file = safe_open(str(path), "pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); fetch or export it again") from None
 
-    def stored(name: str) -> Stored:
+    def stored(name: str) -> LazyTensor:
         # opened anew: an open file keeps in memory all that was read from it
-        return Stored(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
+        return LazyTensor(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
 
     return {name: stored(name) for name in file.keys()}
 
 
-def _pickled(path: Path, trust: bool) -> dict[str, Stored]:
+def _pickled(path: Path, trust: bool) -> dict[str, LazyTensor]:
     return stored(unpickle(path, trust), path)
 
 
-def stored(state: Any, path: Path) -> dict[str, Stored]:
+def stored(state: Any, path: Path) -> dict[str, LazyTensor]:
     """Return a state dict as if it were on the disk. Raises `UserError` where it holds anything but tensors."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds something else than named tensors; give a checkpoint of a model")
 
-    def one(tensor: Tensor) -> Stored:
-        return Stored(tuple(tensor.shape), lambda: tensor)
+    def one(tensor: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
     return {str(name): one(tensor) for name, tensor in state.items()}
 
 
-def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Stored]]:
+def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Return the "config" (and "step" and "results") of nanoGPT's ckpt.pt, and its tensors.
 
     Its tokenizer, a pickle elsewhere, is not read. Raises `UserError` for any other file.
@@ -158,7 +158,7 @@ def unpickle(path: Path, trust: bool) -> Any:
         raise UserError(f"{path} is damaged or not a checkpoint ({why}); fetch it again") from None
 
 
-def write(
+def write_folder(
     folder: Path,
     config: Mapping[str, Any],
     state: dict[str, Tensor],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder
-from .folders import Stored
+from .folders import LazyTensor
 
 
 class Row(NamedTuple):
@@ -111,9 +111,9 @@ def expected(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, torc
     }
 
 
-def check(
-    wanted: Mapping[str, torch.Size], found: Mapping[str, Stored], family: ModuleType, source: str
-) -> dict[str, Stored]:
+def check_tensors(
+    wanted: Mapping[str, torch.Size], found: Mapping[str, LazyTensor], family: ModuleType, source: str
+) -> dict[str, LazyTensor]:
     """Return `found` under full names.
 
     Raises `UserError` where a tensor of `wanted` (name -> shape) is missing or has another shape, and where there are
@@ -138,7 +138,9 @@ def check(
     return dict(found)
 
 
-def read(rows: Iterable[Row], found: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def read_tensors(
+    rows: Iterable[Row], found: Mapping[str, LazyTensor], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
     """Return our tensors by name, in `dtypes`, or as they are stored where it does not name them.
 
     They are made row by row, so that only one row is held twice. They are copies, because a tensor of a mapped file is
@@ -151,7 +153,7 @@ def read(rows: Iterable[Row], found: Mapping[str, Stored], dtypes: Mapping[str, 
     }
 
 
-def write(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_tensors(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return their tensors by name, on the CPU."""
     return {
         name: tensor.detach().cpu().contiguous()

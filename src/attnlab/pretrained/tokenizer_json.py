@@ -32,7 +32,7 @@ def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
     return tokenizer.to_json()
 
 
-def read(held: Any) -> data.Tokenizer:
+def parse_tokenizer(held: Any) -> data.Tokenizer:
     """Return the tokenizer in a tokenizer.json, one of ours where `written` made it.
 
     Raises `UserError` for content that is no JSON object.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import write_bytes
-from .findings import read
+from .findings import read_results
 from .page import page, plotly_script
 
 __all__ = ["render", "write_report"]
@@ -25,5 +25,5 @@ def render(folder: str | Path) -> str:
 
     `UserError` where the folder is missing, has no results or a damaged file, or where plotly is not installed.
     """
-    found = read(Path(folder))
+    found = read_results(Path(folder))
     return page(found, plotly_script()).encode("utf-8", "replace").decode()

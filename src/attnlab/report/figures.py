@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import need
 from ..formatting import size
-from .findings import number
+from .findings import finite_number
 from .style import GROUND, INK, MUTED, RULE, Look
 
 FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
@@ -88,7 +88,7 @@ def over_seeds(lines: list[list[list[float]]]) -> Series:
     """Return the mean and the range of lines of [step, value], one a seed, at the steps that every seed has."""
     if not lines:
         return []
-    tables = [{step: y for step, value in line if (y := number(value)) is not None} for line in lines]
+    tables = [{step: y for step, value in line if (y := finite_number(value)) is not None} for line in lines]
     steps = sorted(set.intersection(*(set(t) for t in tables)))
     columns = [(step, [t[step] for t in tables]) for step in steps]
     return [(step, fmean(values), min(values), max(values)) for step, values in columns]

@@ -20,7 +20,7 @@ FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.j
 
 
 @dataclass(frozen=True)
-class Maps:
+class AttentionMaps:
     """The attention of one model on one text: layers, then heads, then a matrix of queries by keys."""
 
     mechanism: str
@@ -70,7 +70,7 @@ class Findings:
     laws: list[LawResult] = field(default_factory=list)
     bench: list[BenchRecord] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    attention: list[Maps] = field(default_factory=list)
+    attention: list[AttentionMaps] = field(default_factory=list)
     heads: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -90,11 +90,11 @@ class Findings:
     def done(self, mechanism: str) -> list[RunResult]:
         """Return the finished runs with a loss, by seed."""
         own = [c for c in self.cells if c.mechanism == mechanism and c.status == "done"]
-        return sorted((c for c in own if number(c.val_loss) is not None), key=lambda cell: cell.seed)
+        return sorted((c for c in own if finite_number(c.val_loss) is not None), key=lambda cell: cell.seed)
 
     def mean(self, mechanism: str, name: str) -> float | None:
         """Return the mean of a field over the finished runs that have it, or None."""
-        values = [x for cell in self.done(mechanism) if (x := number(getattr(cell, name))) is not None]
+        values = [x for cell in self.done(mechanism) if (x := finite_number(getattr(cell, name))) is not None]
         return fmean(values) if values else None
 
     def standing(self, mechanism: str) -> Standing | None:
@@ -108,14 +108,14 @@ class Findings:
         return str(self.compare.get("command") or f"attnlab compare quick --out {self.folder}")
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """Return the value as a float, or None where it is missing, NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def read(path: Path) -> Findings:
+def read_results(path: Path) -> Findings:
     """Return what the folder `path` holds. `UserError` where it is missing, has no results, or a file is damaged."""
     if not path.exists():
         raise UserError(f"there is no folder {path}: give the folder that attnlab compare or attnlab demo wrote")
@@ -219,14 +219,14 @@ def _means(cells: list[RunResult]) -> list[Standing]:
     return [Standing(m, len(found.done(m)), found.mean(m, "val_loss")) for m in found.mechanisms]
 
 
-def _maps(data: dict[str, Any]) -> Maps:
+def _maps(data: dict[str, Any]) -> AttentionMaps:
     matrices = [head for layer in data["layers"] for head in layer]
     if not matrices or not matrices[0]:
         raise ValueError("an entry has no attention matrix")
     shape = len(matrices[0]), len(matrices[0][0])
 
     def packed(matrix: list[list[float]]) -> str:
-        flat = [round(65535 * min(max(number(x) or 0.0, 0.0), 1.0)) for row in matrix for x in row]
+        flat = [round(65535 * min(max(finite_number(x) or 0.0, 0.0), 1.0)) for row in matrix for x in row]
         if len(matrix) != shape[0] or any(len(row) != shape[1] for row in matrix):
             raise ValueError("its attention matrices differ in shape")
         return b64encode(pack(f"<{len(flat)}H", *flat)).decode()
@@ -239,7 +239,7 @@ def _maps(data: dict[str, Any]) -> Maps:
     for heads, sizes in zip(data["layers"], values, strict=True):
         if sizes and [len(head) for head in sizes] != [shape[1]] * len(heads):
             raise ValueError("sizes of values and attention matrices differ in shape")
-    return Maps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers, values)
+    return AttentionMaps(str(data["mechanism"]), int(data.get("seed", 0)), tokens, shape, layers, values)
 
 
 def _heads(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..formatting import words
-from .findings import Findings, Standing, number
+from .findings import Findings, Standing, finite_number
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _list(standings: list[Standing]) -> str:
 
 
 def _loss(standing: Standing) -> float:
-    value = number(standing.val_loss)
+    value = finite_number(standing.val_loss)
     return float("inf") if value is None else value
 
 

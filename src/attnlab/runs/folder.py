@@ -34,7 +34,7 @@ from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
 from .checkpoint import COMMIT, Checkpoint, check_file, commit, drop, make_anew, write_pieces
 from .processes import ONE_PROCESS, Processes
-from .tensors import Piece, Stored, load_weights, weights, whole
+from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
 
@@ -178,8 +178,8 @@ class RunFolder:
 
     def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, when one process holds everything. Returns its folder."""
-        pieces = {name: whole(tensor) for name, tensor in weights(model).items()}
-        return self.save_pieces(step, pieces, {name: whole(tensor) for name, tensor in optimizer.items()}, state)
+        pieces = {name: whole_piece(tensor) for name, tensor in weights(model).items()}
+        return self.save_pieces(step, pieces, {name: whole_piece(tensor) for name, tensor in optimizer.items()}, state)
 
     def save_pieces(
         self,

@@ -99,7 +99,7 @@ class Processes:
 ONE_PROCESS = Processes()
 
 
-def join(device: torch.device, grouped: bool = False) -> Processes:
+def join_processes(device: torch.device, grouped: bool = False) -> Processes:
     """Return the processes that the launcher started, joined; `leave` them in the end.
 
     `grouped`: make a process group even of one process. Raises `UserError` when they cannot find each other.

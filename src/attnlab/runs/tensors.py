@@ -23,7 +23,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]  # of the whole tensor
 
 
-def whole(tensor: Tensor) -> Piece:
+def whole_piece(tensor: Tensor) -> Piece:
     """Return all of a tensor as one piece."""
     return Piece(tensor.detach(), 0, tuple(tensor.shape))
 

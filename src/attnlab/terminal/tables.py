@@ -32,7 +32,7 @@ def columns(**kinds: str) -> Table:
     return table
 
 
-def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+def mechanism_table(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Return the tables of `attnlab list`: sizes, then sentences and formulas."""
     from rich.console import Group
     from rich.markup import escape
@@ -62,7 +62,7 @@ def listing(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     return Group(sizes, "", f"[dim]{note}", "", words)
 
 
-def bench(records: Sequence[BenchRecord]) -> RenderableType:
+def bench_table(records: Sequence[BenchRecord]) -> RenderableType:
     """Return the table of `attnlab bench`: a row per record."""
     from rich.markup import escape
 
@@ -94,7 +94,7 @@ def bench(records: Sequence[BenchRecord]) -> RenderableType:
     return table
 
 
-def forecast(found: Forecast) -> RenderableType:
+def forecast_table(found: Forecast) -> RenderableType:
     """Return the table of `attnlab train PRESET --dry-run`."""
     from rich.table import Table
 

@@ -35,7 +35,7 @@ Write = Callable[[dict[str, float], int], None]  # numbers by name, and the step
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackerRun:
     """The run as a tracker gets it at the start."""
 
     folder: Path  # of this tracker
@@ -52,7 +52,7 @@ class Trackers:
         self.say = say
         self.open: dict[str, tuple[Write, ExitStack]] = {}
 
-    def begin(self, name: str, run: Run) -> None:
+    def begin(self, name: str, run: TrackerRun) -> None:
         """Open the tracker `name`."""
         stack = ExitStack()
         try:
@@ -113,7 +113,7 @@ def open_trackers(
         write_json(place / "ids.json", {"id": id, "name": f"{config.name}-{config.mechanism}-{id}"})
     ids = read_json(place / "ids.json")
     for name in dict.fromkeys(names):
-        trackers.begin(name, Run(place / name, ids["id"], ids["name"], to_dict(config), progress_step))
+        trackers.begin(name, TrackerRun(place / name, ids["id"], ids["name"], to_dict(config), progress_step))
     try:
         yield trackers
     except BaseException as error:
@@ -139,7 +139,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _tensorboard(run: Run) -> Iterator[Write]:
+def _tensorboard(run: TrackerRun) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
@@ -156,7 +156,7 @@ def _tensorboard(run: Run) -> Iterator[Write]:
 
 
 @contextmanager
-def _wandb(run: Run) -> Iterator[Write]:
+def _wandb(run: TrackerRun) -> Iterator[Write]:
     """Track with Weights & Biases, which ignores steps before its last one.
 
     Without a network every resumed run has a folder of its own, and all have one id.
@@ -183,7 +183,7 @@ def _wandb(run: Run) -> Iterator[Write]:
 
 
 @contextmanager
-def _trackio(run: Run) -> Iterator[Write]:
+def _trackio(run: TrackerRun) -> Iterator[Write]:
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -215,7 +215,7 @@ def _trackio_folder(folder: Path) -> Iterator[None]:
             vars(module)["TRACKIO_DIR"] = earlier
 
 
-TRACKERS: dict[str, Callable[[Run], AbstractContextManager[Write]]] = {
+TRACKERS: dict[str, Callable[[TrackerRun], AbstractContextManager[Write]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,

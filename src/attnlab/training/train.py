@@ -31,7 +31,7 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import LocalError, Processes, join, leave, peer_lost, stop_requests, unreachable
+from ..runs.processes import LocalError, Processes, join_processes, leave, peer_lost, stop_requests, unreachable
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
@@ -66,7 +66,7 @@ def train(
     """
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
-    processes = join(find_device(config.train.device), kind.grouped)
+    processes = join_processes(find_device(config.train.device), kind.grouped)
     try:
         with own_random_state(), stop_requests() as stop, deterministic(config.train.deterministic):
             try:

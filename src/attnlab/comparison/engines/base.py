@@ -109,7 +109,7 @@ class Engine(ABC):
         """Make the calls that wait, until none is left. Telling a `Failure` may append a call to `waiting`."""
 
 
-class Kind(Protocol):
+class EngineOptions(Protocol):
     """The options of an engine."""
 
     def open(self, needs: Needs) -> Engine:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...formatting import NONE, count, milliseconds, size, times
 from ...results import BenchRecord
-from ..findings import Findings, number
+from ..findings import Findings, finite_number
 from ..html import Html, table, tag
 from ..style import Look
 from .common import Figures, frame, missing, named
@@ -56,15 +56,15 @@ def _row(r: BenchRecord, look: dict[str, Look]) -> list[Any]:
     start = [named(r.mechanism, look), form, f"{r.context:,}", r.batch]
     if r.error:
         return [*start, tag("span", f"✗ {r.error}", class_="bad"), *[""] * 7]
-    ends = [number(x) for x in r.ms_spread]
+    ends = [finite_number(x) for x in r.ms_spread]
     return [
         *start,
-        milliseconds(number(r.ms)),
+        milliseconds(finite_number(r.ms)),
         f"{milliseconds(ends[0])} – {milliseconds(ends[1])}" if len(ends) == 2 else NONE,
-        count(number(r.tokens_per_s)),
-        times(number(r.relative)),
-        size(number(r.peak_bytes)),
-        size(number(r.cache_bytes)),
-        count(number(r.flops)),
+        count(finite_number(r.tokens_per_s)),
+        times(finite_number(r.relative)),
+        size(finite_number(r.peak_bytes)),
+        size(finite_number(r.cache_bytes)),
+        count(finite_number(r.flops)),
         r.repeats,
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...results import RunResult
 from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
-from ..findings import Findings, number
+from ..findings import Findings, finite_number
 from ..html import Html
 from ..style import MUTED, Look
 from .common import Figures, frame, missing, plot
@@ -73,8 +73,8 @@ def _differences(own: list[RunResult], found: Findings) -> list[list[list[float]
 
 
 def _minus(cell: RunResult, base: RunResult) -> list[list[float]]:
-    theirs = {step: value for step, value in base.curve if number(value) is not None}
-    return [[s, v - theirs[s]] for s, v in cell.curve if s in theirs and number(v) is not None]
+    theirs = {step: value for step, value in base.curve if finite_number(value) is not None}
+    return [[s, v - theirs[s]] for s, v in cell.curve if s in theirs and finite_number(v) is not None]
 
 
 def _range(series: dict[str, Series]) -> list[float]:

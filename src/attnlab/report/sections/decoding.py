@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import need
 from ...results import BenchRecord
 from ..figures import View, error_bars, figure, plain
-from ..findings import Findings, number
+from ..findings import Findings, finite_number
 from ..html import Html, tag
 from ..style import MUTED, Look, veil
 from .benchmarks import bench_table
@@ -88,7 +88,7 @@ def _ends(record: BenchRecord) -> tuple[float, float]:
     if len(record.ms_spread) != 2:
         return median, median
     fastest, slowest = record.ms_spread
-    return number(fastest) or median, number(slowest) or median
+    return finite_number(fastest) or median, finite_number(slowest) or median
 
 
 def _shaded(mechanism: str, between: tuple[int, int], look: dict[str, Look]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _axis(contexts: list[int]) -> dict[str, Any]:
 
 def decode_lines(found: Findings) -> dict[tuple[str, str, str], list[BenchRecord]]:
     """Return (mechanism, label, mode) -> records by context. The label names what tells a mechanism's lines apart."""
-    records = [r for r in found.bench if r.kind == "decode" and number(r.ms) is not None]
+    records = [r for r in found.bench if r.kind == "decode" and finite_number(r.ms) is not None]
     grouped: dict[tuple[str, str, tuple[str, ...]], list[BenchRecord]] = defaultdict(list)
     for r in records:
         grouped[r.mechanism, r.mode, (r.impl, r.dtype, f"batch {r.batch}", r.device)].append(r)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...formatting import NONE, count, signed, size, words
-from ..findings import Findings, number
+from ..findings import Findings, finite_number
 from ..html import Html, table, tag
 from ..style import Look
 from .common import Figures, frame, missing, named, plainly
@@ -49,13 +49,13 @@ def section(found: Findings, look: dict[str, Look], drawn: Figures) -> Html:
 def _row(mechanism: str, change: dict[str, Any], match: str, look: dict[str, Look]) -> list[Any]:
     before = change.get("from")
     after = change.get("to")
-    off = number(change.get("off"))  # a share of the baseline's
+    off = finite_number(change.get("off"))  # a share of the baseline's
     _, key, shown = EQUAL[match]
     return [
         named(mechanism, look) if mechanism in look else mechanism,
         "nothing" if before == after else str(change.get("field") or "nothing to change"),
         plainly(before),
         plainly(after),
-        shown(number(change.get(key))),
+        shown(finite_number(change.get(key))),
         NONE if off is None else f"{signed(100 * off, 1)} %",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import need
 from ...formatting import size, words
 from ..figures import View, bytes_ticks, error_bars, figure, plain
-from ..findings import Findings, number
+from ..findings import Findings, finite_number
 from ..html import Html
 from ..style import INK, MUTED, Look
 from .common import Figures, frame, missing, plot, without_cache
@@ -54,7 +54,7 @@ def points(found: Findings, cost: Mapping[str, float | None]) -> list[Point]:
     """Return a point for each mechanism that has a cost and a finished run."""
     placed = []
     for mechanism, x in cost.items():
-        losses = [y for c in found.done(mechanism) if (y := number(c.val_loss)) is not None]
+        losses = [y for c in found.done(mechanism) if (y := finite_number(c.val_loss)) is not None]
         if losses and x is not None:
             placed.append(Point(mechanism, x, fmean(losses), min(losses), max(losses)))
     return placed
@@ -105,7 +105,9 @@ def trade_views(found: Findings, look: dict[str, Look]) -> list[View]:
 
 def _decoding_speeds(found: Findings) -> tuple[int, dict[str, float]]:
     """Return the longest context that was measured, and the best tokens per second of each mechanism there."""
-    measured = [r for r in found.bench if r.kind == "decode" and number(r.tokens_per_s) and found.done(r.mechanism)]
+    measured = [
+        r for r in found.bench if r.kind == "decode" and finite_number(r.tokens_per_s) and found.done(r.mechanism)
+    ]
     longest = max((r.context for r in measured), default=0)
     fastest: dict[str, float] = {}
     for record in measured:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...errors import UserError, need
 from ...files import read_json
-from ...runs.tensors import Piece, Stored, whole
+from ...runs.tensors import Piece, Stored, whole_piece
 from ..sharding import Sharding
 from . import single
 from .single import Optimizers
@@ -148,7 +148,7 @@ class Strategy(single.Strategy):
             if real:
                 found[name] = Piece(own.ds_tensor.detach()[:real], start, tuple(own.ds_shape))
         kept = self.model.state_dict()
-        buffers = {name: whole(buffer) for name, buffer in self.model.named_buffers() if name in kept}
+        buffers = {name: whole_piece(buffer) for name, buffer in self.model.named_buffers() if name in kept}
         return found | (buffers if self.processes.first else {})
 
     def memory(self) -> dict[str, Piece]:
@@ -159,7 +159,7 @@ class Strategy(single.Strategy):
                 if value.shape == flat.shape:
                     found[key] = Piece(value.detach()[at : at + length], start, shape)
                 elif start == 0:
-                    found[key] = whole(value.clone())  # one number for the whole vector
+                    found[key] = whole_piece(value.clone())  # one number for the whole vector
         return found
 
     def remember(self, stored: Stored) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ...config import TrainConfig
 from ...errors import UserError
-from ...runs.tensors import Piece, Stored, optimizer_tensors, whole
+from ...runs.tensors import Piece, Stored, optimizer_tensors, whole_piece
 from ..sharding import Sharding
 from . import single
 from .single import Optimizers
@@ -70,7 +70,7 @@ class Strategy(single.Strategy):
                 if local.numel():
                     found[name] = Piece(local.detach().flatten(), slice_of(tensor), tuple(tensor.shape))
             elif self.processes.first:
-                found[name] = whole(tensor)
+                found[name] = whole_piece(tensor)
         return found
 
     def placed(self, stored: Stored, key: str, parameter: nn.Parameter) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...model import Decoder
 from ...runs.processes import Processes
-from ...runs.tensors import Piece, Stored, optimizer_tensors, weights, whole
+from ...runs.tensors import Piece, Stored, optimizer_tensors, weights, whole_piece
 from ..sharding import Sharding
 
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -127,12 +127,14 @@ class Strategy:
 
     def weights(self) -> dict[str, Piece]:
         """Return the pieces of the model that this process writes into a checkpoint, by name."""
-        return {name: whole(tensor) for name, tensor in weights(self.model).items()} if self.processes.first else {}
+        return (
+            {name: whole_piece(tensor) for name, tensor in weights(self.model).items()} if self.processes.first else {}
+        )
 
     def memory(self) -> dict[str, Piece]:
         """Return the pieces of optimizer states that this process writes, by "<optimizer>/<parameter>/<field>"."""
         found = optimizer_tensors(self.model, self.optimizers) if self.processes.first else {}
-        return {name: whole(tensor) for name, tensor in found.items()}
+        return {name: whole_piece(tensor) for name, tensor in found.items()}
 
     def remember(self, stored: Stored) -> None:
         """Load the optimizer states that `memory` gave, under any strategy."""
