@@ -247,7 +247,7 @@ def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
 
 
 def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
-    """Return the caches that `save` wrote. Raise `UserError` where the file is missing, damaged or of another kind."""
+    """Return the caches that `save_cache` wrote. Raise `UserError` for a missing, damaged or foreign file."""
     from safetensors import SafetensorError, safe_open
 
     try:

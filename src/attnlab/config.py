@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """What DeepSeek's experts have beyond plain ones (arXiv 2401.06066, 2405.04434, 2412.19437)."""
+    """The options of DeepSeek's experts beyond plain ones (arXiv 2401.06066, 2405.04434, 2412.19437)."""
 
     kind: Literal["gelu", "swiglu"] = "gelu"
     width: int | None = None  # of one expert; None: ff_dim

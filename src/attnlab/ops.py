@@ -81,7 +81,7 @@ def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -
     return ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
-def attend(  # noqa: PLR0913, RUF100 (the one interface of all kernels)
+def attend(  # noqa: PLR0913  # the one interface of all kernels
     q: Float[Tensor, "B L N H"],
     k: Float[Tensor, "B S K H"],
     v: Float[Tensor, "B S K V"],

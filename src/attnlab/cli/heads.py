@@ -30,7 +30,7 @@ def heads(
     png: Annotated[Path | None, arg(metavar="DIR")] = None,
     json_: Json = False,
 ) -> int:
-    """What each head attends to and is needed for, with two null distributions.
+    """Show what each head attends to and is needed for, with two null distributions.
 
     Args:
         source: A run folder, an exported or Hugging Face folder, a name on the hub; with --untrained, a preset.

@@ -1,7 +1,7 @@
 """Byte-pair encoding in one format: the tokenizer.json of Hugging Face, which transformers loads.
 
-GPT-2's is made from GPT-2's own two vocabulary files (`gpt2`), a new one from text (`train`). Where the vocabulary is
-GPT-2's, tiktoken does the work, several times as fast, with the same ids.
+GPT-2's is made from GPT-2's own two vocabulary files (`gpt2`), a new one from text (`train_bpe`). Where the
+vocabulary is GPT-2's, tiktoken does the work, several times as fast, with the same ids.
 
 A name such as <|endoftext|> inside text is text: only a program puts special tokens into a row of ids. They are not
 text, so they read as nothing when decoded.

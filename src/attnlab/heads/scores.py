@@ -134,8 +134,8 @@ def head_scores(
     """Return the scores of every head of `model`, with both null distributions and the marks.
 
     `untrained`: the models of the second null; None: 8 fresh ones of the same config, which share the sequences.
-    `segments`: see `lengths`. Raises `UserError` for fewer than 2 sequences, a segment that does not fit twice into the
-    context, and a mechanism without attention maps.
+    `segments`: see `segment_lengths`. Raises `UserError` for fewer than 2 sequences, a segment that does
+    not fit twice into the context, and a mechanism without attention maps.
     """
     config = model.config
     device = next(model.parameters()).device

@@ -140,7 +140,9 @@ def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -
         if projections.endswith("_norm") and shared >= {"q", "k"}:  # of heads
             value = parts.get(name)
         elif projections and set(projections) <= shared:
-            value = stack_projections(parts, projections, kind, kv_heads(config, projections, len(parameter)), config.head_dim)
+            value = stack_projections(
+                parts, projections, kind, kv_heads(config, projections, len(parameter)), config.head_dim
+            )
         else:
             value = None
         if value is not None and value.shape == parameter.shape:

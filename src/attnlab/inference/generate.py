@@ -66,7 +66,7 @@ class Sampling:
 
 
 @torch.inference_mode()
-def generate(  # the public function takes the fields of Sampling one by one
+def generate(  # noqa: PLR0913  # the public function takes the fields of Sampling one by one
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     n: int,

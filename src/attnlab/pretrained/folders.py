@@ -168,7 +168,7 @@ def write_folder(
 ) -> Path:
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
-    `config` is the content of config.json, `card` that of README.md. `about`: see `about`; its tokenizer_config and
+    `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
     chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
     """
     with atomic(folder) as half:

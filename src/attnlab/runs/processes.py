@@ -155,7 +155,7 @@ def _new_store() -> dist.Store:
 
 
 def leave(processes: Processes) -> None:
-    """Destroy the process group that `join` made, if it made one."""
+    """Destroy the process group that `join_processes` made, if it made one."""
     if processes.ours and dist.is_initialized():
         dist.destroy_process_group()
 
