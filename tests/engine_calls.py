@@ -1,4 +1,4 @@
-"""What engines are asked to do in tests/test_engines.py: functions of a module that other processes import quickly."""
+"""The calls that tests/comparison/test_engines.py makes: functions of a module that other processes import quickly."""
 
 from __future__ import annotations
 

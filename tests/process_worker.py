@@ -1,4 +1,4 @@
-"""What the processes of tests/test_strategies.py do: train every job that standard input lists, one after another.
+"""The processes of tests/training/test_strategies.py: they train each job that standard input lists, one by one.
 
 A job is [config, folder, options of `train`]; what came of it is a line of JSON, from the first process. An option
 `slow` gives the rank that takes that many seconds for its data; `stop_at` the step after which all are asked to stop.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,16 +17,17 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from engine_calls import fails, square, until_interrupted, write
+from helpers import random_words, tiny_model, tiny_run, tiny_training
 
 from attnlab.comparison import compare as module
 from attnlab.comparison.engines import Call, Local, Needs, Ray, Share, Slurm, remote, slurm
 from attnlab.comparison.grid import Comparison, grid, sweep
-from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.config import to_dict
 from attnlab.errors import UserError
 from attnlab.files import alone, read_json
 from attnlab.results import RunResult
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SLURM_HERE = Slurm(cluster="local", time="60")
 
 
@@ -151,18 +151,8 @@ def test_a_folder_is_held_by_one_process_and_released_by_its_death(tmp_path):
 
 @pytest.fixture
 def preset(tmp_path):
-    draw = random.Random(3)
-    text = " ".join(draw.choice(["to", "be", "or", "not", "that", "is", "the", "question"]) for _ in range(2000))
-    (tmp_path / "text.txt").write_text(text)
-    return RunConfig(
-        name="tiny",
-        model=ModelConfig(vocab_size=8, context=16, n_layers=1, d_model=16, n_heads=2),
-        data=DataConfig(source=f"text:{tmp_path / 'text.txt'}"),
-        train=TrainConfig(
-            steps=30, batch_size=2, precision="fp32", device="cpu", warmup=2, log_every=5, eval_every=15,
-            eval_batches=2, save_every=10,
-        ),
-    )  # fmt: skip
+    train = tiny_training(steps=30, log_every=5, eval_every=15, save_every=10)
+    return tiny_run(tmp_path, text=random_words(), model=tiny_model(vocab_size=8, n_layers=1), train=train)
 
 
 def outcome(found):

@@ -51,7 +51,7 @@ print(json.dumps([result.to_dict() for result in found]))
 @pytest.mark.slow
 def test_every_mechanism_compiles_and_what_does_not_is_caught():
     """In a process of its own: the checkers of shapes that conftest.py installs cannot be traced."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
     results = {result["mechanism"]: result for result in json.loads(run.stdout)}
     caught = results.pop("LooksAtData")

@@ -65,7 +65,7 @@ def record(step: int, first: int) -> dict[str, object]:
 
 def run(code: str, *words: object, home: Path) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "HF_"))}
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     own = {"HOME": str(home / "home"), "TMPDIR": str(home / "tmp"), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("home", "tmp", "elsewhere"):
         (home / name).mkdir(exist_ok=True)

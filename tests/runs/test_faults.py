@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.register_assert_rewrite("faults")
 faults: ModuleType = importlib.import_module("faults")
 

@@ -15,10 +15,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import PANGRAM, tiny_corpus, tiny_model, tiny_training
 from torch import nn
 
 from attnlab import attention, data
-from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.config import DataConfig, Execution, RunConfig, TrainConfig, to_dict
 from attnlab.device import find_device, find_precision
 from attnlab.errors import UserError
 from attnlab.inference.generate import Sampling
@@ -32,26 +33,14 @@ from attnlab.training.optimizers import Scale, learning_rate, make_optimizers
 from attnlab.training.step import Trainer, seed_dropout, train_step, validate
 from attnlab.training.train import Diverged, resolve, train
 
-TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 12
-MODEL = ModelConfig(context=32, n_layers=2, d_model=16, n_heads=2)
-TRAIN = TrainConfig(
-    steps=12,
-    batch_size=2,
-    warmup=2,
-    log_every=3,
-    eval_every=4,
-    eval_batches=2,
-    save_every=5,
-    precision="fp32",
-    device="cpu",
-)
+TEXT = 12 * PANGRAM
+MODEL = tiny_model(context=32)
+TRAIN = tiny_training(log_every=3, eval_every=4, save_every=5)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "pangrams.txt"
-    path.write_text(TEXT)
-    return f"text:{path}"
+    return tiny_corpus(tmp_path_factory.mktemp("text"), TEXT).source
 
 
 @pytest.fixture

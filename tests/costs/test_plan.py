@@ -24,7 +24,7 @@ from attnlab.presets import variant
 from attnlab.pretrained.families import deepseek_v3
 from attnlab.spec import CacheSpec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from plan import EVEN, LONG, counting, few_layers, measured, measuring, rounding
 
 CPU = torch.device("cpu")

@@ -238,7 +238,7 @@ def test_lm_eval_finds_the_loss_that_we_find(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    page = Path(__file__).parents[1] / "docs" / "huggingface.md"
+    page = Path(__file__).parents[2] / "docs" / "huggingface.md"
     (task,) = re.findall(r"<!-- file: local_text.yaml -->\n```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     texts = [TEXT * 3, "Ünïcode, 文字", "ab" * 40]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -17,7 +17,7 @@ from attnlab.runs.shield import shielded
 from attnlab.training import step, train
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no sessions")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHILD = [sys.executable, "-c", "import os; [os.kill(os.getpid(), n) for n in (2, 15)]; print(os.getsid(0))"]
 
 

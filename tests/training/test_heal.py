@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import PANGRAM
 from torch.nn import functional as F
 
 from attnlab import pretrained
@@ -21,7 +22,7 @@ from attnlab.model import Decoder
 from attnlab.runs.folder import RunFolder
 from attnlab.training.train import Trainer, resolve, train, train_step, validate
 
-TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 20
+TEXT = 20 * PANGRAM
 MODEL = ModelConfig(context=16, n_layers=2, d_model=16, n_heads=2, positions="learned", bias=True)
 
 

@@ -4,12 +4,12 @@ import functools
 import io
 import json
 import os
-import random
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import random_words, tiny_model, tiny_run, tiny_training
 from rich.console import Console
 
 from attnlab.comparison import compare as module
@@ -36,18 +36,8 @@ BRIEF = ("attention",)  # workers are other processes, where nothing is patched
 
 @pytest.fixture
 def preset(tmp_path):
-    draw = random.Random(3)
-    text = " ".join(draw.choice(["to", "be", "or", "not", "that", "is", "the", "question"]) for _ in range(2000))
-    (tmp_path / "text.txt").write_text(text)
-    return RunConfig(
-        name="tiny",
-        model=ModelConfig(vocab_size=8, context=16, n_layers=2, d_model=16, n_heads=2),
-        data=DataConfig(source=f"text:{tmp_path / 'text.txt'}"),
-        train=TrainConfig(
-            steps=40, batch_size=2, precision="fp32", device="cpu", warmup=2, log_every=1, eval_every=20, eval_batches=2
-        ),
-        seed=5,
-    )
+    train = tiny_training(steps=40, log_every=1, eval_every=20)
+    return tiny_run(tmp_path, text=random_words(), model=tiny_model(vocab_size=8), train=train, seed=5)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from attnlab.errors import UserError
 from attnlab.laws import LAWS
 from attnlab.terminal.audit import table
 
-HERE = Path(__file__).parent / "foreign"
+HERE = Path(__file__).parents[1] / "foreign"
 GPT, DICT, SMALL = HERE / "gpt_style.py", HERE / "dict_style.py", HERE / "library/models/small/modeling_small.py"
 MHA = {"embed_dim": 32, "num_heads": 4, "batch_first": True}
 ROTARY = "module(hidden_states=x, position_embeddings=rotary(8), attention_mask=mask)"

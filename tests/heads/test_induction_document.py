@@ -15,7 +15,7 @@ from attnlab.stats import paired
 
 @pytest.fixture
 def induction(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module("induction")
 
 

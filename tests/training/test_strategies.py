@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PANGRAM, tiny_model, tiny_run, tiny_training
 
 from attnlab import pretrained
 from attnlab.cli.plan import plan as plan_help
 from attnlab.cli.train import train as train_help
-from attnlab.config import DataConfig, Execution, ModelConfig, RunConfig, TrainConfig, to_dict
+from attnlab.config import Execution, RunConfig, TrainConfig, to_dict
 from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.inference.generate import Sampling
@@ -31,8 +32,8 @@ from attnlab.runs.folder import RunFolder
 from attnlab.training import strategies as registry
 from attnlab.training.train import Trainer, part_sizes, resolve, train, train_step
 
-TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 40
-WORKER = Path(__file__).parent / "process_worker.py"
+TEXT = 40 * PANGRAM
+WORKER = Path(__file__).parents[1] / "process_worker.py"
 MODELS: dict[str, dict[str, Any]] = {
     "mha": {},
     "mla": {"mechanisms": ("mla",)},
@@ -48,29 +49,15 @@ Results = dict[Any, dict[str, Any]]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("strategies")
-    (home / "text.txt").write_text(TEXT)
     for stage in (2, 3):
         (home / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return home
 
 
 def config_of(home: Path, name: str, **fields: Any) -> RunConfig:
-    model = ModelConfig(context=16, n_layers=2, d_model=20, n_heads=2, **MODELS[name])
-    train = TrainConfig(
-        steps=STEPS.get(name, 50),
-        batch_size=4,
-        lr=3e-3,
-        warmup=5,
-        log_every=1,
-        eval_every=25,
-        eval_batches=3,
-        save_every=1000,
-        precision="fp32",
-        device="cpu",
-    )
-    return RunConfig(
-        name=name, model=model, data=DataConfig(source=f"text:{home}/text.txt"), train=replace(train, **fields), seed=3
-    )
+    steps = {"steps": STEPS.get(name, 50), "warmup": 5, "log_every": 1, "eval_every": 25, "save_every": 1000}
+    train = tiny_training(**{**steps, "batch_size": 4, "lr": 3e-3, "eval_batches": 3, **fields})
+    return tiny_run(home, name=name, text=TEXT, model=tiny_model(d_model=20, **MODELS[name]), train=train, seed=3)
 
 
 def launch(home: Path, processes: int, jobs: Mapping[Any, Any], **environment: str) -> Results:
