@@ -468,6 +468,7 @@ def test_a_run_whose_ranks_are_all_silent_shows_no_sign_of_life(run: Run, going:
 def test_the_status_of_a_run_that_ended_too_early(run: Run, trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "early")
     state(folder, status="failed", error="the loss is nan", steps=2)
+    heard(folder, 0, 1, step=2)
     code, out, _ = run("status", str(folder))
     assert code == 0 and out.startswith("quick, mla: failed (the loss is nan)\nstep 2 of 4")
     heard(folder, 0, 1, step=2, ago=90)
