@@ -238,3 +238,11 @@ def test_options_of_rope_scaling_and_of_mechanisms_are_given_by_name() -> None:
     for kind, first in ((RopeScaling, "yarn"), (AttentionConfig, 64)):
         with pytest.raises(TypeError, match="positional"):
             kind(first)
+
+
+@pytest.mark.parametrize("variable", ["source", "swatch", "breaks"])
+def test_a_class_variable_is_no_option(variable):
+    with pytest.raises(
+        UserError, match=rf"unknown option of mla '{variable}': expected one of bias, d_model, .*kv_rank"
+    ):
+        attention.config("mla", **{variable: "x"})

@@ -21,14 +21,7 @@ from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
 from attnlab.evaluation.overlap import seen_share
-from attnlab.evaluation.perplexity import (
-    binned,
-    evaluate,
-    evaluate_source,
-    ratio_error,
-    text_bytes,
-    windows,
-)
+from attnlab.evaluation.perplexity import binned, evaluate, evaluate_source, ratio_error, text_bytes, windows
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
 from attnlab.runs.folder import RunFolder

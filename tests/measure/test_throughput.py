@@ -17,7 +17,8 @@ from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from attnlab.errors import UserError
 from attnlab.measure.counters import counted_flops, peak_bytes, reset_peak
 from attnlab.measure.gpus import Peak, datasheet, find_peak, measured_peak
-from attnlab.measure.throughput import (
+from attnlab.model import Decoder, attention_configs
+from attnlab.training.throughput import (
     Account,
     Interval,
     Laggards,
@@ -26,7 +27,6 @@ from attnlab.measure.throughput import (
     recomputed_flops,
     training_flops,
 )
-from attnlab.model import Decoder, attention_configs
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=61, context=39, n_layers=2, d_model=32, n_heads=4)

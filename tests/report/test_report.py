@@ -26,8 +26,8 @@ from attnlab import attention
 from attnlab.errors import UserError
 from attnlab.formatting import count, size
 from attnlab.report import render, style, write_report
-from attnlab.report.findings import Findings, Standing, read_results
 from attnlab.report.headline import headline
+from attnlab.report.results_folder import Findings, Standing, read_results
 from attnlab.report.sections.curves import curve_views
 from attnlab.report.sections.decoding import crossings, decoding_views
 from attnlab.report.sections.trade import Point, front, trade_views
@@ -185,6 +185,13 @@ def test_counts(value: float, written: str) -> None:
 )
 def test_sizes(value: float, written: str) -> None:
     assert size(value) == written
+
+
+@pytest.mark.parametrize("swatch", ["blue", (1, 2), (99, 0, 0), (0, -1, 0), ("1", 2, 3), 7])
+def test_a_look_that_does_not_exist_is_none(swatch, monkeypatch):
+    """Another package's Config may declare anything; the page takes what is free."""
+    monkeypatch.setattr(style, "declared", lambda name, variable: swatch)
+    assert style.looks(["theirs"])["theirs"].marker in style.MARKERS
 
 
 def test_every_mechanism_has_a_look_of_its_own_that_does_not_depend_on_the_others() -> None:

@@ -16,7 +16,7 @@ import report_fixture as fixture
 
 from attnlab.errors import UserError
 from attnlab.report import render, style, write_report
-from attnlab.report.findings import read_results
+from attnlab.report.results_folder import read_results
 from attnlab.report.sections import sizes
 
 NAMES = ("mha", "mla", "sliding")

@@ -29,9 +29,11 @@ from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.runs.processes import Processes
 from attnlab.runs.tensors import optimizer_tensors
-from attnlab.training.optimizers import Scale, learning_rate, make_optimizers
-from attnlab.training.step import Trainer, seed_dropout, train_step, validate
+from attnlab.training.gradient_scale import Scale
+from attnlab.training.optimizers import learning_rate, make_optimizers
+from attnlab.training.step import Trainer, seed_dropout, train_step
 from attnlab.training.train import Diverged, resolve, train
+from attnlab.training.validation import validate
 
 TEXT = 12 * PANGRAM
 MODEL = tiny_model(context=32)

@@ -7,6 +7,7 @@ and `Attention`. A mechanism is imported only when it is asked for.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
@@ -46,8 +47,9 @@ def module(name: str) -> ModuleType:
 def config(name: str, **fields: Any) -> AttentionConfig:
     """Return `module(name).Config(**fields)`. Raise `UserError` for a field that it does not have."""
     cls = module(name).Config
+    known = sorted(field.name for field in dataclasses.fields(cls))  # class variables are no options
     for field in fields:
-        choose(f"option of {name}", field, sorted(cls.__dataclass_fields__))
+        choose(f"option of {name}", field, known)
     return cls(**fields)
 
 

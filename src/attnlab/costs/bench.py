@@ -20,7 +20,7 @@ from ..measure.counters import counted_flops, interleaved, peak_growth
 from ..presets import BASELINE, Options, variant, with_options
 from ..results import BenchRecord, Tell
 from ..training.train import resolve
-from .subjects import Case, Kind, Workload
+from .workloads import Case, Kind, Workload
 
 
 @dataclass(frozen=True)

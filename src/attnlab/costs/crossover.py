@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..presets import Options, variant
 from ..results import BenchRecord, Record, Tell
 from .bench import measure_cases, modes_of, with_context
-from .subjects import Case
+from .workloads import Case
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import torch
 from ..config import RunConfig
 from ..device import find_device, find_precision
 from ..measure.gpus import measured_peak
-from ..measure.throughput import training_flops
 from ..model import attention_configs, cache_floats, parameters
 from ..results import Record
+from ..training.throughput import training_flops
 
 FLOAT = 4  # bytes of a cached number, in float32
 

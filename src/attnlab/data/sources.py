@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, choose, need
-from .document_rules import (
-    EACH,
-    RULES,
-    TextBlock,
-    Texts,
-    documents_of,
-    documents_of_records,
-    without_first_documents,
-)
+from .document_rules import EACH, RULES, TextBlock, Texts, documents_of, documents_of_records, without_first_documents
 from .texts import shakespeare, visible_files
 
 BLOCK = 1 << 20  # bytes that are read at a time

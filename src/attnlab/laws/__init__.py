@@ -20,7 +20,7 @@ from .. import attention
 from ..errors import choose
 from ..results import LawResult
 from ..spec import AttentionConfig
-from . import any_module, caches, computation, interface
+from . import any_module, caches, causality, computation, interface
 from .subject import Broken, ModuleCall, NotApplicable, Subject, one_line, seeded, subject
 
 SMALL = {"d_model": 24, "n_heads": 4, "head_dim": 8}
@@ -43,8 +43,8 @@ class Law:
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
-        Law("causality", "module", any_module.causality),
-        Law("mixing", "module", any_module.mixing),
+        Law("causality", "module", causality.causality),
+        Law("mixing", "module", causality.mixing),
         Law("no dead parameters", "module", any_module.no_dead_parameters),
         Law("batch independence", "module", any_module.batch_independence),
         Law("determinism", "module", any_module.determinism),

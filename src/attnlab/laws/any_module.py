@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
-import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import load_cache, save_cache
-from ..spec import CacheSpec
+from .causality import training
 from .subject import (
     Broken,
     NotApplicable,
@@ -30,118 +28,6 @@ from .subject import (
     seeded,
     shaken,
 )
-
-
-def causality(s: Subject) -> str:
-    """No output depends on a later token."""
-    for length, size in itertools.product(s.lengths, (1.0, 0.01, 100.0)):
-        _require_causal_values(s, s.module, s.x(length), size, "")
-    _require_causal_gradients(s, s.module, "")
-    for module, when in training(s):
-        for length in s.lengths[-2:]:
-            _require_causal_values(s, module, s.x(length), 1.0, when)
-        _require_causal_gradients(s, module, when)
-    return f"no output moves when a later token changes, up to {s.lengths[-1]} tokens, in value or in gradient"
-
-
-def _require_causal_values(s: Subject, module: nn.Module, x: Tensor, size: float, when: str) -> None:
-    """Raise `Broken` where a change of this size moves an earlier output; name the largest movement."""
-    y = s(x, module).detach()
-    worst = s.tolerance * scale(y)
-    broken = None
-    for later, changed in _changes(x, size):
-        moved = movement(s(changed, module), y)[:later]
-        if float(moved.max()) > worst:
-            worst = float(moved.max())
-            broken = f"output {int(moved.argmax())} {moves_by(worst)} when token {later} changes"
-    if broken:
-        raise Broken(f"{when}{broken} ({x.shape[1]} tokens)")
-
-
-def _require_causal_gradients(s: Subject, module: nn.Module, when: str) -> None:
-    """Raise `Broken` where an output has a gradient on a later token."""
-    length = max(n for n in s.lengths if n <= 13 or n == s.lengths[0])
-    for token, gradient in _gradients(s, module, s.x(length)):
-        worst = float(gradient[token + 1 :].max()) if token + 1 < length else 0.0
-        if worst > s.tolerance * float(gradient.max()):
-            later = token + 1 + int(gradient[token + 1 :].argmax())
-            raise Broken(f"{when}output {token} has gradient {worst:.2g} on token {later} ({length} tokens)")
-
-
-def _changes(x: Tensor, size: float) -> Iterator[tuple[int, Tensor]]:
-    """Yield (the first changed token, changed x): single tokens, or in long sequences some tokens and all after them.
-
-    Changes as well as gradients, because choosing the best k has no gradient; of several sizes, because a choice may
-    only tip for large ones.
-    """
-    length = x.shape[1]
-    short = length <= 13
-    noise = size * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    for first in range(1, length, 1 if short else max(3, length // 13)):
-        changed = x.clone()
-        until = first + 1 if short else length
-        changed[:, first:until] += noise[:, first:until]
-        yield first, changed
-
-
-def _gradients(s: Subject, module: nn.Module, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield each output token, and the size of its gradient on every input token, [T]."""
-    x = x.requires_grad_()
-    y = s(x, module)
-    if not y.requires_grad:
-        return
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
-    for token in range(x.shape[1]):
-        value = (y[:, token] * weight[:, token]).sum()
-        (gradient,) = torch.autograd.grad(value, x, retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            yield token, gradient.abs().nan_to_num(nan=math.inf).amax((0, 2))
-
-
-def training(s: Subject) -> tuple[tuple[nn.Module, str], ...]:
-    """Return (the module in training mode, words for it), or nothing where it cannot be called so on its own.
-
-    Statistics of a batch may leak in training mode and nowhere else.
-    """
-    module = s.fresh().module.train()
-    try:
-        s(s.x(s.lengths[-1]), module)
-    except Exception:
-        return ()
-    return ((module, "in training mode, "),)
-
-
-def mixing(s: Subject) -> str:
-    """Outputs depend on earlier tokens."""
-    if s.call is None and _sees_only_itself(s.config.cache_spec):
-        raise NotApplicable("its config says that a token sees only itself")
-    length = s.lengths[-1]
-    x = s.x(length)
-    y = s(x).detach()
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
-    seen: list[list[int]] = [[] for _ in range(length)]
-    width = max(1, length // 40)  # tokens changed together
-    for first in range(0, length - width, width):
-        changed = x.clone()
-        changed[:, first : first + width] += noise[:, first : first + width]
-        moved = movement(s(changed), y)
-        for later in (moved > 1e-4 * s.tolerance * scale(y)).nonzero().flatten().tolist():
-            if later >= first + width:
-                seen[later] += range(first, first + width)
-    blind = [token for token in range(width, length) if not seen[token]]
-    if len(blind) == length - width:
-        raise Broken(
-            f"no output depends on any earlier token: output {length - 1} moves only when token {length - 1} does"
-        )
-    for token, after in itertools.pairwise(blind):
-        if after == token + 1:
-            raise Broken(f"outputs {ranges(blind)} depend on no earlier token ({length} tokens)")
-    last = f"output {length - 1} depends on {len(seen[-1])} earlier tokens: {ranges(seen[-1])}"
-    return last + (f"; outputs {ranges(blind)} depend on none" if blind else "")
-
-
-def _sees_only_itself(spec: CacheSpec) -> bool:
-    return spec.keep == 1 and not spec.state and not spec.beside
 
 
 def no_dead_parameters(s: Subject) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import write_bytes
-from .findings import read_results
 from .page import page, plotly_script
+from .results_folder import read_results
 
 __all__ = ["render", "write_report"]
 

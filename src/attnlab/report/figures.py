@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import need
 from ..formatting import size
-from .findings import finite_number
+from .results_folder import finite_number
 from .style import GROUND, INK, MUTED, RULE, Look
 
 FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'

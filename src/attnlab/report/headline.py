@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..formatting import words
-from .findings import Findings, Standing, finite_number
+from .results_folder import Findings, Standing, finite_number
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import need
 from ..formatting import words
-from .findings import Findings
 from .headline import headline
 from .html import Html, script_json, tag
+from .results_folder import Findings
 from .sections import (
     attention,
     benchmarks,

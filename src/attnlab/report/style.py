@@ -70,7 +70,7 @@ def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
 
     Others, such as hybrids, take the colours that are free, and in the end share colours, not shapes.
     """
-    swatches = {mechanism: declared(mechanism, "swatch") for mechanism in mechanisms}
+    swatches = {mechanism: _swatch_of(mechanism) for mechanism in mechanisms}
     taken = {own[0] for own in swatches.values() if own}
     free = [slot for slot in FREE if slot not in taken] or [FREE[-1]]
     found: dict[str, Look] = {}
@@ -85,6 +85,16 @@ def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
             others += 1
         found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
     return found
+
+
+def _swatch_of(mechanism: str) -> tuple[int, int, int] | None:
+    """Return the colour, marker and dash that a Config declares; None where it declares none that exist."""
+    own = declared(mechanism, "swatch")
+    limits = (len(PALETTE), len(MARKERS), len(DASHES))
+    if not (isinstance(own, tuple) and len(own) == len(limits)):
+        return None
+    places = zip(own, limits, strict=True)
+    return own if all(isinstance(place, int) and 0 <= place < limit for place, limit in places) else None
 
 
 def veil(color: str, share: float = 0.14) -> str:

@@ -22,15 +22,16 @@ from .. import data
 from ..config import Execution, RunConfig, TrainConfig
 from ..device import check_compiler, find_device, find_precision
 from ..errors import UserError
-from ..measure.throughput import document_lengths
 from ..model import Decoder
 from ..recording import part_of_step, scale_losses
 from ..runs.processes import ONE_PROCESS, Processes
 from ..runs.tensors import load_weights
 from . import strategies
+from .gradient_scale import Scale
 from .objective import distilled, freeze, start_from
-from .optimizers import Scale, learning_rate, make_optimizers
+from .optimizers import learning_rate, make_optimizers
 from .strategies import Strategy
+from .throughput import document_lengths
 
 HOW = Execution()
 
@@ -193,30 +194,6 @@ def train_step(trainer: Trainer, step: int, place: int | None = None, limit: flo
         trainer.scale.learn(applied)
     lengths = tuple(n for part in parts if part.documents is not None for n in document_lengths(part.documents))
     return Step(total, norm, everyone, applied, sum(counts), lengths, waited, working)
-
-
-@torch.no_grad()
-def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float | None:
-    """Return the mean loss in nats over the targets of the fixed held-out rows; None when it was `stopped`."""
-    size = trainer.config.train.batch_size
-    processes = trainer.processes
-    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
-    losses: list[Tensor] = []
-    counts: list[int] = []
-    trainer.model.eval()
-    try:
-        for at in range(0, len(whole.x), size):
-            if stopped():
-                return None
-            first, last = (at + size * part // processes.size for part in (processes.rank, processes.rank + 1))
-            part = whole.rows(first, max(last, first + 1))  # every process reads a row, even if it does not count
-            with trainer.autocast():
-                losses.append(trainer.strategy(*part.to(trainer.device), plain=True).float())
-            counts.append(part.counted() if last > first else 0)
-    finally:
-        trainer.model.train()
-    total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True) if count)
-    return processes.sum(total)[0] / whole.counted()
 
 
 def seed_dropout(seed: int, step: int, device: torch.device, rank: int = 0) -> None:

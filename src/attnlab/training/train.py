@@ -25,7 +25,6 @@ from ..device import find_device, find_precision
 from ..errors import UserError
 from ..measure.counters import reset_peak
 from ..measure.gpus import Peak, find_peak
-from ..measure.throughput import Account, Laggards, combine
 from ..recording import record_losses
 from ..results import RunResult
 from ..runs.folder import RunFolder
@@ -38,9 +37,11 @@ from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
-from .step import HOW, Step, Trainer, part_sizes, train_step, validate
+from .step import HOW, Step, Trainer, part_sizes, train_step
 from .summary import summary
+from .throughput import Account, Laggards, combine
 from .trackers import Trackers, check_trackers, open_trackers
+from .validation import validate
 
 Listener = Callable[[dict[str, Any]], None]
 

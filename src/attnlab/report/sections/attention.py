@@ -7,8 +7,8 @@ from typing import Any
 
 from ...errors import need
 from ..figures import figure
-from ..findings import Findings
 from ..html import Html, tag
+from ..results_folder import Findings
 from ..style import Look
 from .common import Figures, frame, missing
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...formatting import NONE, count, milliseconds, size, times
 from ...results import BenchRecord
-from ..findings import Findings, finite_number
 from ..html import Html, table, tag
+from ..results_folder import Findings, finite_number
 from ..style import Look
 from .common import Figures, frame, missing, named
 

@@ -8,8 +8,8 @@ from typing import Any
 from ...formatting import NONE, words
 from ...results import RunResult, TaskResult
 from .. import figures
-from ..findings import Findings
 from ..html import Html, tag
+from ..results_folder import Findings
 from ..style import Look, swatch
 
 Figures = dict[str, list[figures.View]]  # name of a figure -> its views; a section adds what its `plot` names

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...formatting import count, size
-from ..findings import Findings
 from ..html import Html, table, tag
+from ..results_folder import Findings
 from ..style import Look
 from .common import Figures, frame, missing, named
 

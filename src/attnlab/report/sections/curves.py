@@ -6,8 +6,8 @@ from typing import Any
 
 from ...results import RunResult
 from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
-from ..findings import Findings, finite_number
 from ..html import Html
+from ..results_folder import Findings, finite_number
 from ..style import MUTED, Look
 from .common import Figures, frame, missing, plot
 

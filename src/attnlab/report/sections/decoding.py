@@ -11,8 +11,8 @@ from typing import Any
 from ...errors import need
 from ...results import BenchRecord
 from ..figures import View, error_bars, figure, plain
-from ..findings import Findings, finite_number
 from ..html import Html, tag
+from ..results_folder import Findings, finite_number
 from ..style import MUTED, Look, veil
 from .benchmarks import bench_table
 from .common import Figures, frame, missing, plot

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...formatting import NONE, count, signed, size, words
-from ..findings import Findings, finite_number
 from ..html import Html, table, tag
+from ..results_folder import Findings, finite_number
 from ..style import Look
 from .common import Figures, frame, missing, named, plainly
 

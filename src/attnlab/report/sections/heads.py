@@ -10,8 +10,8 @@ from typing import Any
 from ...errors import need
 from ...formatting import remembered
 from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
-from ..findings import Findings
 from ..html import Html, table
+from ..results_folder import Findings
 from ..style import DASHES, MARKERS, MUTED, Look
 from .common import Figures, frame, named, plot
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...results import LawResult
-from ..findings import Findings
 from ..html import Html, join, table, tag
+from ..results_folder import Findings
 from ..style import Look
 from .common import Figures, failures, frame, missing
 

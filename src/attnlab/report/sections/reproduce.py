@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..findings import Findings
 from ..html import Html, table, tag
+from ..results_folder import Findings
 from ..style import Look
 from .common import Figures, frame, missing, plainly
 

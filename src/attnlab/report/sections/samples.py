@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..findings import Findings
 from ..html import Html, tag
+from ..results_folder import Findings
 from ..style import Look
 from .common import Figures, frame, missing, named
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...formatting import NONE, count, loss, signed, size, words
-from ..findings import Findings, Standing
 from ..html import Html, join, table, tag
+from ..results_folder import Findings, Standing
 from ..style import Look
 from .common import VERDICTS, Figures, frame, missing, named, unfinished
 

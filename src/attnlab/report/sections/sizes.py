@@ -8,8 +8,8 @@ from typing import Any
 from ...errors import need
 from ...formatting import count, loss, signed
 from ..figures import View, error_bars, figure, plain
-from ..findings import Findings, Standing
 from ..html import Html, join, table, tag
+from ..results_folder import Findings, Standing
 from ..style import MUTED, Look
 from .common import VERDICTS, Figures, frame, named, plot, unfinished
 

@@ -11,8 +11,8 @@ from ...errors import need
 from ...formatting import NONE, signed, size, words
 from ...results import TaskResult
 from ..figures import View, bytes_ticks, error_bars, figure, plain
-from ..findings import Findings, Trial
 from ..html import Html, join, table, tag
+from ..results_folder import Findings, Trial
 from ..style import MUTED, Look
 from .common import VERDICTS, Figures, frame, named, plot, unfinished, without_cache
 

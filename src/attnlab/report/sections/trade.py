@@ -11,8 +11,8 @@ from typing import Any
 from ...errors import need
 from ...formatting import size, words
 from ..figures import View, bytes_ticks, error_bars, figure, plain
-from ..findings import Findings, finite_number
 from ..html import Html
+from ..results_folder import Findings, finite_number
 from ..style import INK, MUTED, Look
 from .common import Figures, frame, missing, plot, without_cache
 

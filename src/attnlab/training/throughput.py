@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig, RunConfig
+from ..measure.counters import peak_bytes
+from ..measure.gpus import Peak
 from ..model import flops_per_token
-from .counters import peak_bytes
-from .gpus import Peak
 
 TRAINING = 3  # cost of a forward and a backward pass, in forward passes
 
