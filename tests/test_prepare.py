@@ -23,7 +23,7 @@ from attnlab.config import DataConfig
 from attnlab.data import document_rules, encoding, shards, sources
 from attnlab.data import prepare as preparing
 from attnlab.data.document_rules import TextBlock, first_documents
-from attnlab.data.encoding import Place, encode_unit, pieces_of, units_of
+from attnlab.data.encoding import TextPlace, encode_unit, pieces_of, units_of
 from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.shards import Prepared, checksum
 from attnlab.data.sources import open_source
@@ -138,7 +138,7 @@ def test_pieces_change_no_id(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     blocks = [
         TextBlock(one[at : at + 33], at + 33 >= len(one), 0) for one in long for at in range(0, len(one) or 1, 33)
     ]
-    units = list(units_of(pieces_of(blocks, made.seam), Place(0, 0)))
+    units = list(units_of(pieces_of(blocks, made.seam), TextPlace(0, 0)))
     assert len(units) > 10 and sum(len(unit.pieces) for unit in units) > 100
     expected = [[*made.encode(one), *([] if made.end is None else [made.end])] for one in long if one]
     results = [encode_unit(made, made.end, unit) for unit in units]

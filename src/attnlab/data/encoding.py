@@ -37,7 +37,7 @@ class TextPiece(NamedTuple):
     done: int  # how much of the split had been read by then; see `TextBlock`
 
 
-class Place(NamedTuple):
+class TextPlace(NamedTuple):
     """A place in a split, to go on reading from."""
 
     documents: int  # read whole
@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
     pieces: list[TextPiece]
     document: int  # number of the document that the first piece belongs to, from 0
-    at: Place  # after the last piece
+    at: TextPlace  # after the last piece
 
     @property
     def done(self) -> int:
@@ -93,7 +93,7 @@ def _cuts(text: str, seam: re.Pattern[str] | None) -> Iterator[int]:
         yield at
 
 
-def units_of(pieces: Iterable[TextPiece], at: Place) -> Iterator[Unit]:
+def units_of(pieces: Iterable[TextPiece], at: TextPlace) -> Iterator[Unit]:
     """Yield units of about UNIT characters. `at` is where the first piece stands."""
     unit: list[TextPiece] = []
     size = 0
@@ -101,7 +101,7 @@ def units_of(pieces: Iterable[TextPiece], at: Place) -> Iterator[Unit]:
     for piece in pieces:
         unit.append(piece)
         size += len(piece.text) + 1
-        at = Place(at.documents + 1, 0) if piece.last else Place(at.documents, at.characters + len(piece.text))
+        at = TextPlace(at.documents + 1, 0) if piece.last else TextPlace(at.documents, at.characters + len(piece.text))
         if size >= UNIT:
             yield Unit(unit, begin, at)
             unit = []

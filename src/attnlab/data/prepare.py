@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from ..results import environment
 from .document_rules import TextBlock, first_documents
-from .encoding import Place, Unit, encode_unit, in_order, pieces_of, units_of
+from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
 from .nanogpt import write_meta
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, checksum, dtype_of
 from .sources import Source, Split, open_source
@@ -247,7 +247,7 @@ class _Work:
         written = self.state["splits"].get(name, {}).get("written")
         return SplitWriter(self.folder, name, self.dtype, self.recipe.shard_tokens, self.recipe.layout, written)
 
-    def save(self, name: str, writer: SplitWriter, at: Place, *, whole: bool) -> None:
+    def save(self, name: str, writer: SplitWriter, at: TextPlace, *, whole: bool) -> None:
         """Bring the files to the disk, and then the state that describes them."""
         self.state["splits"][name] = {"written": writer.commit(), "at": at, "whole": whole}
         write_json(self.folder / "state.json", self.state)
@@ -259,7 +259,7 @@ class _Work:
             return
         end = self.tokenizer.end if self.recipe.end else None
         limit = self.token_limit(name)
-        at = Place(*held["at"])
+        at = TextPlace(*held["at"])
         blocks = self.limited(name, split.read(at.documents), at.documents)
         units = units_of(pieces_of(blocks, self.tokenizer.seam, at.characters), at)
         with closing(self.writer(name)) as writer, ThreadPoolExecutor(self.workers) as pool:
