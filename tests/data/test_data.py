@@ -13,7 +13,7 @@ from attnlab import data
 from attnlab.cli import compare, train
 from attnlab.config import DataConfig
 from attnlab.data import packing, texts
-from attnlab.data.load import KINDS, CorpusKind
+from attnlab.data.load import KINDS, SourceKind
 from attnlab.data.prepare import Recipe, prepare
 from attnlab.errors import UserError
 
@@ -189,7 +189,7 @@ def test_the_sentence_about_an_unknown_source_is_made_from_the_table(monkeypatch
     with pytest.raises(UserError) as caught:
         data.load(DataConfig(source="books"))
     assert str(caught.value) == said
-    books = CorpusKind("books:NAME", lambda config, source: data.from_text(TEXT, source), "of a library")
+    books = SourceKind("books:NAME", lambda config, source: data.from_text(TEXT, source), "of a library")
     monkeypatch.setitem(KINDS, "books", books)
     assert data.load(DataConfig(source="books:one")).source == "books:one"
     with pytest.raises(

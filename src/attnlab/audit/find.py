@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import UserError, choose
 from ..laws.subject import one_line
-from .stand_ins import StandIn, missing, standing_in
+from .stand_ins import StandIn, missing_package, standing_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _pick(module: ModuleType, name: str, place: str) -> type[nn.Module]:
     if cls is None:
         choose(f"class in {place}", name, own)
     if isinstance(cls, StandIn):
-        raise missing(cls)
+        raise missing_package(cls)
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise UserError(f"{name} in {place} is not a torch.nn.Module: name one of {', '.join(own) or 'none is there'}")
     return cls

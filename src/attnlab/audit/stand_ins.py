@@ -33,23 +33,23 @@ class StandIn(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if not StandIn.importing:
-            raise missing(cls)
+            raise missing_package(cls)
         decorates = len(args) == 1 and not kwargs and (inspect.isfunction(args[0]) or inspect.isclass(args[0]))
         return args[0] if decorates else stand_in(cls.origin)
 
     def _inert(cls, *_: Any) -> Any:
         if not StandIn.importing:
-            raise missing(cls)
+            raise missing_package(cls)
         return stand_in(cls.origin)
 
     def _no(cls, *_: Any) -> bool:
         if not StandIn.importing:
-            raise missing(cls)
+            raise missing_package(cls)
         return False
 
     def __iter__(cls) -> Iterator[Any]:
         if not StandIn.importing:
-            raise missing(cls)
+            raise missing_package(cls)
         return iter(())
 
     def __len__(cls) -> int:
@@ -59,7 +59,7 @@ class StandIn(ABCMeta):
     __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _no
 
 
-def missing(cls: StandIn) -> UserError:
+def missing_package(cls: StandIn) -> UserError:
     """Return the error for using a stand-in, which names the package that is not installed."""
     package = cls.origin.split(".")[0]
     user = "" if cls.__module__ == __name__ else f"{cls.__name__}, made from "

@@ -25,7 +25,7 @@ MIXTURE = "0.7*prepared:A+0.3*text:B"  # an example, for error messages
 
 
 @dataclass(frozen=True)
-class CorpusKind:
+class SourceKind:
     """A kind of source, and the function that opens one of it."""
 
     form: str  # how such a source is written; capital letters stand for what the user fills in
@@ -63,7 +63,7 @@ def _unknown(source: str) -> UserError:
     )
 
 
-def _described(kind: CorpusKind) -> str:
+def _described(kind: SourceKind) -> str:
     return f"{kind.form!r} ({kind.meaning})" if kind.meaning else repr(kind.form)
 
 
@@ -129,8 +129,8 @@ def _task(config: DataConfig, source: str) -> Corpus:
 
 
 KINDS = {
-    SHAKESPEARE: CorpusKind(SHAKESPEARE, _shakespeare),
-    "text": CorpusKind("text:PATH", _text, "a UTF-8 file or a folder of such files"),
-    "prepared": CorpusKind("prepared:DIR", _prepared, "what attnlab prepare made"),
-    "task": CorpusKind("task:NAME", _task, mixes=False),
+    SHAKESPEARE: SourceKind(SHAKESPEARE, _shakespeare),
+    "text": SourceKind("text:PATH", _text, "a UTF-8 file or a folder of such files"),
+    "prepared": SourceKind("prepared:DIR", _prepared, "what attnlab prepare made"),
+    "task": SourceKind("task:NAME", _task, mixes=False),
 }
