@@ -241,13 +241,13 @@ def test_limits_end_with_a_document(text: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_own_tokenizer_and_no_end(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="pip install 'attnlab[data]'")
-    made = data.bpe.train(STORIES, 300)
+    made = data.bpe.train_bpe(STORIES, 300)
     (tmp_path / "bpe.json").write_text(json.dumps(made.to_json()))
     held = prepare(recipe(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
     assert held.tokenizer.fingerprint == made.fingerprint
     assert text_of(held, "train") + text_of(held, "val") == text.read_text()
     assert made.end not in held.split("train").read(0, len(held.split("train"))).tolist()
-    other = data.bpe.train(["another text", "another text"], 260)
+    other = data.bpe.train_bpe(["another text", "another text"], 260)
     (tmp_path / "bpe.json").write_text(json.dumps(other.to_json()))
     with pytest.raises(UserError, match="was made with another tokenizer"):
         prepare(recipe(text, tokenizer=str(tmp_path / "bpe.json"), end=False), tmp_path / "out")
