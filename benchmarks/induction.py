@@ -104,7 +104,7 @@ def config_of(corpus: str, layers: int, small: bool, out: Path) -> RunConfig:
         train = replace(train, lr=3e-3, min_lr=3e-4)
         base = replace(base, data=DataConfig(source=f"text:{phrases(out / 'phrases.txt')}"))
     if small:
-        train = replace(train, steps=8, batch_size=2, warmup=2, eval_every=4, save_every=2)
+        train = replace(train, steps=6, batch_size=2, warmup=2, eval_every=6, save_every=2)
     model = replace(base.model, n_layers=layers)
     return replace(base, name=f"{corpus}-{layers}", model=model, train=train)
 
