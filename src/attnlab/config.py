@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from .errors import UserError, choose
@@ -74,9 +75,9 @@ class ModelConfig:
         for name in ("vocab_size", "context", "n_layers", "d_model", "n_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        cls: Any = type(self)
         for name in ("positions", "norm", "ff", "balance"):
-            allowed = typing.get_args(typing.get_type_hints(type(self))[name])
-            choose(f"model.{name}", getattr(self, name), allowed)
+            choose(f"model.{name}", getattr(self, name), _allowed(cls, name))
         if self.head_dim is None and self.d_model % self.n_heads:
             raise UserError(
                 f"model.d_model {self.d_model} does not divide into model.n_heads {self.n_heads}: "
@@ -196,9 +197,9 @@ class TrainConfig:
             raise UserError(f"train.distill is {self.distill}: it is a share of the objective, from 0 to 1")
         if self.spike < 0:
             raise UserError(f"train.spike is {self.spike}: give nats above the usual loss, or 0 for none")
+        cls: Any = type(self)
         for name in ("optimizer", "schedule", "precision", "guard", "train"):
-            allowed = typing.get_args(typing.get_type_hints(type(self))[name])
-            choose(f"train.{name}", getattr(self, name), allowed)
+            choose(f"train.{name}", getattr(self, name), _allowed(cls, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +244,12 @@ class Execution:
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain JSON values: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
+
+
+@cache
+def _allowed(cls: type, name: str) -> tuple[str, ...]:
+    """The values of a `Literal` field; kept, because every command makes every preset."""
+    return typing.get_args(typing.get_type_hints(cls)[name])
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
