@@ -432,7 +432,8 @@ def test_the_status_of_a_finished_run(run: Run, trained: Path) -> None:
     found = RunResult.from_dict(read_json(trained / "result.json"))
     assert lines[2] == f"loss {found.train_loss:.4f}, val loss {found.val_loss:.4f}"
     assert lines[-1].split()[0] == "0" and str(os.getpid()) in lines[-1]
-    assert run("status", str(trained), "--after", "1e-9")[0] == 0, "its processes have ended"
+    code, out, _ = run("status", str(trained), "--after", "1e-9")
+    assert code == 0 and out.rstrip().endswith("s ago"), "its processes have ended, and are not missed"
 
 
 def test_the_status_of_a_run_names_the_ranks_that_are_silent(run: Run, going: Path) -> None:

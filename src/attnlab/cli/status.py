@@ -155,10 +155,13 @@ def show(found: Status) -> None:
     ]
     screen.print(*lines, sep="\n", markup=False, soft_wrap=True)
     table = tables.columns(rank="right", step="right", host="left", pid="right", last_heard="left")
+    ended = found.status == "done"  # its processes have nothing more to say
     for rank in found.ranks:
         if rank.seconds is None:
             table.add_row(str(rank.rank), "", "", "", "never")
         else:
-            heard = f"{rank.seconds:,.0f} s ago{f', {SILENT}' if rank.silent else ''}"
+            heard = f"{rank.seconds:,.0f} s ago"
+            if rank.silent and not ended:
+                heard += f", {SILENT}"
             table.add_row(str(rank.rank), f"{rank.step:,}", rank.host, str(rank.pid), heard)
     screen.print("", table)
