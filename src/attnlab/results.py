@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -97,9 +97,36 @@ class LawResult(Record):
 
     law: str
     mechanism: str
-    status: str  # holds, broken, n/a
+    status: str  # holds, broken, allowed (broken, and that is wanted), n/a
     detail: str = ""
     statement: str = ""
+
+
+NOT_DECODED = "decoding was not tried: nothing says how one step with a cache is called"
+
+
+def judged(results: Sequence[LawResult]) -> list[LawResult]:
+    """Return the results of laws that apply."""
+    return [r for r in results if r.status != "n/a"]
+
+
+def verdict(results: Sequence[LawResult], longest: int | None = None) -> str:
+    """Return one line about all results: which laws are broken, or how many hold, and how far that was tried.
+
+    longest: tokens of the longest sequence that was tried.
+    """
+    ran = judged(results)
+    broken = [r.law for r in ran if r.status == "broken"]
+    allowed = [r.law for r in ran if r.status == "allowed"]
+    name = results[0].mechanism
+    tried = [f"tried up to {longest} tokens"] if longest else []
+    if any(r.detail == NOT_DECODED for r in results):
+        tried.append("decoding was not tried")
+    far = f" ({'; '.join(tried)})" if tried else ""
+    but = f" but {', '.join(allowed)}, which may be broken" if allowed else ""
+    if broken:
+        return f"{name} breaks {len(broken)} of {len(ran)} laws: {', '.join(broken)}{far}"
+    return f"{name} obeys all {len(ran)} laws that apply{but}{far}" if ran else f"{name}: no law applies"
 
 
 @dataclass(frozen=True, kw_only=True)

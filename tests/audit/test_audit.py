@@ -13,9 +13,9 @@ from rich.console import Console
 
 from attnlab.audit import audit_target
 from attnlab.audit.build import Settings
-from attnlab.audit.call import causal_mask
 from attnlab.errors import UserError
 from attnlab.laws import LAWS
+from attnlab.laws.call import causal_mask
 from attnlab.terminal.audit import table
 
 HERE = Path(__file__).parents[1] / "foreign"

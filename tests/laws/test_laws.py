@@ -121,7 +121,7 @@ ANY_MODULE = [
     ("DropsAlways", "determinism", r"asked the same twice in evaluation mode, output \d+ moves by"),
     ("WritesIntoInput", "determinism", r"the module writes into its input: token 0 changes"),
     ("NormWithoutEpsilon", "finiteness", r"with zero input, output 0 is not a finite number \(131 of 131 are not\)"),
-    ("Overflows", "finiteness", r"with a thousand times larger input, output \d+ is not a finite number"),
+    ("Overflows", "finiteness", r"with a hundred times larger input, output \d+ is not a finite number"),
     ("HiddenLayers", "save and load", r"saved and loaded into a fresh module, output 0 moves by"),
 ]
 
@@ -142,7 +142,7 @@ def test_a_module_without_a_mistake_obeys_and_is_left_as_it_was():
     results = check_attention(module)
     assert {r.law for r in results if r.status == "holds"} == set(OF_ANY_MODULE)
     assert {r.law for r in results if r.status == "n/a"} == set(LAWS) - set(OF_ANY_MODULE)
-    assert verdict(results) == f"Right obeys all {len(OF_ANY_MODULE)} laws that apply"
+    assert verdict(results) == f"Right obeys all {len(OF_ANY_MODULE)} laws that apply (decoding was not tried)"
     assert module.training and all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert module.qkv.weight.dtype == torch.float32
 
@@ -224,7 +224,7 @@ def test_a_law_that_stops_is_broken_and_says_how():
             return super().forward(x, positions, cache, mask)
 
     chunks, causality = check_module(Stops(gqa.Config(**SMALL)), laws=["chunks", "causality"])
-    assert chunks.status == "broken" and chunks.detail == "stops with RuntimeError: no cache here"
+    assert chunks.status == "broken" and chunks.detail.startswith("stops with RuntimeError: no cache here and more (test_laws.py, line ")
     assert causality.status == "holds"
 
 
@@ -256,7 +256,7 @@ def test_a_fixed_context_is_found():
             return super().forward(x + torch.zeros(self.block_size, x.shape[2], dtype=x.dtype))
 
     results = check_module(Fixed(), laws=OF_ANY_MODULE)
-    assert {r.status for r in results} == {"holds"}
+    assert {r.law: r.status for r in results if r.status != "holds"} == {"prefix": "n/a"}
     assert "up to 24 tokens" in results[0].detail
 
 

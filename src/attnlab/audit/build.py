@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
-from ..laws.subject import one_line
+from ..laws.call import one_line
 from .find import Found
 from .stand_ins import StandIn
 
@@ -56,7 +56,7 @@ def make_module(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[
         raise UserError(f"{name} cannot be built: {error}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         wanted = f"; its arguments are {inspect.signature(cls)}" if isinstance(error, TypeError) else ""
         raise UserError(f"{name} cannot be built from {given}: {one_line(error)}{wanted}") from None
 

@@ -1,109 +1,66 @@
-"""A call of somebody's attention module: how it takes x and a mask is given or found out."""
+"""The way to call somebody's attention module: given, or found out from forward's parameters and by trying."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
+from ..laws.call import MASKS, NAMES, Caller, is_sequence_first
+from ..laws.functions import FunctionCaller, OfFunction, of_function
+from ..laws.state import unchanged
 
-MASKS = ("additive", "keep", "drop")
-
-
-def causal_mask(length: int, style: str, dtype: torch.dtype) -> Tensor:
-    """Return a mask [T T]. additive: 0 or -inf; keep: True where a token may be seen; drop: True where it may not."""
-    choose("mask style", style, MASKS)
-    keep = torch.ones(length, length, dtype=torch.bool).tril()
-    if style == "additive":
-        return torch.zeros(length, length, dtype=dtype).masked_fill(~keep, -math.inf)
-    return keep if style == "keep" else ~keep
-
-
-def rotary_tables(x: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Return the cosine and the sine of rotary embedding for x [B T D], both [B T head_dim], halves repeated."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
-    angle = torch.cat([angle, angle], -1).expand(x.shape[0], -1, -1)
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Caller:
-    """A way to call a module on x: an expression with the names below, and the form of the mask.
-
-    module, x [B T D], positions [B T], mask (a causal one, [T T] or [B 1 T T], in `style`), the same mask in each style
-    as `additive`, `keep` and `drop`, `rotary(head_dim)` -> (cos, sin) [B T head_dim], torch.
-    """
-
-    expression: str
-    style: str = "additive"  # of `mask`; one of MASKS
-    four: bool = False  # masks are [B 1 T T] rather than [T T]
-    sequence_first: bool = False  # x is [T B D]
-
-    def __call__(self, module: nn.Module, x: Tensor) -> Any:
-        B, T, _ = x.shape
-        masks = {style: causal_mask(T, style, x.dtype) for style in MASKS}
-        if self.four:
-            masks = {style: mask.expand(B, 1, T, T) for style, mask in masks.items()}
-        names = {
-            "module": module,
-            "x": x.transpose(0, 1) if self.sequence_first else x,
-            "positions": torch.arange(T).expand(B, -1),
-            "mask": masks[self.style],
-            "rotary": lambda head_dim, theta=10_000.0: rotary_tables(x, head_dim, theta),
-            "torch": torch,
-            **masks,
-        }
-        y = eval(self.expression, names)
-        return self._batch_first(y) if self.sequence_first else y
-
-    def _batch_first(self, y: Any) -> Any:
-        while not isinstance(y, Tensor):
-            y = next(iter(y.values())) if isinstance(y, Mapping) else y[0]
-        return y.transpose(0, 1)
+ROTARY_SIZES = ("head_dim", "attention_head_size", "qk_rope_head_dim")  # attributes that tell the width of its tables
 
 
 def find_caller(module: nn.Module, expression: str | None, style: str, shape: str, x: Tensor) -> Caller:
     """Return the way to call this module; what was not given is found out by trying.
 
-    expression: None: from the parameters of forward. shape: of the mask: 2d, 4d or auto. UserError where the expression
-    is no Python, uses an unknown name, or cannot be guessed.
+    expression: None: from the parameters of forward. shape: of the mask: 2d, 4d or auto. x [B T D], whose axes are told
+    apart by their lengths. UserError where the expression is no Python, uses an unknown name, or cannot be guessed.
     """
     choose("mask style", style, MASKS)
     choose("mask shape", shape, ("auto", "2d", "4d"))
-    expression = expression or guess_call(module)
+    expression = require_python("--call", expression or guess_call(module))
+    turned = "transpose" in expression or "permute" in expression
+    hint = any(getattr(part, "batch_first", True) is False for part in module.modules())
+    orders = (False,) if turned else (hint, not hint)
+    fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[shape]
+    tries = [Caller(expression, style, four, order) for order in orders for four in fours]
+    running = [attempt for attempt in tries if _works(attempt, module, x)]
+    right = (attempt for attempt in running if _is_right_way_round(attempt, module, x))
+    return next(right, (running or tries)[0])
+
+
+def _is_right_way_round(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
+    """Return whether a change of one token moves others of its sequence when x is given in this order."""
     try:
-        compile(expression, "--call", "eval")
+        return is_sequence_first(attempt, module, x) is False
+    except Exception:
+        return False
+
+
+def require_python(option: str, expression: str) -> str:
+    """Return the expression. UserError where it is no Python expression."""
+    try:
+        compile(expression, option, "eval")
     except SyntaxError as error:
         raise UserError(
-            f"--call {expression!r} is not a Python expression ({error.msg}): write it as module(x)"
+            f"{option} {expression!r} is not a Python expression ({error.msg}): write it as module(x)"
         ) from None
-    turned = "transpose" in expression or "permute" in expression
-    first = getattr(module, "batch_first", True) is False and not turned
-    fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[shape]
-    tries = [Caller(expression, style, four, first) for four in fours]
-    if len(tries) == 1:
-        return tries[0]
-    two, four = tries
-    try:
-        two(module, x)
-        return two
-    except NameError as error:
-        known = "module, x, mask, positions, additive, keep, drop, rotary, torch"
-        raise UserError(f"--call {expression!r}: {error}; the names it may use are {known}") from None
-    except Exception:
-        return four if _works(four, module, x) else two
+    return expression
 
 
 def _works(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
+    """Return whether the call runs. UserError where it uses a name that there is not."""
     try:
-        attempt(module, x)
+        with unchanged(module):
+            attempt(module, x)
+    except NameError as error:
+        raise UserError(f"--call {attempt.expression!r}: {error}; the names it may use are {NAMES}") from None
     except Exception:
         return False
     return True
@@ -112,28 +69,53 @@ def _works(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
 def guess_call(module: nn.Module) -> str:
     """Return the call of a module with this forward: x for what it must be given, masks and positions by their names.
 
-    UserError where forward wants something else.
+    An attention class of transformers is given its mask and its rotary tables also where forward has defaults for them,
+    because its model gives them always. UserError where forward wants something else.
     """
     words = []
+    of_transformers = type(module).__module__.startswith("transformers.")
     for i, (name, parameter) in enumerate(inspect.signature(module.forward).parameters.items()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        if parameter.default is not parameter.empty:
-            break
-        if "mask" in name:
-            words.append("mask")
-        elif "position" in name and "embed" not in name:
-            words.append("positions")
-        elif i == 0 or name in ("q", "k", "v", "query", "key", "value", "queries", "keys", "values", "context"):
-            words.append("x")
-        else:
+        optional = parameter.default is not parameter.empty
+        if optional and not (of_transformers and name in ("attention_mask", "position_embeddings")):
+            continue
+        given = _argument(module, name, i)
+        if given is None:
             raise UserError(
                 f"forward also wants {name!r}: say how to call it, for example --call 'module(x, {name}=...)'"
             )
+        words.append(f"{name}={given}" if optional or len(words) != i else given)
     return f"module({', '.join(words)})" if words else "module(x)"
 
 
-def mask_parameter(module: nn.Module) -> str | None:
-    """Return the name of the parameter through which forward takes a mask; None where it takes none."""
-    names = inspect.signature(module.forward).parameters
+def _argument(module: nn.Module, name: str, place: int) -> str | None:
+    """Return what to give to forward's parameter of this name; None where it is not known."""
+    if "mask" in name:
+        return "mask"
+    if name == "position_embeddings":
+        config = getattr(module, "config", None)
+        sizes = (getattr(holder, size, None) for holder in (module, config) for size in ROTARY_SIZES)
+        size = next((size for size in sizes if isinstance(size, int)), None)
+        return f"rotary({size})" if size else None
+    if "position" in name:
+        return "positions"
+    named = ("q", "k", "v", "query", "key", "value", "queries", "keys", "values", "context")
+    return "x" if place == 0 or name in named else None
+
+
+def function_caller(
+    function: Callable[..., Any], expression: str | None, style: str, layout: str | None
+) -> tuple[OfFunction, FunctionCaller]:
+    """Return a function of q, k, v as a module, and the way to call it."""
+    caller = Caller(require_python("--call", expression or "function(q, k, v)"), choose("mask style", style, MASKS))
+    return of_function(function, caller, layout), FunctionCaller(caller)
+
+
+def mask_parameter(target: nn.Module | Callable[..., Any]) -> str | None:
+    """Return the name of the parameter through which it takes a mask, or a flag for one; None where it takes none."""
+    try:
+        names = inspect.signature(target.forward if isinstance(target, nn.Module) else target).parameters
+    except ValueError:  # a function without a signature, such as one written in C++
+        return None
     return next((n for n in names if n in ("attn_mask", "attention_mask", "mask", "causal_mask")), None)

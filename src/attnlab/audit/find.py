@@ -1,33 +1,36 @@
-"""Somebody's attention class, found in a file or a package, without a change to it."""
+"""Somebody's attention class or function, found in a file or a package, without a change to it."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from ..errors import UserError, choose
-from ..laws.subject import one_line
+from ..laws.call import one_line
 from .stand_ins import StandIn, missing_package, standing_in
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A class, and the module it was found in."""
+    """A class or a function, and the module it was found in."""
 
     cls: type[nn.Module]
     module: ModuleType
     absent: tuple[str, ...]  # names of the packages and modules that it imports and that are not installed
+    function: Callable[..., Any] | None = None  # of q, k and v; then `cls` says nothing
 
 
 @contextmanager
@@ -50,7 +53,9 @@ def found(target: str) -> Iterator[Found]:
     try:
         sys.argv = [place]
         module, absent = _import(path.resolve() if is_file else place)
-        yield Found(_pick(module, name, place), module, tuple(sorted(absent)))
+        function = _function(module, name)
+        cls = nn.Module if function else _pick(module, name, place)
+        yield Found(cls, module, tuple(sorted(absent)), function)
     finally:
         sys.path[:] = search
         sys.argv = arguments
@@ -170,6 +175,12 @@ def _from_file(name: str, file: Path, folder: Path | None = None) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
+    """Return the function called `name`; None where it is something else."""
+    found = getattr(module, name, None) if name else None
+    return found if inspect.isroutine(found) or isinstance(found, functools.partial) else None
 
 
 def _pick(module: ModuleType, name: str, place: str) -> type[nn.Module]:

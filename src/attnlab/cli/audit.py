@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..errors import UserError
 from ..terminal import tables
 from ..terminal.audit import table
+from ..terminal.progress import working
 from .options import Json, json_object, split_commas
 
 
@@ -18,39 +20,55 @@ def audit(
     kwargs: Annotated[str | None, arg(metavar="JSON")] = None,
     config: Annotated[str | None, arg(metavar="JSON")] = None,
     call: Annotated[str | None, arg(metavar="EXPRESSION")] = None,
+    step: Annotated[str | None, arg(metavar="EXPRESSION")] = None,
     mask: Literal["additive", "keep", "drop"] = "additive",
     mask_shape: Literal["auto", "2d", "4d"] = "auto",
+    layout: Literal["bhtd", "bthd", "btd"] | None = None,
     d_model: Annotated[int | None, arg(metavar="INT")] = None,
     laws: Annotated[str | None, arg(metavar="LAW,...")] = None,
+    allow: Annotated[str | None, arg(metavar="LAW,...")] = None,
+    timeout: Annotated[float, arg(metavar="SECONDS")] = 900.0,
     json_: Json = False,
 ) -> int:
-    """Put the laws to a mechanism, or to anyone's attention class.
+    """Put the laws to a mechanism, or to anyone's attention class or function of q, k and v.
 
-    Exit code: 0 all laws hold, 1 one is broken, 2 it could not run.
+    Exit code: 0 all laws hold that apply, 1 one is broken, 2 it could not run or no law applies.
 
     Args:
-        target: A mechanism's name, FILE.py:CLASS, or PACKAGE.MODULE:CLASS.
+        target: A mechanism's name, FILE.py:NAME, or PACKAGE.MODULE:NAME of a class or a function.
         kwargs: The arguments of the class: '{"embed_dim": 64, "num_heads": 4}'.
         config: The attributes of the one config object that the class takes; for a mechanism, fields of its Config.
         call: How to call it, for example 'module(x, attention_mask=mask)'; found out if left out.
+        step: How to call one step of decoding: 'module(x, past=cache, use_cache=True)'; found out where it can be.
         mask: What the mask in --call holds: 0 and -inf to add, True where a token may be seen, True where it may not.
         mask_shape: 2d is [T T], 4d is [B 1 T T].
+        layout: Axes of a function's q, k and v: batch, head, token, size; found out if left out.
         d_model: The width of its input, where its arguments do not tell.
         laws: Only these.
+        allow: These may be broken: "prefix" where outputs are meant to depend on the length of the call.
+        timeout: After so long it is stopped.
         json_: Print one JSON object.
     """
-    from ..audit import audit_target
+    from ..audit.apart import audit_apart
 
-    found = audit_target(
-        target,
-        kwargs=json_object("--kwargs", kwargs),
-        config=json_object("--config", config),
-        call=call,
-        mask=mask,
-        mask_shape=mask_shape,
-        d_model=d_model,
-        laws=None if laws is None else split_commas(laws),
-    )
+    if not timeout > 0:
+        raise UserError(f"--timeout is {timeout:g}: give a number of seconds above 0")
+    with working() as tell:
+        found = audit_apart(
+            target,
+            seconds=timeout,
+            tell=tell,
+            kwargs=json_object("--kwargs", kwargs),
+            config=json_object("--config", config),
+            call=call,
+            step=step,
+            mask=mask,
+            mask_shape=mask_shape,
+            layout=layout,
+            d_model=d_model,
+            laws=None if laws is None else split_commas(laws),
+            allow=[] if allow is None else split_commas(allow),
+        )
     if json_:
         print(json.dumps(found.to_dict(), indent=1))
     else:

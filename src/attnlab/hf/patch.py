@@ -18,7 +18,8 @@ from .. import attention
 from ..config import to_dict
 from ..errors import UserError, choose
 from ..laws.interface import separate
-from ..laws.subject import Broken, movement, moves_by, scale, seeded, unchanged
+from ..laws.state import seeded, unchanged
+from ..laws.subject import Broken, movement, moves_by, scale
 from ..pretrained.rope_config import rotary
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze_host, install

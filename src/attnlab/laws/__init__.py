@@ -4,11 +4,13 @@ The tests put them to every mechanism, and `attnlab audit` to anyone's attention
 
 A law is a plain function of a `Subject`. It returns a sentence of evidence where it holds, raises `Broken` with the
 smallest counterexample it can find, and `NotApplicable` with the reason where it says nothing about this module. Laws
-marked "module" ask only for x [B T D] -> y [B T D]; laws marked "interface" need ours (positions, cache, mask).
+marked "module" ask only for x [B T D] -> y [B T D], those marked "decoding" also for a way to call one step with a
+cache, and those marked "interface" for ours (positions, cache, mask).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +20,16 @@ from torch import nn
 
 from .. import attention
 from ..errors import choose
-from ..results import LawResult
+from ..results import NOT_DECODED, LawResult, Tell, judged, verdict
 from ..spec import AttentionConfig
 from . import any_module, caches, causality, computation, interface
-from .subject import Broken, ModuleCall, NotApplicable, Subject, one_line, seeded, subject
+from .call import Caller, in_full
+from .functions import FunctionCaller, of_function
+from .prepare import subject
+from .state import seeded
+from .subject import Broken, ModuleCall, NotApplicable, StepCall, Subject
 
+NO_INTERFACE = "it needs attnlab's interface: forward(x, positions, cache, mask)"
 SMALL = {"d_model": 24, "n_heads": 4, "head_dim": 8}
 
 
@@ -31,7 +38,7 @@ class Law:
     """A law of the list."""
 
     name: str
-    needs: str  # "module" or "interface"
+    needs: str  # "module", "decoding" or "interface"
     check: Callable[[Subject], str]
 
     @property
@@ -44,41 +51,50 @@ LAWS: dict[str, Law] = {
     law.name: law
     for law in (
         Law("causality", "module", causality.causality),
+        Law("prefix", "module", causality.prefix),
         Law("mixing", "module", causality.mixing),
         Law("no dead parameters", "module", any_module.no_dead_parameters),
         Law("batch independence", "module", any_module.batch_independence),
         Law("determinism", "module", any_module.determinism),
+        Law("modes", "module", any_module.modes),
         Law("finiteness", "module", any_module.finiteness),
         Law("save and load", "module", any_module.save_and_load),
-        Law("chunks", "interface", caches.chunks),
-        Law("rewind", "interface", caches.rewind),
-        Law("fork", "interface", caches.fork),
+        Law("gradients", "module", computation.gradients),
+        Law("bfloat16", "module", computation.bfloat16),
+        Law("chunks", "decoding", caches.chunks),
+        Law("rewind", "decoding", caches.rewind),
+        Law("fork", "decoding", caches.fork),
+        Law("cache size", "decoding", caches.cache_size),
         Law("left padding", "interface", interface.left_padding),
         Law("masked rows", "interface", interface.masked_rows),
         Law("isolated documents", "interface", interface.isolated_documents),
-        Law("cache size", "interface", caches.cache_size),
         Law("held rows", "interface", caches.held_rows),
         Law("plain path", "interface", interface.plain_path),
         Law("own layers", "interface", interface.own_layers),
         Law("relative position", "interface", interface.relative_position),
         Law("kernels", "interface", computation.kernels),
-        Law("gradients", "interface", computation.gradients),
         Law("attention maps", "interface", interface.attention_maps),
         Law("compile", "interface", computation.compiles),
-        Law("bfloat16", "interface", computation.bfloat16),
         Law("flops", "interface", computation.flops),
     )
 }
 
 
-def check_mechanism(name: str, *, laws: Sequence[str] | None = None, **fields: Any) -> list[LawResult]:
+def check_mechanism(
+    name: str,
+    *,
+    laws: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
+    tell: Tell | None = None,
+    **fields: Any,
+) -> list[LawResult]:
     """Put every law to a mechanism of the registry, small and in each of its Config's variants.
 
-    laws: the names of some; None: all. fields: override those settings. Return one result per law, broken where one
-    setting breaks it. UserError where the mechanism or a law is unknown.
+    laws: the names of some; None: all. allow: the names of laws that may be broken. fields: override those settings.
+    Return one result per law, broken where one setting breaks it. UserError where the mechanism or a law is unknown.
     """
     module = attention.module(name)
-    return check_class(name, module.Config, module.Attention, laws=laws, **fields)
+    return check_class(name, module.Config, module.Attention, laws=laws, allow=allow, tell=tell, **fields)
 
 
 def check_class(
@@ -87,6 +103,8 @@ def check_class(
     layer: Callable[[Any], nn.Module],
     *,
     laws: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
+    tell: Tell | None = None,
     **fields: Any,
 ) -> list[LawResult]:
     """Do the same for any `Config` and `Attention` that follow the interface."""
@@ -97,61 +115,88 @@ def check_class(
             module = layer(chosen)
         build = functools.partial(layer, chosen)
         subjects.append((words, subject(module, name=name, build=build, seed=seed)))
-    return [_judge(law, name, subjects) for law in _chosen(laws)]
+    return _judge_all(name, subjects, laws, allow, tell)
 
 
 def check_module(
-    module: nn.Module,
+    module: nn.Module | Callable[..., Any],
     *,
     d_model: int | None = None,
     call: ModuleCall | None = None,
+    step: StepCall | None = None,
     build: Callable[[], nn.Module] | None = None,
     laws: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
     name: str | None = None,
 ) -> list[LawResult]:
     """Put every law that applies to `module`, which is copied and left as it was. Return one result per law.
 
-    d_model: width D of its input, unless its attributes tell. call: `(module, x) -> y`, unless it is `module(x)`.
-    build: makes a fresh module of the same shape. laws: the names of some; None: all. UserError where the module cannot
-    be called at all.
+    module: or a function of q, k, v, each [B H T D], [B T H D] or [B T D]. d_model: width D of its input, unless its
+    attributes tell. call: `(module, x) -> y`, unless it is `module(x)`. step: `(module, x, cache, start) -> (y, cache)`
+    decodes the tokens x [B T D] from `start` on; the first cache is None; found out where forward's parameters tell.
+    build: makes a fresh module of the same shape. laws: the names of some; None: all. allow: the names of laws that may
+    be broken. UserError where the module cannot be called at all.
     """
-    s = subject(module, name=name or type(module).__name__, d_model=d_model, call=call, build=build)
-    return check_subject(s, laws)
+    name = name or getattr(module, "__name__", type(module).__name__)
+    if not isinstance(module, nn.Module):
+        caller = Caller("function(q, k, v)")
+        module = of_function(module, caller)
+        call = call or FunctionCaller(caller)
+    s = subject(module, name=name, d_model=d_model, call=call, step=step, build=build)
+    return check_subject(s, laws, allow)
 
 
-def check_subject(s: Subject, laws: Sequence[str] | None = None) -> list[LawResult]:
-    """Do the same for a module that is already prepared."""
-    return [_judge(law, s.name, [("", s)]) for law in _chosen(laws)]
-
-
-def check_attention(
-    module: nn.Module,
-    *,
-    d_model: int | None = None,
-    call: ModuleCall | None = None,
-    build: Callable[[], nn.Module] | None = None,
-    laws: Sequence[str] | None = None,
+def check_subject(
+    s: Subject, laws: Sequence[str] | None = None, allow: Sequence[str] = (), tell: Tell | None = None
 ) -> list[LawResult]:
-    """Return the results of `check_module`, for a test of your own.
+    """Do the same for a module that is already prepared."""
+    return _judge_all(s.name, [("", s)], laws, allow, tell)
 
-    AssertionError with each counterexample if a law is broken.
-    """
-    results = check_module(module, d_model=d_model, call=call, build=build, laws=laws)
-    broken = [r for r in results if r.status == "broken"]
-    if broken:
-        lines = [f"  {r.law}: {r.detail}\n    the law: {r.statement}" for r in broken]
-        raise AssertionError("\n".join([f"{verdict(results)}", *lines]))
+
+def _judge_all(
+    name: str,
+    subjects: Sequence[tuple[str, Subject]],
+    laws: Sequence[str] | None,
+    allow: Sequence[str],
+    tell: Tell | None,
+) -> list[LawResult]:
+    """Return one result per chosen law, in the order of the list. allow: laws whose breach is no finding."""
+    for law in allow:
+        choose("law", law, LAWS)
+    chosen = _chosen(laws)
+    results = []
+    for done, law in enumerate(chosen):
+        if tell is not None:
+            tell(law.name, done, len(chosen))
+        result = _judge(law, name, subjects)
+        results.append(dataclasses.replace(result, status="allowed") if _is_allowed(result, allow) else result)
     return results
 
 
-def verdict(results: Sequence[LawResult]) -> str:
-    """Return one line about all results: which laws are broken, or how many hold."""
-    ran = [r for r in results if r.status != "n/a"]
-    broken = [r.law for r in ran if r.status == "broken"]
-    name = results[0].mechanism
-    if broken:
-        return f"{name} breaks {len(broken)} of {len(ran)} laws: {', '.join(broken)}"
-    return f"{name} obeys all {len(ran)} laws that apply" if ran else f"{name}: no law applies"
+def _is_allowed(result: LawResult, allow: Sequence[str]) -> bool:
+    return result.status == "broken" and result.law in allow
+
+
+def check_attention(
+    module: nn.Module | Callable[..., Any],
+    *,
+    d_model: int | None = None,
+    call: ModuleCall | None = None,
+    step: StepCall | None = None,
+    build: Callable[[], nn.Module] | None = None,
+    laws: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
+) -> list[LawResult]:
+    """Return the results of `check_module`, for a test of your own.
+
+    AssertionError with each counterexample if a law is broken, or if none of them applies.
+    """
+    results = check_module(module, d_model=d_model, call=call, step=step, build=build, laws=laws, allow=allow)
+    broken = [r for r in results if r.status == "broken"]
+    if broken or not judged(results):
+        lines = [f"  {r.law}: {r.detail}\n    the law: {r.statement}" for r in broken or results]
+        raise AssertionError("\n".join([f"{verdict(results)}", *lines]))
+    return results
 
 
 def _chosen(laws: Sequence[str] | None) -> list[Law]:
@@ -163,14 +208,35 @@ def _judge(law: Law, name: str, subjects: Sequence[tuple[str, Subject]]) -> LawR
     reasons: list[str] = []
     for words, s in subjects:
         try:
-            if law.needs == "interface" and s.call is not None:
-                raise NotApplicable("it needs attnlab's interface: forward(x, positions, cache, mask)")
+            _require_what_it_needs(law, s)
             held.append(law.check(s.fresh()))
         except NotApplicable as reason:
             reasons.append(str(reason))
-        except Exception as error:
-            text = str(error) if isinstance(error, Broken) else f"stops with {one_line(error)}"
+        except (Exception, SystemExit) as error:
+            text = str(error) if isinstance(error, Broken) else f"stops with {in_full(error)}"
+            if not isinstance(error, Broken) and not _runs(s):
+                reasons.append(text)
+                continue
             detail = f"{text} (variant {words!r})" if words else text
             return LawResult(law=law.name, mechanism=name, status="broken", detail=detail, statement=law.statement)
     status = "holds" if held else "n/a"
     return LawResult(law=law.name, mechanism=name, status=status, detail=(held or reasons)[0], statement=law.statement)
+
+
+def _require_what_it_needs(law: Law, s: Subject) -> None:
+    """Raise `NotApplicable` where the subject is somebody's module without what the law needs."""
+    if s.call is None or law.needs == "module":
+        return
+    if law.needs == "interface":
+        raise NotApplicable(NO_INTERFACE)
+    if s.step is None:
+        raise NotApplicable(NOT_DECODED)
+
+
+def _runs(s: Subject) -> bool:
+    """Return whether an ordinary call runs: an exception is a finding only then."""
+    try:
+        s.fresh()(s.x())
+    except (Exception, SystemExit):
+        return False
+    return True

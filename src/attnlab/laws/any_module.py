@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import load_cache, save_cache
+from ..recording import record_losses
+from .call import in_full, one_line
 from .causality import training
+from .prepare import accepts, shaken
+from .state import seeded, unchanged
 from .subject import (
     Broken,
     NotApplicable,
     Subject,
-    accepts,
+    every_output,
+    magnitudes,
     movement,
     moves_by,
-    one_line,
     ranges,
     require_equal,
     require_finite,
     scale,
-    seeded,
-    shaken,
 )
 
 
 def no_dead_parameters(s: Subject) -> str:
     """Every trainable parameter gets a gradient, and no large part of a projection goes without."""
+    s.require_gradients()
     module = s.fresh().module.train()
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
@@ -52,11 +57,14 @@ def _alive(s: Subject, module: nn.Module, trainable: Mapping[str, Tensor]) -> di
     """Return for each parameter which of its numbers get a gradient from some of several inputs, bool."""
     alive = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in trainable.items()}
     for seed in range(4):
-        y = s(s.x(batch=4, seed=seed), module)
-        if not y.requires_grad:
+        with seeded(0), unchanged(module), record_losses() as losses:
+            output = s.output(module, s.x(batch=4, seed=seed))
+        outputs = every_output([output, losses])
+        if not outputs:
             raise Broken("the output has no gradient at all: it was computed without one")
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
-        gradients = torch.autograd.grad((y * weight).sum(), list(trainable.values()), allow_unused=True)
+        generator = torch.Generator().manual_seed(seed)
+        total = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
+        gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
         for name, gradient in zip(trainable, gradients, strict=True):
             if gradient is not None:
                 alive[name] |= gradient != 0
@@ -98,6 +106,8 @@ def determinism(s: Subject) -> str:
     """The same input gives the same output, whatever was asked in between, and is itself left alone."""
     module = s.fresh().module
     x = s.x()
+    short = s.x(s.lengths[0])
+    brief = s.answer(module, short.clone())
     kept = x.clone()
     y = s.answer(module, x)
     if not torch.equal(x, kept):
@@ -107,17 +117,78 @@ def determinism(s: Subject) -> str:
     except Exception as error:
         raise Broken(f"asked the same twice, the second time it stops with {one_line(error)}") from None
     require_equal(again, y, 0, "asked the same twice in evaluation mode")
-    s.answer(module, s.x(s.lengths[0], seed=7))
-    require_equal(s.answer(module, kept.clone()), y, 0, "asked the same again after another input")
-    return "equal to the last bit when asked again"
+    for words, between in _between(s):
+        s.answer(module, between)
+        for length, value, before in ((s.lengths[0], short, brief), (s.lengths[-1], kept, y)):
+            what = f"{length} tokens, asked again after {words}"
+            require_equal(s.answer(module, value.clone()), before, 0, what)
+    return "equal to the last bit when asked again, after longer, shorter, larger and more inputs"
+
+
+def _between(s: Subject) -> Iterator[tuple[str, Tensor]]:
+    """Yield (words, an input) to ask between two equal questions; among them one longer than any asked before."""
+    yield "a short input", s.x(s.lengths[0], seed=7)
+    beyond = next((n for n in (s.longest + 64, s.longest + 1) if accepts(s, n)), s.longest)
+    yield "a long input", s.x(beyond, seed=7)
+    yield "an input a hundred times larger", 100 * s.x(seed=7)
+    yield "a larger batch", s.x(batch=5, seed=7)
+
+
+def modes(s: Subject) -> str:
+    """Without gradients, in inference mode, in training mode, and for x in another layout of memory it runs, and right.
+
+    Training mode may give other outputs (dropout), but has to run.
+    """
+    x = s.x()
+    y = s(x)
+    for context, words in ((torch.no_grad(), "without gradients"), (torch.inference_mode(), "in inference mode")):
+        with context:
+            got = s(x.clone())
+        require_equal(got.clone(), y, s.tolerance, words)
+    for words, value in _layouts(x).items():
+        require_equal(_or_broken(s, value, f"for x {words}"), y, s.tolerance, f"for x {words}")
+    _or_broken(dataclasses.replace(s, module=s.fresh().module.train()), x, "in training mode")
+    if not s.no_gradients:
+        _require_no_inference_leftovers(s)
+    return "equal without gradients, in inference mode and for x in other layouts; training mode runs"
+
+
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """Return x [B T D] with the same numbers in other places of memory, with words for each."""
+    wide = torch.cat([x, x], -1)
+    return {
+        "that is a transposed view": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "that is a part of a wider tensor": wide[..., : x.shape[-1]],
+        "with its width as the first axis in memory": x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    }
+
+
+def _or_broken(s: Subject, x: Tensor, what: str) -> Tensor:
+    """Return y [B T D]. Raise `Broken` where the call stops, though an ordinary one did not."""
+    try:
+        return s(x)
+    except Exception as error:
+        raise Broken(f"{what} it stops with {in_full(error)}, though an ordinary call does not") from None
+
+
+def _require_no_inference_leftovers(s: Subject) -> None:
+    """Raise `Broken` where a call in inference mode leaves tensors behind that stop a later backward pass."""
+    module = s.fresh().module
+    with torch.inference_mode():
+        s.answer(module, s.x())
+    try:
+        y = s.answer(module, s.x().requires_grad_())
+        if y.requires_grad:
+            y.sum().backward()
+    except Exception as error:
+        raise Broken(f"a call with gradients, after one in inference mode, stops with {in_full(error)}") from None
 
 
 def finiteness(s: Subject) -> str:
     """Outputs and gradients are finite: for small, large, constant and all-zero input, and for a single token."""
     shortest = (1,) if accepts(s, 1) else ()
     x = s.x()
-    inputs = {"ordinary": x, "zero": 0 * x, "constant": x[:, :1].expand_as(x), "a thousand times larger": 1e3 * x}
-    cases = [(f"{word} input", value) for word, value in inputs.items()]
+    cases = [("ordinary input", x), *((f"{words} input", value) for words, value in magnitudes(x).items())]
     cases += [(f"{n} token{'s' * (n > 1)}", s.x(n)) for n in (*shortest, *s.lengths)]
     for what, value in cases:
         value = value.detach().clone().requires_grad_()
@@ -133,16 +204,21 @@ def finiteness(s: Subject) -> str:
 def save_and_load(s: Subject) -> str:
     """A fresh module that loads the saved parameters gives the same output; so does a saved and loaded cache."""
     x = s.x()
-    y = s(x)
-    with seeded(11):
-        fresh = shaken(s.build() if s.build else copy.deepcopy(s.module), seed=11).to(s.dtype).eval()
-    file = io.BytesIO()
-    torch.save(s.module.state_dict(), file)
-    file.seek(0)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    require_equal(s(x, fresh), y, 0, "after its state was saved and loaded into a fresh module")
+    for length in s.lengths:
+        used = s.fresh().module
+        s.answer(used, s.x(length, seed=9))
+        _loaded(s, used, f"after {length} tokens")
+    trained = s.fresh().module
+    with contextlib.suppress(Exception):  # whether it runs in training mode is for another law
+        s.answer(trained.train(), s.x(seed=9))
+    for module, when in ((s.module, "as it was made"), (trained.eval(), "after a call in training mode")):
+        fresh = _loaded(s, module, when)
+        require_equal(
+            s(x, fresh), s(x, module), 0, f"after its state, {when}, was saved and loaded into a fresh module"
+        )
     if s.call is not None:
         return "equal to the last bit after a round trip"
+    y = s(x)
     cut = x.shape[1] - 3
     _, cache = s.feed(x[:, :cut], [cut], s.cache())
     with tempfile.TemporaryDirectory() as folder:
@@ -152,3 +228,18 @@ def save_and_load(s: Subject) -> str:
     got, _ = s.feed(x[:, cut:], [1, 2], loaded, start=cut)
     require_equal(got, y[:, cut:], s.tolerance, "decoding on from a saved and loaded cache")
     return "equal after a round trip, and decoding goes on from a loaded cache"
+
+
+def _loaded(s: Subject, module: nn.Module, when: str) -> nn.Module:
+    """Return a fresh module with the saved state of `module`. Raise `Broken` where it does not load."""
+    with seeded(11):
+        fresh = shaken(s.build() if s.build else copy.deepcopy(s.module), seed=11).to(s.dtype).eval()
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    try:
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise Broken(f"its state, saved {when}, loads into no fresh module: {reason}") from None
+    return fresh

@@ -5,30 +5,37 @@ Decoding with one gives what a pass without one gives, and it holds exactly what
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache import Cache
 from ..errors import UserError
 from ..spec import CacheSpec
+from . import foreign_cache
+from .state import tensors_in
 from .subject import Broken, NotApplicable, Subject, require_equal
 
 
 def chunks(s: Subject) -> str:
     """Prefill, one token at a time and any chunks between give what one pass gives."""
-    for ragged, length in itertools.product((False, True), s.lengths):
+    for ragged, length in itertools.product(s.raggeds, s.lengths):
         x = s.x(length)
         whole = s(x)
         for splits in _splits(length):
             y, _ = s.feed(x, splits, s.cache(ragged=ragged))
             how = "one token at a time" if max(splits) == 1 else f"in chunks of {', '.join(map(str, splits))}"
             require_equal(y, whole, s.tolerance, f"decoding {length} tokens {how}")
-    return f"one pass, one token at a time and uneven chunks agree, up to {s.lengths[-1]} tokens"
+    for length in s.tiles:
+        x = s.x(length, batch=1)
+        y, _ = s.feed(x, [length - 3, 1, 1, 1], s.cache(1))
+        require_equal(y, s(x), s.tolerance, f"decoding 3 tokens after {length - 3}")
+    return f"one pass, one token at a time and uneven chunks agree, up to {s.longest} tokens"
 
 
 def _splits(length: int) -> list[list[int]]:
@@ -49,19 +56,27 @@ def rewind(s: Subject) -> str:
     other = s.x(seed=4)
     length = x.shape[1]
     back = length // 2
-    for ragged in (False, True):
+    for ragged in s.raggeds:
         _, cache = s.feed(x, [back, length - back], s.cache(ragged=ragged))
-        if not s.config.rewinds:
-            try:
-                cache.rewind(back)
-            except UserError as error:
-                raise NotApplicable(f"it cannot rewind, and says so: {error}") from None
-            raise Broken("the config says that it cannot rewind, yet rewinding the cache is not refused")
-        rewound = cache.rewind(back) or cache
+        rewound = _rewound(s, cache, back, length)
         y, _ = s.feed(other[:, back:], [1, length - back - 1], rewound, start=back)
-        want = s(torch.cat([x[:, :back], other[:, back:]], 1))[:, back:]
-        require_equal(y, want, s.tolerance, f"decoding on after {length} tokens were rewound to {back}")
+        joined = torch.cat([x[:, :back], other[:, back:]], 1)
+        want, _ = s.feed(joined, [back, 1, length - back - 1], s.cache(ragged=ragged))
+        require_equal(y, want[:, back:], s.tolerance, f"decoding on after {length} tokens were rewound to {back}")
     return f"{length} tokens rewound to {back} and continued agree with a fresh pass"
+
+
+def _rewound(s: Subject, cache: Any, back: int, length: int) -> Any:
+    """Return the cache of `length` tokens taken back to `back`. `NotApplicable` where it cannot, and says so."""
+    if s.call is not None:
+        return foreign_cache.rewound(cache, back, length)
+    if s.config.rewinds:
+        return cache.rewind(back) or cache
+    try:
+        cache.rewind(back)
+    except UserError as error:
+        raise NotApplicable(f"it cannot rewind, and says so: {error}") from None
+    raise Broken("the config says that it cannot rewind, yet rewinding the cache is not refused")
 
 
 def fork(s: Subject) -> str:
@@ -70,20 +85,22 @@ def fork(s: Subject) -> str:
     other = s.x(seed=4)
     cut = x.shape[1] - 4
     rest = [1, 3]
-    whole = s(x)[:, cut:]
-    changed = s(torch.cat([x[:, :cut], other[:, cut:]], 1))[:, cut:]
-    for ragged in (False, True):
+    for ragged in s.raggeds:
+        whole, _ = s.feed(x, [cut, *rest], s.cache(ragged=ragged))
+        changed, _ = s.feed(torch.cat([x[:, :cut], other[:, cut:]], 1), [cut, *rest], s.cache(ragged=ragged))
         _, cache = s.feed(x[:, :cut], [cut], s.cache(ragged=ragged))
-        branch = cache.fork()
+        branch = cache.fork() if s.call is None else copy.deepcopy(cache)
         two, _ = s.feed(other[:, cut:], rest, branch, start=cut)
         one, _ = s.feed(x[:, cut:], rest, cache, start=cut)
-        require_equal(one, whole, s.tolerance, f"after a fork at {cut} tokens was written to, the original")
-        require_equal(two, changed, s.tolerance, f"the fork at {cut} tokens")
+        require_equal(one, whole[:, cut:], s.tolerance, f"after a fork at {cut} tokens was written to, the original")
+        require_equal(two, changed[:, cut:], s.tolerance, f"the fork at {cut} tokens")
     return "a fork and its original go on independently"
 
 
 def cache_size(s: Subject) -> str:
     """The live cache holds exactly what `cache_spec.floats` says, in declared rows, and nothing hides elsewhere."""
+    if s.call is not None:
+        return foreign_cache.size(s)
     spec = s.config.cache_spec
     batch = 2
     for ragged, length in itertools.product((False, True), (1, *s.lengths)):
@@ -144,25 +161,10 @@ def _hidden(module: nn.Module) -> dict[str, int]:
     for path, part in module.named_modules():
         attributes = {**vars(part), "_parameters": None, "_modules": None, "_buffers": None}
         for name, value in {**attributes, **part._buffers}.items():
-            size = sum(tensor.numel() for tensor in _tensors(value))
+            size = sum(tensor.numel() for tensor in tensors_in(value))
             if size:
                 found[f"{path}.{name}".lstrip(".")] = size
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a value, those in caches and containers among them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Cache):
-        for memory in memories(value):
-            yield from (*memory.rows.values(), *memory.state.values())
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def held_rows(s: Subject) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +17,83 @@ from .subject import (
     Broken,
     NotApplicable,
     Subject,
+    magnitudes,
     movement,
     moves_by,
     ranges,
     scale,
 )
 
+ROUNDED = 1e-2  # tolerance of equality where parts are computed in bfloat16
+
 
 def causality(s: Subject) -> str:
-    """No output depends on a later token."""
+    """No output depends on a later token, whatever the size of the input, in every mode of computing."""
     for length, size in itertools.product(s.lengths, (1.0, 0.01, 100.0)):
         _require_causal_values(s, s.module, s.x(length), size, "")
+    for length in (s.short, s.lengths[-1]):
+        for words, x in magnitudes(s.x(length)).items():
+            _require_causal_values(s, s.module, x, max(1.0, scale(x)), f"for {words} input, ")
+    for length in s.tiles:
+        _require_causal_values(s, s.module, s.x(length, batch=1), 1.0, "", firsts=_at_edges(length))
     _require_causal_gradients(s, s.module, "")
     for module, when in training(s):
         for length in s.lengths[-2:]:
             _require_causal_values(s, module, s.x(length), 1.0, when)
         _require_causal_gradients(s, module, when)
-    return f"no output moves when a later token changes, up to {s.lengths[-1]} tokens, in value or in gradient"
+    for context, subject, when in _other_modes(s):
+        with context:
+            _require_causal_values(subject, subject.module, subject.x(), 1.0, when)
+    return f"no output moves when a later token changes, up to {s.longest} tokens, in value or in gradient"
 
 
-def _require_causal_values(s: Subject, module: nn.Module, x: Tensor, size: float, when: str) -> None:
-    """Raise `Broken` where a change of this size moves an earlier output; name the largest movement."""
+def prefix(s: Subject) -> str:
+    """The outputs of the first n tokens are what these tokens give alone: how many follow changes nothing."""
+    lengths = sorted({*s.lengths, *s.tiles})
+    if len(lengths) < 2:
+        raise NotApplicable(f"it can be called with {lengths[0]} tokens only")
+    x = s.x(lengths[-1])
+    with torch.no_grad():
+        parts = {length: s(x[:, :length]) for length in lengths}
+    for shorter, longer in itertools.combinations(lengths, 2):
+        moved = movement(parts[longer][:, :shorter], parts[shorter])
+        wrong = (moved > s.tolerance * scale(parts[shorter])).nonzero().flatten()
+        if len(wrong):
+            token = int(wrong[0])
+            raise Broken(
+                f"output {token} of the first {shorter} tokens {moves_by(moved[token])} when {longer - shorter} "
+                f"tokens are appended: y(x)[:, :{shorter}] is not y(x[:, :{shorter}])"
+            )
+    return f"the first n of {lengths[-1]} outputs are those of n tokens alone, for n = {', '.join(map(str, lengths))}"
+
+
+def _other_modes(s: Subject) -> Iterator[tuple[AbstractContextManager[Any], Subject, str]]:
+    """Yield (a context, the subject in it, words for it) for each other mode in which the subject runs."""
+    yield torch.no_grad(), s, "without gradients, "
+    yield torch.inference_mode(), s, "in inference mode, "
+    single = s.cast(torch.float32, ROUNDED)
+    with contextlib.suppress(Exception):
+        with torch.autocast("cpu", torch.bfloat16):
+            single(single.x())
+        yield torch.autocast("cpu", torch.bfloat16), single, "under autocast, "
+
+
+def _at_edges(length: int) -> tuple[int, ...]:
+    """Return the tokens from which a long sequence is changed: the last two, and some at round places."""
+    return tuple(sorted({length // 4, length // 2, length - length // 4, length - 2, length - 1}))
+
+
+def _require_causal_values(
+    s: Subject, module: nn.Module, x: Tensor, size: float, when: str, *, firsts: Sequence[int] = ()
+) -> None:
+    """Raise `Broken` where a change of this size moves an earlier output; name the largest movement.
+
+    firsts: the tokens from which x is changed; chosen by the length if empty.
+    """
     y = s(x, module).detach()
     worst = s.tolerance * scale(y)
     broken = None
-    for later, changed in _changes(x, size):
+    for later, changed in _changes(x, size, firsts):
         moved = movement(s(changed, module), y)[:later]
         if float(moved.max()) > worst:
             worst = float(moved.max())
@@ -49,7 +104,9 @@ def _require_causal_values(s: Subject, module: nn.Module, x: Tensor, size: float
 
 def _require_causal_gradients(s: Subject, module: nn.Module, when: str) -> None:
     """Raise `Broken` where an output has a gradient on a later token."""
-    length = max(n for n in s.lengths if n <= 13 or n == s.lengths[0])
+    if s.no_gradients:
+        return
+    length = s.short
     for token, gradient in _gradients(s, module, s.x(length)):
         worst = float(gradient[token + 1 :].max()) if token + 1 < length else 0.0
         if worst > s.tolerance * float(gradient.max()):
@@ -57,7 +114,7 @@ def _require_causal_gradients(s: Subject, module: nn.Module, when: str) -> None:
             raise Broken(f"{when}output {token} has gradient {worst:.2g} on token {later} ({length} tokens)")
 
 
-def _changes(x: Tensor, size: float) -> Iterator[tuple[int, Tensor]]:
+def _changes(x: Tensor, size: float, firsts: Sequence[int] = ()) -> Iterator[tuple[int, Tensor]]:
     """Yield (the first changed token, changed x): single tokens, or in long sequences some tokens and all after them.
 
     Changes as well as gradients, because choosing the best k has no gradient; of several sizes, because a choice may
@@ -66,7 +123,7 @@ def _changes(x: Tensor, size: float) -> Iterator[tuple[int, Tensor]]:
     length = x.shape[1]
     short = length <= 13
     noise = size * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    for first in range(1, length, 1 if short else max(3, length // 13)):
+    for first in firsts or range(1, length, 1 if short else max(3, length // 13)):
         changed = x.clone()
         until = first + 1 if short else length
         changed[:, first:until] += noise[:, first:until]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..documents import PackedRows
 from ..recording import record_attention
 from ..spec import CAUSAL, Mask
+from .prepare import shaken
 from .subject import (
     Broken,
     NotApplicable,
@@ -25,7 +26,6 @@ from .subject import (
     require_equal,
     require_finite,
     scale,
-    shaken,
 )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache
-from ..errors import UserError
-from ..spec import AttentionConfig, CacheSpec
+from ..spec import AttentionConfig
+from .call import first_tensor
+from .state import duplicate, seeded, tensors_in, unchanged
 
 ModuleCall = Callable[[nn.Module, Tensor], Any]  # calls somebody's module on x [B T D]
+StepCall = Callable[[nn.Module, Tensor, Any, int], tuple[Any, Any]]  # (module, x, cache, start) -> (y, cache)
 
 LENGTHS = (2, 3, 5, 13, 37)  # tokens; short ones first, because the shortest counterexample is the easiest to follow
-LONGEST = 131  # tokens; for modules whose chunks and windows are not known: longer than most
 
 
 class Broken(Exception):
@@ -43,8 +42,11 @@ class Subject:
     call: ModuleCall | None = None  # None: it has attnlab's interface
     build: Callable[[], nn.Module] | None = None  # a fresh module of the same shape, other parameters
     lengths: tuple[int, ...] = LENGTHS  # tokens; the sequence lengths to try, ascending
+    tiles: tuple[int, ...] = ()  # tokens; longer lengths, around the tile sizes of kernels
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-9  # of equality, relative to the largest output
+    step: StepCall | None = None  # decodes a chunk of somebody's module; None: not known
+    no_gradients: str = ""  # why it runs without gradients only; empty: it has them
 
     def x(self, length: int | None = None, batch: int = 2, seed: int = 0) -> Tensor:
         """Return random input [B T D]. length: the longest of `lengths` if None."""
@@ -59,15 +61,73 @@ class Subject:
 
     def answer(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return y [B T D] of a plain call, which may change the module."""
-        if self.call is not None:
-            return first_tensor(self.call(module, x), x)
-        y, _ = module(x, positions_of(x))
-        return y
+        return first_tensor(self.output(module, x), x)
+
+    def output(self, module: nn.Module, x: Tensor) -> Any:
+        """Return all that a plain call returns."""
+        with torch.no_grad() if self.no_gradients else contextlib.nullcontext():
+            if self.call is not None:
+                return self.call(module, x)
+            return module(x, positions_of(x))
+
+    @property
+    def short(self) -> int:
+        """The longest of `lengths` up to 13, where every token can be looked at; else the shortest."""
+        return max(n for n in self.lengths if n <= 13 or n == self.lengths[0])
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that is tried."""
+        return max(self.lengths[-1], *self.tiles, 0)
+
+    def require_gradients(self) -> None:
+        """Raise `NotApplicable` where the module runs without gradients only."""
+        if self.no_gradients:
+            raise NotApplicable(f"it runs without gradients only: {self.no_gradients}")
 
     def fresh(self) -> Subject:
         """Return the same subject with a copy of the module, so that no law sees what another did to it."""
         module = duplicate(self.module, self.build).to(self.dtype).eval()
         return dataclasses.replace(self, module=module)
+
+    def cast(self, dtype: torch.dtype, tolerance: float) -> Subject:
+        """Return the same subject in another precision."""
+        module = duplicate(self.module, self.build).to(dtype).eval()
+        return dataclasses.replace(self, module=module, dtype=dtype, tolerance=tolerance)
+
+    # Decoding: with attnlab's cache, or by the step of somebody's module.
+
+    @property
+    def raggeds(self) -> tuple[bool, ...]:
+        """The kinds of cache to try: attnlab's for sequences of equal and of several lengths."""
+        return (False, True) if self.call is None else (False,)
+
+    def cache(self, batch: int = 2, max_len: int | None = None, *, ragged: bool = True) -> Any:
+        """Return an empty cache; None for somebody's module. max_len: tokens; 6 more than `lengths` if None."""
+        if self.call is not None:
+            return None
+        max_len = max_len or self.lengths[-1] + 6
+        return Cache.empty(self.config.cache_spec, batch, max_len, ragged=ragged, dtype=self.dtype)
+
+    def feed(
+        self, x: Tensor, splits: Sequence[int], cache: Any, positions: Tensor | None = None, *, start: int = 0
+    ) -> tuple[Tensor, Any]:
+        """Return y [B T D] and the cache after decoding x in chunks.
+
+        splits: the tokens of each chunk. positions: those from `start` on if None.
+        """
+        positions = positions_of(x) + start if positions is None else positions
+        parts = []
+        with torch.no_grad():
+            for xs, ps in zip(x.split(list(splits), 1), positions.split(list(splits), 1), strict=True):
+                if self.step is None:
+                    y, cache = self.module(xs, ps, cache)
+                else:
+                    output, cache = self.step(self.module, xs, cache, start)
+                    y = first_tensor(output, xs)
+                    start += xs.shape[1]
+                parts.append(y)
+        return torch.cat(parts, 1), cache
 
     # The rest needs attnlab's interface.
 
@@ -81,26 +141,6 @@ class Subject:
         module = type(self.module)(dataclasses.replace(self.config, **changes)).to(self.dtype).eval()
         module.load_state_dict(self.module.state_dict())
         return module
-
-    def cache(self, batch: int = 2, max_len: int | None = None, *, ragged: bool = True) -> Cache:
-        """Return an empty cache. max_len: tokens; 6 more than the longest of `lengths` if None."""
-        max_len = max_len or self.lengths[-1] + 6
-        return Cache.empty(self.config.cache_spec, batch, max_len, ragged=ragged, dtype=self.dtype)
-
-    def feed(
-        self, x: Tensor, splits: Sequence[int], cache: Cache, positions: Tensor | None = None, *, start: int = 0
-    ) -> tuple[Tensor, Cache]:
-        """Return y [B T D] and the cache after decoding x in chunks.
-
-        splits: the tokens of each chunk. positions: those from `start` on if None.
-        """
-        positions = positions_of(x) + start if positions is None else positions
-        parts = []
-        with torch.no_grad():
-            for xs, ps in zip(x.split(list(splits), 1), positions.split(list(splits), 1), strict=True):
-                y, cache = self.module(xs, ps, cache)
-                parts.append(y)
-        return torch.cat(parts, 1), cache
 
     def left_padded(self) -> LeftPadded:
         """Return sequences of several lengths in one batch, padded on the left to the longest of `lengths`."""
@@ -120,181 +160,19 @@ class LeftPadded(NamedTuple):
     lengths: tuple[int, ...]  # real tokens of each row
 
 
+def magnitudes(x: Tensor) -> dict[str, Tensor]:
+    """Return inputs of other sizes than x, with words for each."""
+    return {
+        "zero": 0 * x,
+        "constant": x[:, :1].expand_as(x).contiguous(),
+        "a hundred times larger": 1e2 * x,
+        "a thousand times larger": 1e3 * x,
+    }
+
+
 def positions_of(x: Tensor) -> Tensor:
     """Return positions 0, 1, 2, ... [B T] for x [B T D]."""
     return torch.arange(x.shape[1]).expand(x.shape[0], -1)
-
-
-def first_tensor(output: Any, x: Tensor) -> Tensor:
-    """Return y [B T D]: the output, or its first element, or a mapping's first value.
-
-    UserError where that is no tensor, or has another batch or length than x [B T D].
-    """
-    y = output
-    while not isinstance(y, Tensor):
-        if isinstance(y, Mapping) and y:
-            y = next(iter(y.values()))
-        elif isinstance(y, Sequence) and not isinstance(y, str) and len(y):
-            y = y[0]
-        else:
-            raise UserError(
-                f"the module returned {type(output).__name__}: the laws need a tensor [B T D], or a tuple that "
-                "begins with one"
-            )
-    if y.ndim != 3 or y.shape[:2] != x.shape[:2]:
-        raise UserError(
-            f"for x of shape {list(x.shape)} the module returned {list(y.shape)}: the laws need [B T D] with the "
-            "same B and T"
-        )
-    return y
-
-
-WIDTHS = (
-    *("d_model", "embed_dim", "hidden_size", "n_embd", "dim", "model_dim", "emb_dim", "embed_size", "embedding_dim"),
-    *("embed_dims", "dim_model", "emb_size", "hidden_dim", "d_in", "in_features", "input_dim", "width", "channels"),
-)
-PRECISIONS = {torch.float64: 1e-6, torch.float32: 1e-4}  # with tolerances: others' modules compute parts in float32
-CONTEXTS = ("block_size", "context_length", "max_seq_len", "seq_len", "n_ctx", "n_positions", "max_position_embeddings")
-
-
-def subject(
-    module: nn.Module,
-    *,
-    name: str,
-    d_model: int | None = None,
-    call: ModuleCall | None = None,
-    build: Callable[[], nn.Module] | None = None,
-    seed: int = 0,
-) -> Subject:
-    """Prepare a copy of `module` for the laws: evaluation mode, parameters shaken, the best precision it runs in.
-
-    d_model: width of its input; None: its attributes tell. call: None: attnlab's interface, or else module(x).
-    build: makes a fresh module of the same shape; None: the module is copied. UserError where the width is unknown or
-    the module cannot be called.
-    """
-    module = shaken(duplicate(module, build), seed).eval()
-    if call is None and has_interface(module):
-        config: AttentionConfig = module.config  # type: ignore[assignment]
-        longest = max(spec.every * (spec.keep or 1) for spec in specs(config.cache_spec))
-        lengths = LENGTHS if 3 * longest < LENGTHS[-1] else (*LENGTHS, 3 * longest + 2)
-        build = build or (lambda: type(module)(config))
-        return Subject(name, module.double(), config.d_model, build=build, lengths=lengths)
-    call = call or (lambda module, x: module(x))
-    width = d_model or find_number(module, WIDTHS)
-    if width is None:
-        raise UserError(
-            f"the width of {name}'s input is not among its attributes: give d_model, the size of x's last axis"
-        )
-    why = ""
-    for dtype, tolerance in PRECISIONS.items():
-        s = Subject(name, module.to(dtype), width, call, build, dtype=dtype, tolerance=tolerance)
-        found, why = accepted(s)
-        if found:
-            return dataclasses.replace(s, lengths=found)
-    raise UserError(f"{name} cannot be called on x of shape [2, T, {width}]: {why}")
-
-
-def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Module:
-    """Return another module with the same state, made by `build` or, if that is None, by a deep copy.
-
-    A deep copy of a module that keeps a closure over its parts still runs those of the original.
-    """
-    if build is None:
-        return copy.deepcopy(module)
-    with seeded(0):
-        made = build()
-    made.load_state_dict(module.state_dict())
-    return made
-
-
-@contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Restore afterwards what the module keeps in attributes and buffers, such as keys of its own."""
-    kept = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes, buffers in kept:
-            for now, before in ((vars(part), attributes), (part._buffers, buffers)):
-                now.clear()
-                now.update(before)
-
-
-def has_interface(module: nn.Module) -> bool:
-    """Return whether it has attnlab's interface: a config with a cache_spec, forward(x, positions, cache, mask)."""
-    names = inspect.signature(module.forward).parameters
-    return isinstance(getattr(module, "config", None), AttentionConfig) and {"positions", "cache", "mask"} <= set(names)
-
-
-def shaken(module: nn.Module, seed: int = 0, share: float = 0.1) -> nn.Module:
-    """Add noise to every parameter, in place, and return the module.
-
-    A projection that starts at zero would hide what is behind it. share: size of the noise, relative to the parameter's
-    root mean square.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.is_floating_point():
-                size = float(p.pow(2).mean().sqrt()) or 0.5
-                p.add_((share * size * torch.randn(p.shape, generator=generator)).to(p.dtype))
-    return module
-
-
-def find_number(holder: object, names: Sequence[str]) -> int | None:
-    """Return the first of `names` that is a whole number among the holder's attributes, or among its config's."""
-    for place in (holder, getattr(holder, "config", None)):
-        for name in names:
-            value = getattr(place, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
-
-
-def accepted(s: Subject) -> tuple[tuple[int, ...], str]:
-    """Return the lengths it can be called with, and the first reason why not with others.
-
-    LENGTHS and LONGEST are tried first, then the module's context, then powers of two.
-    """
-    context = find_number(s.module, CONTEXTS)
-    why = ""
-    for lengths in ((*LENGTHS, LONGEST), (context,) if context else (), (4, 8, 16, 32, 64, 128)):
-        found = []
-        for length in lengths:
-            try:
-                s.fresh()(s.x(length))
-                found.append(length)
-            except UserError:
-                raise
-            except Exception as error:
-                why = why or one_line(error)
-        if found:
-            return tuple(found), why
-    return (), why
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw the random numbers of `seed`, and afterwards those that would have come without this."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def specs(spec: CacheSpec) -> Iterator[CacheSpec]:
-    """Yield the spec and those of every further memory beside it."""
-    yield spec
-    for further in spec.beside.values():
-        yield from specs(further)
-
-
-def accepts(s: Subject, length: int) -> bool:
-    """Return whether the module can be called with this length."""
-    try:
-        s.fresh()(s.x(length))
-    except Exception:
-        return False
-    return True
 
 
 def movement(new: Tensor, old: Tensor) -> Tensor:
@@ -343,7 +221,6 @@ def require_finite(y: Tensor, what: str) -> None:
         raise Broken(f"{what}, output {wrong[0]} is not a finite number ({len(wrong)} of {y.shape[1]} are not)")
 
 
-def one_line(error: BaseException) -> str:
-    """Return the exception's name and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def every_output(output: Any) -> list[Tensor]:
+    """Return all tensors with a gradient that a module returned: a parameter may learn from a second output."""
+    return [t for t in tensors_in(output) if t.requires_grad]

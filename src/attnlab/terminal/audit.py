@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from ..audit import Audit
 
-COLORS = {"holds": "green", "broken": "bold red", "n/a": "dim"}
+COLORS = {"holds": "green", "broken": "bold red", "allowed": "yellow", "n/a": "dim"}
 
 
 def table(audit: Audit) -> RenderableType:
@@ -20,11 +20,12 @@ def table(audit: Audit) -> RenderableType:
     from rich.text import Text
 
     needs_interface = [r for r in audit.results if r.status == "n/a" and "needs attnlab's interface" in r.detail]
+    not_decoded = [r for r in audit.results if r.status == "n/a" and "decoding was not tried" in r.detail]
     view = Table(title=f"The laws, put to {escape(audit.target)}", title_justify="left", show_lines=False)
     for column in ("law", "", "evidence"):
         view.add_column(column, overflow="fold", no_wrap=column != "evidence")
     for r in audit.results:
-        if r not in needs_interface:
+        if r not in needs_interface and r not in not_decoded:
             evidence = "see below" if r.status == "broken" else r.detail
             view.add_row(r.law, Text(r.status, COLORS[r.status]), Text(evidence, "dim" if r.status == "n/a" else ""))
     notes = list(audit.notes)
