@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Right(nn.Module):
@@ -180,3 +183,235 @@ class HiddenLayers(Right):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.more[0](x)
+
+
+class DividesByLength(Right):
+    """Averages over the call: every output moves when tokens are appended."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.cumsum(1) / x.shape[1]
+
+
+class LogLength(Right):
+    """Scales scores by the logarithm of the length of the call, from 100 tokens on."""
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        return [q * max(1.0, math.log(x.shape[1]) / math.log(100)), k, v]
+
+
+class LeaksAtTiles(Right):
+    """Takes a way without a mask where the sequence fills tiles of 256 exactly."""
+
+    def allowed(self, length: int) -> Tensor:
+        return super().allowed(length) | (length % 256 == 0)
+
+
+class RemembersLongest(Right):
+    """Grows a constant with the longest call it ever saw."""
+
+    longest = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.longest = max(self.longest, x.shape[1])
+        return super().forward(x) * (1 + self.longest / 1000)
+
+
+class RemembersInItsClass(Right):
+    """Does the same for all instances together, which no copy undoes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        longest = type(self).longest = max(type(self).longest, x.shape[1])
+        return super().forward(x) * (1 + longest / 1000)
+
+    longest = 0
+
+
+class RemembersInAList(Right):
+    """Keeps the largest number it ever saw, in a list that it changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest[0] = max(self.largest[0], float(x.detach().abs().max()))
+        return super().forward(x) / self.largest[0]
+
+
+class FiniteMask(Right):
+    """Masks with -10,000, which the scores of large inputs pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2)
+        weights = scores.masked_fill(~self.allowed(x.shape[1]), -1e4).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+class MasksOnlyToLearn(Right):
+    """Leaves its mask out where no gradients are recorded."""
+
+    def allowed(self, length: int) -> Tensor:
+        return super().allowed(length) | (not torch.is_grad_enabled())
+
+
+class LeaksUnderAutocast(Right):
+    """Leaves its mask out in low precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        keep = self.allowed(x.shape[1]) | (q.dtype == torch.bfloat16)
+        return self.o(scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).flatten(2))
+
+
+class Scaled(torch.autograd.Function):
+    """The identity with a gradient that is too small."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+class NineTenthsOfAGradient(Right):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        y = scaled_dot_product_attention(q, Scaled.apply(k, 0.9), v, self.allowed(x.shape[1]))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class WrongGradientInTraining(Right):
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaled.apply(super().forward(x), 0.5 if self.training else 1.0)
+
+
+class WrongGradientOfLongCalls(Right):
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaled.apply(super().forward(x), 0.5 if x.shape[1] > 64 else 1.0)
+
+
+class AnglesInBfloat16(Right):
+    """Turns keys and queries by angles that are computed in the precision of the input."""
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        frequency = 10_000.0 ** (-torch.arange(0, q.shape[-1], 2) / q.shape[-1])
+        angle = torch.arange(x.shape[1], dtype=q.dtype)[:, None] * frequency.to(q.dtype)
+
+        def turn(t: Tensor) -> Tensor:
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+        return [turn(q), turn(k), v]
+
+
+class GrowingBuffer(Right):
+    """Keeps its mask in a buffer that is saved and grows with use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", super().allowed(4))
+
+    def allowed(self, length: int) -> Tensor:
+        if length > len(self.seen):
+            self.register_buffer("seen", super().allowed(length))
+        return self.seen[:length, :length]
+
+
+class UnsavedStatistics(Right):
+    """Learns a mean while training, in a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(self.d_model), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean.clone()
+        if self.training:
+            with torch.no_grad():
+                self.mean += 0.1 * x.mean((0, 1))
+        return super().forward(x - mean)
+
+
+class StopsInTraining(Right):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise NotImplementedError("only for inference")
+        return super().forward(x)
+
+
+class AssumesItsLayout(Right):
+    """Reads x as if it lay in one piece."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.as_strided(x.shape, (x.shape[1] * x.shape[2], x.shape[2], 1)))
+
+
+class KeepsInferenceTensors(Right):
+    """Makes a table once; made in inference mode, it cannot be learned through later."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None or len(self.table) < x.shape[1]:
+            self.table = torch.linspace(1, 2, 2000, dtype=x.dtype)[:, None]
+        return super().forward(x * self.table[: x.shape[1]])
+
+
+# -- right ones, which look suspicious -------------------------------------------------------------------------------
+
+
+class SpectralNorm(Right):
+    """Takes a step of power iteration in place in every call while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = spectral_norm(self.qkv)
+
+
+class MovingAverage(Right):
+    """Follows the mean of its keys while training, in place, and subtracts what it had before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(self.d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean.clone()
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * x.mean((0, 1)))
+        return super().forward(x - mean)
+
+
+class SecondOutput(Right):
+    """Has a head for a loss of its own, which is the second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(self.d_model, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, {"balance": self.score(y).mean()}
+
+
+class WithoutGradients(Right):
+    """Runs a kernel that refuses inputs that want a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("the kernel has no backward pass on this device")
+        return super().forward(x)
+
+
+class SequenceFirst(Right):
+    """Takes x [T B D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)

@@ -21,6 +21,7 @@ from attnlab.config import ModelConfig
 from attnlab.errors import UserError
 from attnlab.laws import LAWS, check_attention, check_class, check_mechanism, check_module, verdict
 from attnlab.laws.interface import separate
+from attnlab.laws.state import unchanged
 from attnlab.laws.subject import Broken, ranges
 from attnlab.model import Decoder
 
@@ -123,7 +124,103 @@ ANY_MODULE = [
     ("NormWithoutEpsilon", "finiteness", r"with zero input, output 0 is not a finite number \(131 of 131 are not\)"),
     ("Overflows", "finiteness", r"with a hundred times larger input, output \d+ is not a finite number"),
     ("HiddenLayers", "save and load", r"saved and loaded into a fresh module, output 0 moves by"),
+    (
+        "DividesByLength",
+        "prefix",
+        r"output 0 of the first 2 tokens moves by \S+ when 1 tokens are appended: y\(x\)\[:, :2\]",
+    ),
+    ("LogLength", "prefix", r"of the first \d+ tokens moves by \S+ when \d+ tokens are appended"),
+    ("LeaksAtTiles", "causality", r"output \d+ moves by \S+ when token \d+ changes \(256 tokens\)"),
+    ("LeaksAtTiles", "prefix", r"of the first 2 tokens moves by \S+ when 254 tokens are appended"),
+    ("RemembersLongest", "determinism", r"2 tokens, asked again after a short input, output 0 moves by"),
+    ("RemembersInItsClass", "determinism", r"2 tokens, asked again after a long input, output 0 moves by"),
+    ("RemembersInAList", "determinism", r"2 tokens, asked again after a short input, output 0 moves by"),
+    ("FiniteMask", "causality", r"for a hundred times larger input, output \d+ moves by \S+ when token \d+ changes"),
+    ("MasksOnlyToLearn", "causality", r"without gradients, output \d+ moves by \S+ when token \d+ changes"),
+    ("MasksOnlyToLearn", "modes", r"without gradients, output 0 moves by"),
+    ("LeaksUnderAutocast", "causality", r"under autocast, output \d+ moves by \S+ when token \d+ changes"),
+    ("NineTenthsOfAGradient", "gradients", r"for 13 tokens, the gradient of x is \S+, the difference in its direction"),
+    ("WrongGradientInTraining", "gradients", r"in training mode, the gradient of x is"),
+    ("WrongGradientOfLongCalls", "gradients", r"for 131 tokens, the gradient of x is"),
+    ("Detached", "gradients", r"the output has no gradient at all"),
+    ("AnglesInBfloat16", "bfloat16", r"the error in bfloat16 is \S+ of the output; the budget is"),
+    (
+        "GrowingBuffer",
+        "save and load",
+        r"its state, saved after 5 tokens, loads into no fresh module: .*size mismatch for seen",
+    ),
+    ("UnsavedStatistics", "save and load", r"after its state, after a call in training mode, .* output 0 moves by"),
+    (
+        "StopsInTraining",
+        "modes",
+        r"in training mode it stops with NotImplementedError: only for inference \(any_module.py",
+    ),
+    ("AssumesItsLayout", "modes", r"for x that is a transposed view, output 0 moves by"),
+    (
+        "KeepsInferenceTensors",
+        "modes",
+        r"with gradients, after one in inference mode, stops with RuntimeError: Inference",
+    ),
 ]
+
+
+@pytest.mark.parametrize("name", ["SpectralNorm", "MovingAverage", "SecondOutput", "SequenceFirst"])
+def test_a_right_module_that_looks_suspicious_is_not_accused(name):
+    build = getattr(any_module, name)
+    torch.manual_seed(0)
+    results = check_attention(build(), build=build)
+    assert {r.law for r in results if r.status == "holds"} == set(OF_ANY_MODULE)
+
+
+def test_what_has_no_gradients_is_asked_the_rest():
+    results = check_attention(any_module.WithoutGradients(), laws=OF_ANY_MODULE)
+    without = {r.law for r in results if r.status == "n/a"}
+    assert without == {"no dead parameters", "gradients"} and {r.status for r in results} == {"holds", "n/a"}
+    with pytest.raises(AssertionError, match="no law applies"):
+        check_attention(any_module.WithoutGradients(), laws=["gradients"])
+
+
+def test_what_is_allowed_is_told_and_no_finding():
+    laws = ["causality", "prefix"]
+    results = check_attention(any_module.DividesByLength(), laws=laws, allow=["prefix"])
+    assert [r.status for r in results] == ["holds", "allowed"]
+    assert verdict(results) == "DividesByLength obeys all 2 laws that apply but prefix, which may be broken"
+    with pytest.raises(UserError, match=r"unknown law 'prefx'.*did you mean 'prefix'"):
+        check_attention(any_module.Right(), allow=["prefx"])
+
+
+def test_a_call_leaves_nothing_behind_in_buffers_lists_or_objects():
+    class Holder:
+        def __init__(self):
+            self.seen = {"longest": 0}
+
+    class Keeps(any_module.Right):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            self.items, self.table, self.holder, self.some = [1, torch.ones(2)], {"a": 1}, Holder(), {1}
+
+        def forward(self, x):
+            self.mean += 1
+            self.items[1].mul_(2)
+            self.items.append(3)
+            self.table["b"] = 2
+            self.holder.seen["longest"] = x.shape[1]
+            self.holder.new = 1
+            self.some.add(2)
+            self.other = x
+            with torch.no_grad():
+                self.o.weight += 1
+            return super().forward(x)
+
+    module = Keeps()
+    weight = module.o.weight.clone()
+    with unchanged(module):
+        module(torch.ones(1, 5, 24))
+    assert module.mean.tolist() == [0, 0, 0] and torch.equal(module.o.weight, weight)
+    assert module.items[0] == 1 and module.items[1].tolist() == [1, 1] and len(module.items) == 2
+    assert module.table == {"a": 1} and vars(module.holder) == {"seen": {"longest": 0}} and module.some == {1}
+    assert not hasattr(module, "other")
 
 
 @pytest.mark.parametrize(("name", "law", "text"), ANY_MODULE)
@@ -224,7 +321,9 @@ def test_a_law_that_stops_is_broken_and_says_how():
             return super().forward(x, positions, cache, mask)
 
     chunks, causality = check_module(Stops(gqa.Config(**SMALL)), laws=["chunks", "causality"])
-    assert chunks.status == "broken" and chunks.detail.startswith("stops with RuntimeError: no cache here and more (test_laws.py, line ")
+    assert chunks.status == "broken" and chunks.detail.startswith(
+        "stops with RuntimeError: no cache here and more (test_laws.py, line "
+    )
     assert causality.status == "holds"
 
 

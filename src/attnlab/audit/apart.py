@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -71,6 +72,7 @@ def _child(file: int) -> None:
     """Audit what stdin says, and write progress and the answer to the file descriptor."""
     from .target import audit_target
 
+    _limit_memory()
     order = json.load(sys.stdin)
     with os.fdopen(file, "w") as messages:
 
@@ -84,6 +86,15 @@ def _child(file: int) -> None:
             send(audit=audit.to_dict())
         except UserError as error:
             send(refused=str(error))
+
+
+def _limit_memory() -> None:
+    """Let this process have no more than half of the machine's memory, where the system can say so."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (half, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
-from ..laws.call import MASKS, NAMES, Caller, is_sequence_first
+from ..laws.call import MASKS, NAMES, Caller, first_tensor, is_sequence_first
 from ..laws.functions import FunctionCaller, OfFunction, of_function
 from ..laws.state import unchanged
 
+ROTARY = "position_embeddings"  # the parameter through which classes of transformers take rotary tables
 ROTARY_SIZES = ("head_dim", "attention_head_size", "qk_rope_head_dim")  # attributes that tell the width of its tables
 
 
@@ -23,13 +25,14 @@ def find_caller(module: nn.Module, expression: str | None, style: str, shape: st
     apart by their lengths. UserError where the expression is no Python, uses an unknown name, or cannot be guessed.
     """
     choose("mask style", style, MASKS)
-    choose("mask shape", shape, ("auto", "2d", "4d"))
-    expression = require_python("--call", expression or guess_call(module))
-    turned = "transpose" in expression or "permute" in expression
+    fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[choose("mask shape", shape, ("2d", "4d", "auto"))]
+    expressions = [require_python("--call", expression)] if expression else guess_calls(module)
     hint = any(getattr(part, "batch_first", True) is False for part in module.modules())
-    orders = (False,) if turned else (hint, not hint)
-    fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[shape]
-    tries = [Caller(expression, style, four, order) for order in orders for four in fours]
+    tries = []
+    for words in expressions:
+        turned = "transpose" in words or "permute" in words
+        orders = (False,) if turned else (hint, not hint)
+        tries += [Caller(words, style, four, order) for order in orders for four in fours]
     running = [attempt for attempt in tries if _works(attempt, module, x)]
     right = (attempt for attempt in running if _is_right_way_round(attempt, module, x))
     return next(right, (running or tries)[0])
@@ -55,37 +58,46 @@ def require_python(option: str, expression: str) -> str:
 
 
 def _works(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
-    """Return whether the call runs. UserError where it uses a name that there is not."""
+    """Return whether the call runs and gives numbers. UserError where it uses a name that there is not."""
     try:
-        with unchanged(module):
-            attempt(module, x)
+        with unchanged(module), torch.no_grad():
+            y = first_tensor(attempt(module, x), x)
     except NameError as error:
         raise UserError(f"--call {attempt.expression!r}: {error}; the names it may use are {NAMES}") from None
     except Exception:
         return False
-    return True
+    return bool(y.isfinite().all())
 
 
-def guess_call(module: nn.Module) -> str:
-    """Return the call of a module with this forward: x for what it must be given, masks and positions by their names.
+def guess_calls(module: nn.Module) -> list[str]:
+    """Return calls of a module with this forward, the likeliest first.
 
-    An attention class of transformers is given its mask and its rotary tables also where forward has defaults for them,
-    because its model gives them always. UserError where forward wants something else.
+    x for what it must be given, masks and positions by their names. An attention class of transformers is given its
+    mask and its rotary tables also where forward has defaults for them, because its model gives them always; what else
+    it calls a mask may be one of pads, and then the call without it is right. UserError where forward wants something
+    else.
     """
+    if not type(module).__module__.startswith("transformers."):
+        return [_guess(module, ())]
+    calls = [_guess(module, optional) for optional in (("attention_mask", ROTARY), (ROTARY,))]
+    return list(dict.fromkeys(calls))
+
+
+def _guess(module: nn.Module, optional: Sequence[str]) -> str:
+    """Return the call that gives what must be given, and of `optional` what forward takes."""
     words = []
-    of_transformers = type(module).__module__.startswith("transformers.")
     for i, (name, parameter) in enumerate(inspect.signature(module.forward).parameters.items()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        optional = parameter.default is not parameter.empty
-        if optional and not (of_transformers and name in ("attention_mask", "position_embeddings")):
+        has_default = parameter.default is not parameter.empty
+        if has_default and name not in optional:
             continue
         given = _argument(module, name, i)
         if given is None:
             raise UserError(
                 f"forward also wants {name!r}: say how to call it, for example --call 'module(x, {name}=...)'"
             )
-        words.append(f"{name}={given}" if optional or len(words) != i else given)
+        words.append(f"{name}={given}" if has_default or len(words) != i else given)
     return f"module({', '.join(words)})" if words else "module(x)"
 
 
@@ -93,7 +105,7 @@ def _argument(module: nn.Module, name: str, place: int) -> str | None:
     """Return what to give to forward's parameter of this name; None where it is not known."""
     if "mask" in name:
         return "mask"
-    if name == "position_embeddings":
+    if name == ROTARY:
         config = getattr(module, "config", None)
         sizes = (getattr(holder, size, None) for holder in (module, config) for size in ROTARY_SIZES)
         size = next((size for size in sizes if isinstance(size, int)), None)

@@ -181,10 +181,10 @@ def found_step(module: nn.Module, caller: Caller, x: Tensor) -> Step | None:
 
 def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[Step]:
     """Return the steps that this call could be: it writes to a cache, returns one, or keeps it in the module."""
-    forms = [Step(caller, None, writes=True)] if takes and hasattr(module, "layer_idx") and _dynamic_cache() else []
     if not takes:
-        forms.append(Step(caller, None))
-        return forms
+        return [Step(caller, None)]
+    like_transformers = hasattr(module, "layer_idx") and _dynamic_cache() is not None
+    forms = [Step(caller, None, writes=True)] if like_transformers else []
     try:
         with torch.no_grad():
             output = caller.on(copy.deepcopy(module), x, {"cache": None, "start": 0})
@@ -202,7 +202,7 @@ def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[St
 
 
 def _twice(step: Step, module: nn.Module, x: Tensor) -> None:
-    """Decode two chunks. ValueError where the module takes no notice of the cache it is given."""
+    """Decode two chunks. ValueError where what the first one returned is no cache: the module takes no notice of it."""
     with torch.no_grad():
         fresh = copy.deepcopy(module)
         output, cache = step(fresh, x[:, :3], None, 0)
@@ -210,7 +210,11 @@ def _twice(step: Step, module: nn.Module, x: Tensor) -> None:
         if step.writes and not cache.get_seq_length(getattr(module, "layer_idx", 0) or 0):
             raise ValueError("nothing is written to the cache it is given")
         output, _ = step(fresh, x[:, 3:4], cache, 3)
-        first_tensor(output, x[:, 3:4])
+        y = first_tensor(output, x[:, 3:4])
+        if isinstance(cache, Tensor):  # a state, or attention weights
+            alone, _ = step(fresh, x[:, 3:4], None, 3)
+            if torch.equal(y, first_tensor(alone, x[:, 3:4])):
+                raise ValueError("it takes no notice of what it returned")
 
 
 def _dynamic_cache() -> Any:

@@ -15,14 +15,24 @@ from .subject import Broken, NotApplicable, Subject
 def rewound(cache: Any, back: int, length: int) -> Any:
     """Return the cache of `length` tokens as it was after `back`. `NotApplicable` where it cannot be taken back."""
     if hasattr(cache, "crop"):
-        try:
-            cache.crop(back)
-        except Exception as error:
-            raise NotApplicable(f"its cache cannot be cropped: {one_line(error)}") from None
-        return cache
+        return _cropped(cache, back, length)
     if isinstance(cache, nn.Module):
         return cache  # the cache is in the module: the next step says from which token it goes on
     return _cut(cache, back, length)
+
+
+def _cropped(cache: Any, back: int, length: int) -> Any:
+    """Return a cache of transformers cropped to `back` tokens; some releases want to be told how many to remove."""
+    why = ""
+    for tokens in (back, back - length):
+        try:
+            cache.crop(tokens)
+        except Exception as error:
+            why = why or one_line(error)
+            continue
+        if cache.get_seq_length() == back:
+            return cache
+    raise NotApplicable(f"its cache cannot be cropped: {why or 'crop keeps another number of tokens'}")
 
 
 def _cut(value: Any, back: int, length: int) -> Any:

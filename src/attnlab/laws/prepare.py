@@ -161,7 +161,7 @@ def accepted(s: Subject) -> tuple[tuple[int, ...], str]:
         found = []
         for length in lengths:
             try:
-                s.fresh()(s.x(length))
+                s.fresh()(s.x(length, batch=2 if length != 2 else 3))  # a mask of pads [B T] is not taken for [T T]
                 found.append(length)
             except UserError:
                 raise
