@@ -102,7 +102,7 @@ class InsideFromZero(Inside):
     def forward(self, x, start=None):
         if not start:
             return super().forward(x, start)
-        q, k, v = self.heads(x)
+        q, k, _ = self.heads(x)
         self.keys[:, :, : x.shape[1]] = k
         y = scaled_dot_product_attention(q, self.keys[:, :, : start + 1], self.values[:, :, : start + 1])
         return self.o(y.transpose(1, 2).flatten(2))

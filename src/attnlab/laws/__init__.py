@@ -212,7 +212,7 @@ def _judge(law: Law, name: str, subjects: Sequence[tuple[str, Subject]]) -> LawR
             held.append(law.check(s.fresh()))
         except NotApplicable as reason:
             reasons.append(str(reason))
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             text = str(error) if isinstance(error, Broken) else f"stops with {in_full(error)}"
             if not isinstance(error, Broken) and not _runs(s):
                 reasons.append(text)
@@ -237,6 +237,6 @@ def _runs(s: Subject) -> bool:
     """Return whether an ordinary call runs: an exception is a finding only then."""
     try:
         s.fresh()(s.x())
-    except (Exception, SystemExit):
+    except Exception:
         return False
     return True

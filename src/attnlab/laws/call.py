@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def first_tensor(output: Any, x: Tensor) -> Tensor:
     return y
 
 
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Turn an attempt of somebody's code to end the process into an ordinary error."""
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError(f"SystemExit: {stop.code}").with_traceback(stop.__traceback__) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Caller:
     """A way to call a module on x: an expression with the names below, and the form of the mask.
@@ -106,7 +116,8 @@ class Caller:
             **masks,
             **more,
         }
-        output = eval(self.expression, names)
+        with no_exit():
+            output = eval(self.expression, names)
         if not self.sequence_first:
             return output
         return first_tensor(output, names["x"]).transpose(0, 1), output

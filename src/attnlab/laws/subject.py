@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..spec import AttentionConfig
-from .call import first_tensor
+from .call import first_tensor, no_exit
 from .state import duplicate, seeded, tensors_in, unchanged
 
 ModuleCall = Callable[[nn.Module, Tensor], Any]  # calls somebody's module on x [B T D]
@@ -65,7 +65,7 @@ class Subject:
 
     def output(self, module: nn.Module, x: Tensor) -> Any:
         """Return all that a plain call returns."""
-        with torch.no_grad() if self.no_gradients else contextlib.nullcontext():
+        with no_exit(), torch.no_grad() if self.no_gradients else contextlib.nullcontext():
             if self.call is not None:
                 return self.call(module, x)
             return module(x, positions_of(x))
