@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UserError
@@ -51,7 +53,8 @@ def make_module(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[
     args = () if config is None else (make_config(found, config),)
     given = ", ".join([*(["config"] if args else []), *(kwargs or {})]) or "nothing"
     try:
-        return cls(*args, **(kwargs or {}))
+        with _unset_is_nan():
+            return cls(*args, **(kwargs or {}))
     except MissingSetting as error:
         raise UserError(f"{name} cannot be built: {error}") from None
     except UserError:
@@ -59,6 +62,30 @@ def make_module(found: Found, kwargs: Mapping[str, Any] | None, config: Mapping[
     except (Exception, SystemExit) as error:
         wanted = f"; its arguments are {inspect.signature(cls)}" if isinstance(error, TypeError) else ""
         raise UserError(f"{name} cannot be built from {given}: {one_line(error)}{wanted}") from None
+
+
+@contextlib.contextmanager
+def _unset_is_nan() -> Iterator[None]:
+    """Let memory that nobody sets be not-a-number, so that it is seen."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def fill_unset(module: nn.Module) -> list[str]:
+    """Fill with noise the parameters that the constructor left unset, and return their names.
+
+    In large libraries the model sets them, not the layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    unset = [(name, p) for name, p in module.named_parameters() if p.is_floating_point() and p.isnan().any()]
+    with torch.no_grad():
+        for _, parameter in unset:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return [name for name, _ in unset]
 
 
 def make_config(found: Found, config: Mapping[str, Any]) -> Any:

@@ -79,7 +79,9 @@ def guess_calls(module: nn.Module) -> list[str]:
     """
     if not type(module).__module__.startswith("transformers."):
         return [_guess(module, ())]
-    calls = [_guess(module, optional) for optional in (("attention_mask", ROTARY), (ROTARY,))]
+    masks: tuple[tuple[str, ...], ...] = (("attention_mask",), ())
+    positions: tuple[tuple[str, ...], ...] = ((), ("position_ids",))
+    calls = [_guess(module, (ROTARY, *mask, *ids)) for mask in masks for ids in positions]
     return list(dict.fromkeys(calls))
 
 

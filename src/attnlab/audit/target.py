@@ -24,7 +24,7 @@ from ..laws.subject import LENGTHS, StepCall, Subject
 from ..results import LawResult, Tell
 from ..spec import AttentionConfig
 from . import Audit, find
-from .build import make_module
+from .build import fill_unset, make_module
 from .call import find_caller, function_caller, mask_parameter, require_python
 
 
@@ -128,10 +128,13 @@ def _audit_class(target: str, found: find.Found, how: Instructions, tell: Tell |
     name = found.cls.__name__
 
     def make() -> nn.Module:
-        return make_module(found, how.kwargs, how.config)
+        module = make_module(found, how.kwargs, how.config)
+        fill_unset(module)
+        return module
 
     with seeded(0):
-        module = make()
+        module = make_module(found, how.kwargs, how.config)
+    unset = fill_unset(module)
     if has_interface(module):
         results = check_subject(subject(module, name=name, build=make), how.laws, how.allow, tell)
         return Audit(target, results)
@@ -149,7 +152,10 @@ def _audit_class(target: str, found: find.Found, how: Instructions, tell: Tell |
     except Exception as error:
         raise UserError(f"{name} cannot be copied for the audit: {one_line(error)}") from None
     results = [_with_hint(r, module, caller) for r in check_subject(s, how.laws, how.allow, tell)]
-    return Audit(target, results, (_called(s, caller), *_notes(s, found)), s.longest)
+    notes = [_called(s, caller), *_notes(s, found)]
+    if unset:
+        notes.append(f"its constructor sets no {', '.join(unset)}: filled with noise")
+    return Audit(target, results, tuple(notes), s.longest)
 
 
 def _called(s: Subject, caller: Caller) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, choose
-from .state import unchanged
+from .state import tensors_in, unchanged
 
 MASKS = ("additive", "keep", "drop")
 NAMES = "module, x, mask, positions, additive, keep, drop, rotary, torch"  # which an expression may use
@@ -108,7 +108,7 @@ class Caller:
             masks = {style: mask.expand(B, 1, T, start + T) for style, mask in masks.items()}
         names = {
             "module": module,
-            "x": x.transpose(0, 1) if self.sequence_first else x,
+            "x": x.transpose(0, 1).contiguous() if self.sequence_first else x,
             "positions": (start + torch.arange(T)).expand(B, -1),
             "mask": masks[self.style],
             "rotary": lambda head_dim, theta=10_000.0: rotary_tables(x, head_dim, theta, start=start),
@@ -133,7 +133,7 @@ class Step:
 
     caller: Caller
     place: int | str | None = 1  # where in the output the cache is; None: not in the output
-    writes: bool = False  # into the transformers cache it is given
+    cache: str | None = None  # the kind of transformers' cache that it is given and writes to: plain or of_config
 
     @property
     def expression(self) -> str:
@@ -142,8 +142,8 @@ class Step:
 
     def __call__(self, module: nn.Module, x: Tensor, cache: Any, start: int) -> tuple[Any, Any]:
         """Return the output for x [B T D], tokens from `start` on, and the cache with them."""
-        if self.writes:
-            cache = _dynamic_cache() if cache is None else cache
+        if self.cache is not None:
+            cache = _dynamic_cache(module, self.cache) if cache is None else cache
             return self.caller.on(module, x, {"cache": cache, "start": start}, start), cache
         if self.place is None:
             holder = copy.deepcopy(module) if cache is None else cache
@@ -194,8 +194,9 @@ def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[St
     """Return the steps that this call could be: it writes to a cache, returns one, or keeps it in the module."""
     if not takes:
         return [Step(caller, None)]
-    like_transformers = hasattr(module, "layer_idx") and _dynamic_cache() is not None
-    forms = [Step(caller, None, writes=True)] if like_transformers else []
+    forms = []
+    if hasattr(module, "layer_idx") and "transformers" in sys.modules:
+        forms = [Step(caller, None, cache=kind) for kind in ("plain", "of_config")]
     try:
         with torch.no_grad():
             output = caller.on(copy.deepcopy(module), x, {"cache": None, "start": 0})
@@ -216,22 +217,23 @@ def _twice(step: Step, module: nn.Module, x: Tensor) -> None:
     """Decode two chunks. ValueError where what the first one returned is no cache: the module takes no notice of it."""
     with torch.no_grad():
         fresh = copy.deepcopy(module)
-        output, cache = step(fresh, x[:, :3], None, 0)
-        first_tensor(output, x[:, :3])
-        if step.writes and not cache.get_seq_length(getattr(module, "layer_idx", 0) or 0):
+        first, second = x[:, :3].contiguous(), x[:, 3:4].contiguous()
+        output, cache = step(fresh, first, None, 0)
+        first_tensor(output, first)
+        if step.cache is not None and next(tensors_in(cache), None) is None:
             raise ValueError("nothing is written to the cache it is given")
-        output, _ = step(fresh, x[:, 3:4], cache, 3)
-        y = first_tensor(output, x[:, 3:4])
+        output, _ = step(fresh, second, cache, 3)
+        y = first_tensor(output, second)
         if isinstance(cache, Tensor):  # a state, or attention weights
-            alone, _ = step(fresh, x[:, 3:4], None, 3)
-            if torch.equal(y, first_tensor(alone, x[:, 3:4])):
+            alone, _ = step(fresh, second, None, 3)
+            if torch.equal(y, first_tensor(alone, second)):
                 raise ValueError("it takes no notice of what it returned")
 
 
-def _dynamic_cache() -> Any:
-    """Return an empty cache of transformers; None where transformers is not in use."""
-    library = sys.modules.get("transformers")
-    return library.DynamicCache() if library else None
+def _dynamic_cache(module: nn.Module, kind: str) -> Any:
+    """Return an empty cache of transformers, for keys and values or with the layers that the module's config names."""
+    library = sys.modules["transformers"]
+    return library.DynamicCache(config=module.config) if kind == "of_config" else library.DynamicCache()
 
 
 def is_sequence_first(call: Caller, module: nn.Module, x: Tensor) -> bool | None:

@@ -27,11 +27,10 @@ def _cropped(cache: Any, back: int, length: int) -> Any:
     for tokens in (back, back - length):
         try:
             cache.crop(tokens)
+            if cache.get_seq_length() == back:
+                return cache
         except Exception as error:
             why = why or one_line(error)
-            continue
-        if cache.get_seq_length() == back:
-            return cache
     raise NotApplicable(f"its cache cannot be cropped: {why or 'crop keeps another number of tokens'}")
 
 

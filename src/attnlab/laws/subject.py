@@ -123,7 +123,7 @@ class Subject:
                 if self.step is None:
                     y, cache = self.module(xs, ps, cache)
                 else:
-                    output, cache = self.step(self.module, xs, cache, start)
+                    output, cache = self.step(self.module, xs.contiguous(), cache, start)
                     y = first_tensor(output, xs)
                     start += xs.shape[1]
                 parts.append(y)
