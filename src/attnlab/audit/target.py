@@ -16,21 +16,22 @@ from torch import nn
 from .. import attention
 from ..errors import UserError, choose
 from ..laws import LAWS, check_class, check_mechanism, check_subject
-from ..laws.call import Caller, Step, given_step, one_line
+from ..laws.call import Caller, DecodeStep, given_step, one_line
 from ..laws.functions import LAYOUTS, FunctionCaller
 from ..laws.prepare import CONTEXTS, WIDTHS, find_number, has_interface, subject
 from ..laws.state import seeded
 from ..laws.subject import LENGTHS, StepCall, Subject
 from ..results import LawResult, Tell
 from ..spec import AttentionConfig
-from . import Audit, find
+from . import find
 from .build import fill_unset, make_module
 from .call import find_caller, function_caller, mask_parameter, require_python
+from .result import Audit
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """How to build, to call and to judge a target; None: found out."""
+    """Instructions to build, to call and to judge a target; None: found out."""
 
     kwargs: Mapping[str, Any] | None = None  # the class's keyword arguments
     config: Mapping[str, Any] | None = None  # attributes of the one config object it takes
@@ -169,7 +170,7 @@ def _called(s: Subject, caller: Caller) -> str:
 def _notes(s: Subject, found: find.Found) -> tuple[str, ...]:
     """Return how it was decoded, in which precision and lengths it ran, and which of its imports are missing."""
     notes = []
-    if isinstance(s.step, Step):
+    if isinstance(s.step, DecodeStep):
         notes.append(f"decoded as {s.step.expression}")
     elif s.step is None:
         notes.append("decoding was not tried: --step says how one step is called, as in 'module(x, cache=cache)'")

@@ -63,8 +63,8 @@ def _alive(s: Subject, module: nn.Module, trainable: Mapping[str, Tensor]) -> di
         if not outputs:
             raise Broken("the output has no gradient at all: it was computed without one")
         generator = torch.Generator().manual_seed(seed)
-        total = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
-        gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+        weighted = [(y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs]
+        gradients = torch.autograd.grad(torch.stack(weighted).sum(), list(trainable.values()), allow_unused=True)
         for name, gradient in zip(trainable, gradients, strict=True):
             if gradient is not None:
                 alive[name] |= gradient != 0
