@@ -16,7 +16,7 @@ class Audit:
     target: str
     results: list[LawResult]
     notes: tuple[str, ...] = ()  # how it was called, in which precision, which of its imports are missing
-    longest: int | None = None  # tokens of the longest sequence that was tried; None: the mechanism's variants differ
+    longest: int | None = None  # tokens of the longest sequence that was tried in every variant
 
     @property
     def exit_code(self) -> int:
