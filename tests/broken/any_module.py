@@ -389,6 +389,27 @@ class MovingAverage(Right):
         return super().forward(x - mean)
 
 
+class Codebook(Right):
+    """Rounds keys to the nearest of a codebook that follows them while training; gradients pass straight through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("codes", 0.5 * torch.randn(16, 8, generator=generator))
+        self.register_buffer("counts", torch.ones(16))
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        nearest = torch.cdist(k.detach().float(), self.codes.float()[None]).argmin(-1)
+        codes = self.codes.to(k.dtype)[nearest]
+        if self.training:
+            with torch.no_grad():
+                chosen = nn.functional.one_hot(nearest, 16).flatten(0, -2).to(k.dtype)
+                self.counts.mul_(0.9).add_(0.1 * chosen.sum(0))
+                self.codes.mul_(0.9).add_(0.1 * (chosen.T @ k.flatten(0, -2)) / self.counts[:, None])
+        return [q, k + (codes - k).detach(), v]
+
+
 class SecondOutput(Right):
     """Has a head for a loss of its own, which is the second output."""
 

@@ -180,6 +180,13 @@ def test_what_has_no_gradients_is_asked_the_rest():
         check_attention(any_module.WithoutGradients(), laws=["gradients"])
 
 
+def test_a_gradient_that_passes_straight_through_a_choice_is_not_compared():
+    torch.manual_seed(0)
+    results = {r.law: r for r in check_attention(any_module.Codebook(), laws=OF_ANY_MODULE)}
+    assert {law for law, r in results.items() if r.status != "holds"} == {"gradients"}
+    assert re.match(r"outputs jump as qkv.weight changes \(row \d+\)", results["gradients"].detail)
+
+
 def test_what_is_allowed_is_told_and_no_finding():
     laws = ["causality", "prefix"]
     results = check_attention(any_module.DividesByLength(), laws=laws, allow=["prefix"])
