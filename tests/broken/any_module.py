@@ -239,6 +239,18 @@ class RemembersInAList(Right):
         return super().forward(x) / self.largest[0]
 
 
+class KeepsItsFirstMask(Right):
+    """Makes its mask for the first call, and lets longer ones see what is beyond it."""
+
+    kept: Tensor | None = None
+
+    def allowed(self, length: int) -> Tensor:
+        if self.kept is None:
+            self.kept = super().allowed(length)
+        more = max(0, length - len(self.kept))
+        return nn.functional.pad(self.kept, (0, more, 0, more), value=True)[:length, :length]
+
+
 class FiniteMask(Right):
     """Masks with -10,000, which the scores of large inputs pass."""
 
