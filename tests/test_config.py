@@ -71,7 +71,7 @@ def test_experts_are_refused_from_the_first_value_that_makes_no_sense() -> None:
     for allowed in ({"width": 1}, {"width": None}, {"shared": 0}, {"dense_layers": 0}, {"shared": 2, "width": 3}):
         ExpertsConfig(**allowed)
     for refused in ({"width": 0}, {"shared": -1}, {"dense_layers": -1}, {"shared": 1, "dense_layers": -1, "width": 1}):
-        with pytest.raises(UserError, match=r"model\.experts has width"):
+        with pytest.raises(UserError, match=r"model\.experts\.\w+ is -?\d+: it must be at least"):
             ExpertsConfig(**refused)
     with pytest.raises(UserError, match=r"model\.experts\.score 'max'"):
         ExpertsConfig(score="max")  # type: ignore[arg-type]
@@ -82,6 +82,10 @@ def test_groups_of_experts_are_equal_and_leave_enough_to_choose(n: int) -> None:
     """Every small case, against the groups written out."""
     seen = set()
     for groups, kept, best, chosen in itertools.product(*[range(4)] * 3, {0, 1, n - 1, n, n + 1}):
+        if min(groups, kept, best) < 1:
+            with pytest.raises(UserError, match="must be at least 1"):
+                ExpertsConfig(groups=groups, groups_kept=kept, group_best=best)
+            continue
         experts = ExpertsConfig(groups=groups, groups_kept=kept, group_best=best)
         parts = [range(k, n, groups) for k in range(groups)]
         fine = bool(parts) and len({len(part) for part in parts}) == 1 and best in range(1, len(parts[0]) + 1)

@@ -34,6 +34,7 @@ TEXTS = [
 # A room or a module at the root imports from those above it, never from one below.
 ORDER = [
     "errors",
+    "ranges",
     "formatting",
     "stats",
     "results",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError, choose
+from .ranges import Count, Positive, Probability, check_fields
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,18 @@ class RopeScaling:
     """
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original: int = 8192  # tokens
-    slow: float = 1.0
-    fast: float = 4.0
+    factor: Positive = 1.0
+    original: Count = 8192  # tokens
+    slow: Positive = 1.0
+    fast: Positive = 4.0
     whole: bool = True  # yarn: the ramp begins and ends at whole pairs
-    magnitude: float = 1.0  # of what has been turned
-    sharpness: float = 1.0  # of all scores, in mechanisms that turn only a part of each head (mla)
+    magnitude: Positive = 1.0  # of what has been turned
+    sharpness: Positive = 1.0  # of all scores, in mechanisms that turn only a part of each head (mla)
 
     def __post_init__(self) -> None:
-        choose("kind of rope scaling", self.kind, ("none", "linear", "llama3", "yarn"))
-        if self.factor <= 0 or self.original < 1 or not 0 < self.slow < self.fast:
-            raise UserError(
-                f"rope scaling has factor {self.factor}, original {self.original}, slow {self.slow} and fast "
-                f"{self.fast}: give a factor above 0, at least one token, and a slow above 0 and below fast"
-            )
+        check_fields(self, "rope_scaling.")
+        if self.slow >= self.fast:
+            raise UserError(f"rope_scaling.slow is {self.slow} and fast {self.fast}: give a slow below fast")
 
 
 UNSCALED = RopeScaling()
@@ -106,13 +104,13 @@ class AttentionConfig:
     The class variables describe the mechanism, so that no other module needs to know it by name.
     """
 
-    d_model: int = 64
-    n_heads: int = 4
-    head_dim: int = 16
-    rope_theta: float | None = 10_000.0  # base of the rotary frequencies; None: the model adds learned positions
+    d_model: Count = 64
+    n_heads: Count = 4
+    head_dim: Count = 16
+    rope_theta: Positive | None = 10_000.0  # base of the rotary frequencies; None: the model adds learned positions
     rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
-    dropout: float = 0.0  # on attention weights, while training
+    dropout: Probability = 0.0  # on attention weights, while training
     impl: str = "sdpa"  # the kernel; never changed silently
 
     summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
@@ -135,13 +133,9 @@ class AttentionConfig:
             cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
         if self.rope_theta is not None and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so give an even number")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it is a probability from 0 up to, but not including, 1")
         choose("impl", self.impl, self.impls)
 
     def set(self, name: str, value: object) -> None:

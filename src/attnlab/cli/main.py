@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-import io
-import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, get_type_hints
-
-import tyro
+from collections.abc import Callable, Sequence
+from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
 from ..files import DISK_FULL
 from ..runs.launcher import launched, rank
 from . import COMMANDS
-from .options import Fields, options_of_mechanisms, with_choices
+from .options import Fields, with_choices
+from .reading import read
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,33 +80,14 @@ def run_command(given: Sequence[str]) -> int:
 
 def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
     """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
-    command = COMMANDS[name]
-    calls: list[functools.partial[int]] = []  # one; none where only help is shown
-
-    @functools.wraps(command)
-    def keep(*args: Any, **kwargs: Any) -> None:
-        calls.append(functools.partial(command, *args, **kwargs))
-
     preset = preset_of(name, rest)
     defaults = {}
     if preset:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message), json_fields():
-            tyro.cli(functools.partial(keep, **defaults), prog=f"attnlab {name}", args=list(rest))
-    except SystemExit as stop:
-        error: BaseException | None = stop
-        while error is not None:
-            if isinstance(error, UserError):
-                raise error from None
-            error = error.__context__
-        print(message.getvalue(), end="", file=sys.stderr)
-        code = stop.code if isinstance(stop.code, int) else 2
-        return lambda: code
-    (ready,) = calls
-    if preset and ready.keywords["preset"] != preset:
-        raise UserError(f"the preset {ready.keywords['preset']!r} comes too late: put it right after attnlab {name}")
+    ready = read(COMMANDS[name], name, rest, defaults)
+    given = getattr(ready, "keywords", {}).get("preset", preset)
+    if preset and given != preset:
+        raise UserError(f"the preset {quoted(given)} comes too late: put it right after attnlab {name}")
     return ready
 
 
@@ -143,25 +119,6 @@ def value_of(option: str, rest: Sequence[str]) -> str | None:
         elif word.startswith(f"{option}="):
             found = word.partition("=")[2]
     return found
-
-
-def json_fields() -> Any:
-    """Return a context in which mappings are given as JSON: --model.options '{"mla": {"kv_rank": 32}}'."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def mapping(info: Any) -> Any:
-        if getattr(info.type, "__origin__", None) is not Mapping:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: options_of_mechanisms("model.options", words[0]),
-            is_instance=lambda value: isinstance(value, Mapping),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    return registry
 
 
 def overview() -> str:
