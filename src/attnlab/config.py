@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import UserError, choose, quoted
-from .ranges import Count, NotNegative, Part, Positive, Probability, Range, Seed, Share, Size, check_fields
+from .ranges import Count, Fraction, NotNegative, Part, Positive, Probability, Range, Seed, Share, Size, check_fields
 from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ class DataConfig:
     source: str = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
     tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
-    val_fraction: Annotated[float, Range(above=0, below=1)] = 0.1  # the last part of a text, never trained on
+    val_fraction: Fraction = 0.1  # the last part of a text, never trained on
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

@@ -73,6 +73,9 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(0, 1)]  # from none to all
 Part = Annotated[float, Range(above=0, most=1)]  # of a whole, and not nothing of it
+Fraction = Annotated[float, Range(above=0, below=1)]  # some, and not all
+Threads = Annotated[int, Range(1, 4096)]  # of one process
+Runs = Annotated[int, Range(1, 10_000)]  # of one mechanism
 Probability = Annotated[float, Range(least=0, below=1)]  # of what must not always happen
 
 Kind = Callable[[str, Any], Any]  # takes a name and a value, returns the value, or raises `UserError`

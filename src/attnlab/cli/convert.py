@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..ranges import Count, Seed
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import Flag, Json, json_object, split_commas, this_command
@@ -27,11 +28,11 @@ def convert(
     per_layer: Flag = False,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
-    calibrate: int = 16,
-    context: Annotated[int | None, arg(metavar="INT")] = None,
+    calibrate: Count = 16,
+    context: Annotated[Count | None, arg(metavar="INT")] = None,
     grid: Annotated[str | None, arg(metavar="SHARE,...")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     json_: Json = False,
 ) -> int:
     """Put another attention into a trained model, and certify what that did to it.

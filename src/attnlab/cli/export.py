@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..ranges import Size
 from ..terminal.progress import working
 from .options import Flag
 
@@ -16,7 +17,7 @@ def export(
     *,
     out: Annotated[Path, arg(metavar="DIR")],
     family: Annotated[str, arg(metavar="FAMILY")] = "attnlab",
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     results: Annotated[Path | None, arg(metavar="EVAL.JSON")] = None,
     trust: Flag = False,
 ) -> int:

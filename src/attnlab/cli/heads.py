@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from .. import presets
 from ..errors import UserError
+from ..ranges import Count, Seed, Size
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import Flag, Json, split_commas, whole_number
@@ -18,13 +19,13 @@ from .options import Flag, Json, split_commas, whole_number
 def heads(
     source: Annotated[Positional[str], arg(metavar="RUN|MODEL")],
     *,
-    sequences: int = 64,
+    sequences: Count = 64,
     segments: Annotated[str | None, arg(metavar="N,...")] = None,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     no_ablation: Flag = False,
     emergence: Flag = False,
     untrained: Flag = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str = "auto",
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     png: Annotated[Path | None, arg(metavar="DIR")] = None,

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from ..errors import UserError
 from ..formatting import known
+from ..ranges import Count, Positive, Seed, Share, Size
 from ..terminal import tables
 from .options import Flag, Json, this_command, train_and_tell
 
@@ -18,18 +19,18 @@ def heal(
     source: Annotated[Positional[str], arg(metavar="DIR")],
     *,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
-    steps: int = 200,
+    steps: Count = 200,
     train: Literal["all", "attention", "new"] = "all",
-    distill: Annotated[float, arg(metavar="SHARE")] = 0.0,
+    distill: Annotated[Share, arg(metavar="SHARE")] = 0.0,
     teacher: Annotated[str | None, arg(metavar="SOURCE")] = None,
-    batch_size: int = 12,
-    context: Annotated[int | None, arg(metavar="INT")] = None,
-    lr: float = 3e-4,
-    warmup: int = 10,
-    eval_every: Annotated[int | None, arg(metavar="INT")] = None,
+    batch_size: Count = 12,
+    context: Annotated[Count | None, arg(metavar="INT")] = None,
+    lr: Positive = 3e-4,
+    warmup: Size = 10,
+    eval_every: Annotated[Count | None, arg(metavar="INT")] = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
     resume: Flag = False,
     json_: Json = False,

@@ -11,40 +11,58 @@ from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
 from ..errors import UserError, choose, quoted
-from ..files import DISK_FULL
 from ..runs.launcher import launched, rank
-from . import COMMANDS
+from . import COMMANDS, LASTING
+from .faults import explained
 from .options import Fields, with_choices
 from .reading import read
+from .streams import Patient, streams
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0; 1 for a bad result; 2 for bad input; 130 for Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0; 1 for a bad result, or a fault that is not the user's; 2 for bad input; 130 for Ctrl-C; 141 where nobody reads
+    what it prints.
+    """
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("ATTNLAB_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
     if given and given[0].startswith("--local_rank="):
         del given[0]  # the deepspeed launcher puts it first, and says the same by LOCAL_RANK
+    with streams(lasting=bool(given) and given[0] in LASTING) as out:
+        try:
+            code = run_command(given)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader has ended (`| head`): there is nothing more to print, also at exit
+            out.drop()
+            return 141
+        except KeyboardInterrupt as stop:
+            if debug:
+                raise
+            print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if debug:
+                raise
+            return tell(error, out)
+
+
+def tell(error: Exception, out: Patient) -> int:
+    """Print an error in one sentence. Return the exit code."""
+    sentence, code = explained(error)
+    line = " ".join(sentence.split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if launched() == 1:
+        print(f"attnlab: {line}", file=sys.stderr)
+    elif rank() == 0 or not getattr(error, "shared", False):
+        print(f"attnlab, process {rank()} of {launched()}: {line}", file=sys.stderr)
     try:
-        code = run_command(given)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader has ended (`| head`): there is nothing more to print, also at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt as stop:
-        if debug:
-            raise
-        print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        if launched() == 1:
-            print(f"attnlab: {sentence(error)}", file=sys.stderr)
-        elif rank() == 0 or not getattr(error, "shared", False):
-            print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
-        return 2
+        out.stream.flush()
+    except (OSError, ValueError):  # this may be the very error
+        out.drop()
+    return code
 
 
 def run() -> NoReturn:
@@ -139,13 +157,3 @@ def overview() -> str:
             "",
         ]
     )
-
-
-def sentence(error: UserError | OSError) -> str:
-    """Return an error in one sentence."""
-    if isinstance(error, UserError):
-        return str(error)
-    if error.errno in DISK_FULL:
-        return "the disk is full: free space and run the same command again; nothing half-written was kept"
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; --debug shows where"

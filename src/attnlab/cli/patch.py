@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError, choose
+from ..ranges import Seed
 from ..terminal.progress import working
 from .options import Flag, json_object, split_commas, whole_number
 
@@ -22,7 +23,7 @@ def patch(
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     keep_output: Flag = False,
     train: Literal["all", "attention", "new"] = "all",
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     dry_run: Flag = False,
 ) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..ranges import Count, Part, Positive
 from ..terminal import tables
 from ..terminal.plan import table
 from ..terminal.progress import working
@@ -21,14 +22,14 @@ def plan(
     mechanism: Annotated[str | None, arg(metavar="NAME[,NAME]")] = None,
     mechanisms: Annotated[str | None, arg(metavar="A,B,...")] = None,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
-    gpus: Annotated[int, arg(metavar="N")] = 1,
+    gpus: Annotated[Count, arg(metavar="N")] = 1,
     gpu: Annotated[str, arg(metavar="NAME")] = "h100",
     strategy: Annotated[str, arg(metavar="NAME")] = "ddp",
-    batch: Annotated[int | None, arg(metavar="N")] = None,
+    batch: Annotated[Count | None, arg(metavar="N")] = None,
     recompute: Flag = False,
-    tokens: Annotated[float | None, arg(metavar="N")] = None,
-    mfu: Annotated[float | None, arg(metavar="SHARE")] = None,
-    context: Annotated[int | None, arg(metavar="N")] = None,
+    tokens: Annotated[Positive | None, arg(metavar="N")] = None,
+    mfu: Annotated[Part | None, arg(metavar="SHARE")] = None,
+    context: Annotated[Count | None, arg(metavar="N")] = None,
     json_: Json = False,
 ) -> int:
     """Say what training and decoding will take on GPUs that are not here.

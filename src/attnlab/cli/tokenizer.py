@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..ranges import Count, Long
 from .options import Json, split_commas
 from .prepare import described, show, told
 
@@ -17,11 +18,11 @@ def tokenizer(
     action: Annotated[Positional[Literal["train", "show"]], arg(metavar="train|show")],
     name: Annotated[Positional[str], arg(metavar="SOURCE|TOKENIZER")],
     *,
-    vocab_size: int = 4096,
+    vocab_size: Count = 4096,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     special: Annotated[str, arg(metavar="NAME[,NAME]")] = "",
     documents: Annotated[str | None, arg(metavar="RULE")] = None,
-    max_documents: Annotated[int | None, arg(metavar="COUNT")] = None,
+    max_documents: Annotated[Long | None, arg(metavar="COUNT")] = None,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     json_: Json = False,
 ) -> int:
