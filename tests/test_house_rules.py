@@ -37,6 +37,7 @@ ORDER = [
     "formatting",
     "stats",
     "results",
+    "unfinished",
     "files",
     "spec",
     "config",
