@@ -38,6 +38,7 @@ ORDER = [
     "formatting",
     "stats",
     "results",
+    "unfinished",
     "files",
     "spec",
     "config",

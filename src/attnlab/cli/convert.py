@@ -54,12 +54,13 @@ def convert(
         json_: Print the certificate as JSON.
     """
     from .. import pretrained
-    from ..files import write_json
+    from ..files import check_free, whole_folder, write_json
 
-    loaded = pretrained.load(source)
-    folder = out or Path("converted") / f"{Path(source).name}-{to}"
-    if folder.exists() and any(folder.iterdir()):
+    folder = (out or Path("converted") / f"{Path(source).name}-{to}").expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
+    check_free(folder)
+    loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
     with working() as tell:
         texts = _texts(loaded, data, calibrate, context, seed)
@@ -76,14 +77,14 @@ def convert(
         from dataclasses import replace
 
         results = {"held-out loss before conversion": certificate.loss_before, "after": certificate.loss_after}
-        pretrained.save(replace(loaded, model=model), folder, results=results)
-        write_json(folder / "certificate.json", found[0] | {"model": source, "command": this_command()})
+        told = found[0] | {"model": source, "command": this_command()}
+        pretrained.save(replace(loaded, model=model), folder, results=results, more={"certificate.json": told})
     else:
         from ..report.conversion import write_grid
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "certificates.json", found)
-        write_grid(folder / "report.html", found, this_command())
+        with whole_folder(folder) as half:
+            write_json(half / "certificates.json", found)
+            write_grid(half / "report.html", found, this_command())
     if json_:
         print(json.dumps(found if grid else found[0], indent=1))
     else:

@@ -32,12 +32,14 @@ def export(
         trust: Open a pickle, which can run code that it brings.
     """
     from .. import pretrained
-    from ..files import read_json
+    from ..files import check_free, read_json
 
+    check_free(out.expanduser())
+    known = None if results is None else read_json(results)
     with working() as tell:
         tell(f"reading {source}", 0, 2)
         loaded = pretrained.load(source, checkpoint=checkpoint, trust=trust)
         tell(f"writing {out}", 1, 2)
-        pretrained.save(loaded, out, family=family, results=None if results is None else read_json(results))
+        pretrained.save(loaded, out, family=family, results=known)
     print(out)
     return 0

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from ..errors import UserError
 from ..formatting import known
 from ..ranges import Count, Positive, Seed, Share, Size
+from ..runs.launcher import rank
 from ..terminal import tables
 from .options import Flag, Json, this_command, train_and_tell
 
@@ -60,7 +61,7 @@ def heal(
 
     from .. import pretrained
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
-    from ..files import read_json, write_json
+    from ..files import alone, read_json, write_json
     from ..report.conversion import write_recovery
     from ..runs.folder import RunFolder
 
@@ -100,8 +101,10 @@ def heal(
         return 0
     curve = [[r["tokens"], r["val_loss"]] for r in RunFolder.open(out).metrics() if "val_loss" in r]
     found = {"name": name, "curve": curve, "original": certificate.get("loss_before"), "command": this_command()}
-    write_json(out / "recovery.json", found)
-    write_recovery(out / "recovery.html", found)
+    if rank() == 0:
+        with alone(out, "trains in"):
+            write_json(out / "recovery.json", found)
+            write_recovery(out / "recovery.html", found)
     if json_:
         print(json.dumps(found, indent=1))
     else:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
+from ..files import check_free, whole_folder
 from ..laws.subject import ranges
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
@@ -48,15 +49,16 @@ def patch_folder(source: str, out: str | Path, *, progress: Tell, **settings: An
     """
     out = Path(out).expanduser()
     folder = Path(source).expanduser()
-    folders.check_free(out)
+    check_free(out)
     folder = folder if folder.is_dir() else folders.download(source)
     progress(f"reading {source}", 0, 3)
     model = load_patched(folder)
     progress("patching, and asking the laws", 1, 3)
     counts = patch(model, **settings)
     progress(f"writing {out}", 2, 3)
-    with folders.atomic(out) as half:
-        model.save_pretrained(half)
+    with whole_folder(out) as half:
+        with folders.tensor_errors():
+            model.save_pretrained(half)
         for pattern in COPIED:
             for file in folder.glob(pattern):
                 shutil.copy(file, half)

@@ -126,13 +126,19 @@ def empty(config: ModelConfig) -> Decoder:
 
 
 def save(
-    loaded: Loaded, folder: str | Path, *, family: str = "attnlab", results: Mapping[str, Any] | None = None
+    loaded: Loaded,
+    folder: str | Path,
+    *,
+    family: str = "attnlab",
+    results: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model in the form of `family`, and return the folder.
 
     It gets safetensors, config.json, the tokenizer's files and a model card; all of them or none. transformers reads
-    the forms of its own families. `results`: numbers for the model card; None: those of the source. Raises `UserError`
-    where the family cannot express the model, saying which fields differ, and where `folder` is not empty.
+    the forms of its own families. `results`: numbers for the model card; None: those of the source. `more`: further JSON
+    files, by name. Raises `UserError` where the family cannot express the model, saying which fields differ, and where
+    `folder` is not empty.
     """
     theirs = module(family)
     hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _dtype(loaded.model)}
@@ -140,7 +146,7 @@ def save(
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = model_card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return folders.write_folder(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
+    return folders.write_folder(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about, more)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError, need
-from ..files import read_json, write_bytes, write_json
+from ..files import inside, read_json, regular, whole_folder, write_bytes, write_json
 from . import tokenizer_json
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -89,9 +86,25 @@ def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
             return open_file(folder / name, trust)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            parts = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: each for part in parts for key, each in open_file(folder / part, trust).items()}
+            parts = indexed(index)
+            return {key: each for part in parts for key, each in open_file(part, trust).items()}
     raise UserError(f"{folder} has a config.json but no model.safetensors; bring the weights there")
+
+
+def indexed(index: Path) -> list[Path]:
+    """Return the files that an index of tensors names. Raises `UserError` for an index that is none, and for a file in
+    another folder."""
+    held = read_json(index)
+    places = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(
+            f"{index} has no weight_map of tensor names and their files; take the file that came with the model"
+        )
+    parts = [inside(index.parent, name, index) for name in sorted(set(places.values()))]
+    for part in parts:
+        if not regular(part).is_file():
+            raise UserError(f"{index} names {part.name}, which is not there; fetch it, or export the model again")
+    return parts
 
 
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
@@ -145,7 +158,7 @@ def unpickle(path: Path, trust: bool) -> Any:
     Raises `UserError` for a file that is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        return torch.load(regular(path), map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; fetch it again") from None
     except pickle.UnpicklingError:
@@ -165,14 +178,17 @@ def write_folder(
     card: str,
     tokenizer: data.Tokenizer | None,
     about: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
     `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
-    chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
+    chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where `folder` is not empty, or
+    cannot be written.
     """
-    with atomic(folder) as half:
-        save_file(state, half / "model.safetensors", {"format": "pt"})
+    with whole_folder(folder) as half:
+        with tensor_errors():
+            save_file(state, half / "model.safetensors", {"format": "pt"})
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
         if tokenizer is not None:
@@ -181,39 +197,15 @@ def write_folder(
             write_json(half / "tokenizer_config.json", settings)
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
+        for name, content in (more or {}).items():
+            write_json(half / name, content)
     return folder
 
 
 @contextmanager
-def atomic(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder`, which gets that name at the end; after an error it is removed.
-
-    Raises `UserError` where `folder` is not empty, or cannot be written.
-    """
-    check_free(folder)
+def tensor_errors() -> Iterator[None]:
+    """Raise `OSError` where safetensors cannot write a file: it has an error of its own for a full disk."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder that you may write to") from None
-    try:
-        half.chmod(0o777 & ~_umask())
-        yield half
-        os.replace(half, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder} ({error}); free space or choose another folder") from None
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def check_free(folder: Path) -> None:
-    """Raise `UserError` where `folder` holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; name a new or an empty folder")
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from None

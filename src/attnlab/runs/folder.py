@@ -14,9 +14,9 @@ read the lines that are added to metrics.jsonl.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,23 @@ from torch import Tensor, nn
 from .. import data
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..files import disk_errors, read_json, write_bytes, write_json
+from ..files import disk_errors, inside, read_json, regular, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
-from .checkpoint import COMMIT, Checkpoint, check_file, commit, drop, make_anew, write_pieces
+from ..unfinished import clean
+from .checkpoint import (
+    COMMIT,
+    PLACE,
+    Checkpoint,
+    check_file,
+    commit,
+    committed,
+    drop,
+    make_anew,
+    remove_own,
+    unreadable,
+    write_pieces,
+)
 from .processes import ONE_PROCESS, Processes
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
@@ -68,9 +81,11 @@ class RunFolder:
             raise UserError(
                 f"{path} holds another run ({_difference(held.config, config)}); delete this one or name another"
             )
-        if path.is_file() or (path.is_dir() and any(map(_foreign, path.iterdir()))):
+        tokenizer = (json.dumps(corpus.tokenizer.to_json()) + "\n").encode()
+        if path.is_file() or (path.is_dir() and any(_foreign(file, tokenizer) for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; name a new or an empty folder")
         made = not path.exists()
+        own = not (path / "tokenizer.json").exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,10 +98,11 @@ class RunFolder:
             "environment": environment(),
         }
         try:
-            write_json(path / "tokenizer.json", corpus.tokenizer.to_json(), indent=None)
+            write_bytes(path / "tokenizer.json", tokenizer)
             write_json(path / "run.json", about)  # last: a folder that has it is complete
         except BaseException:
-            (path / "tokenizer.json").unlink(missing_ok=True)
+            if own:
+                (path / "tokenizer.json").unlink(missing_ok=True)
             if made:
                 path.rmdir()
             raise
@@ -140,13 +156,13 @@ class RunFolder:
         if not self.processes.first:
             return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
-        path = self.path / "metrics.jsonl"
+        path = regular(self.path / "metrics.jsonl")
         with disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every whole record; a last line that a crash cut short is left out."""
-        path = self.path / "metrics.jsonl"
+        path = regular(self.path / "metrics.jsonl")
         if not path.exists():
             return []
         lines = path.read_text("utf-8").split("\n")[
@@ -167,9 +183,10 @@ class RunFolder:
         self.processes.wait()
 
     def _forget_after(self, step: int) -> None:
-        half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
-        for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*"), *half_gone):
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        clean(self.path)
+        for folder in sorted(self.path.iterdir()):
+            if PLACE.fullmatch(folder.name) and folder.is_dir() and not (folder / COMMIT).exists():
+                remove_own(folder)
         self._tidy()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
@@ -203,8 +220,8 @@ class RunFolder:
                 files = {name: about for each in processes.gather(own) for name, about in each.items()}
                 processes.agree(lambda: commit(half, place, step, state, files) if processes.first else None)
         finally:
-            if processes.first:
-                shutil.rmtree(half, ignore_errors=True)
+            if processes.first and half.exists():
+                remove_own(half)
         if processes.first:
             self._tidy()
         return place
@@ -226,9 +243,18 @@ class RunFolder:
         )
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints, in ascending order."""
-        names = (found.parent.name.removeprefix("step-") for found in self.path.glob(f"step-*/{COMMIT}"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        """Return the steps of the checkpoints, in ascending order. `UserError` where one may not be looked into."""
+        found = []
+        for place in self.path.iterdir() if self.path.is_dir() else ():
+            if PLACE.fullmatch(place.name) and not place.name.startswith("."):
+                try:
+                    (place / COMMIT).lstat()
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as error:
+                    raise UserError(unreadable(place, error)) from None
+                found.append(int(place.name.removeprefix("step-")))
+        return sorted(found)
 
     def newest(self) -> int | None:
         """Return the step of the newest checkpoint; None without one."""
@@ -250,7 +276,7 @@ class RunFolder:
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
-        return self._whole(step, path, lambda: json.loads(path.read_bytes()))
+        return self._whole(step, path, lambda: json.loads(regular(path).read_bytes()))
 
     def stored(
         self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
@@ -264,12 +290,12 @@ class RunFolder:
 
     def _files(self, step: int) -> dict[str, dict[str, Any]]:
         path = self._place(step) / COMMIT
-        return self._whole(step, path, lambda: json.loads(path.read_bytes())["files"])
+        return self._whole(step, path, lambda: committed(path, step))
 
     def _check(self, step: int, names: Iterable[str]) -> None:
         files = self._files(step)
         for name in names:
-            path = self._place(step) / name
+            path = inside(self._place(step), name, self._place(step) / COMMIT)
             self._whole(step, path, partial(check_file, path, files[name]))
 
     def write_result(self, result: RunResult) -> None:
@@ -298,7 +324,11 @@ class RunFolder:
         """Return what `read` returns. `UserError` when it finds that the file `path` is damaged."""
         try:
             return read()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                raise UserError(unreadable(path, error)) from None
             why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
             earlier = [other for other in self.steps() if other < step]
             way = (
@@ -327,9 +357,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _foreign(file: Path) -> bool:
-    """Return whether a file is of no run, so that the folder cannot become one; a killed run may leave the others."""
-    return not file.name.startswith(".") and file.name != "tokenizer.json"
+def _foreign(file: Path, tokenizer: bytes) -> bool:
+    """Return whether a file is of no run, so that the folder cannot become one.
+
+    A run that was killed while it began may leave hidden files, and the `tokenizer` that is to be written.
+    """
+    if file.name == "tokenizer.json" and regular(file).is_file():
+        return file.read_bytes() not in (b"", tokenizer)
+    return not file.name.startswith(".")
 
 
 def _difference(held: RunConfig, given: RunConfig) -> str:

@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .. import data
 from ..config import Execution, RunConfig
 from ..device import find_device, find_precision
 from ..errors import UserError
+from ..files import alone
 from ..measure.counters import reset_peak
 from ..measure.gpus import Peak, find_peak
 from ..recording import record_losses
@@ -57,8 +58,11 @@ def train(
     resume: bool = False,
     progress: Listener | None = None,
     how: Execution = HOW,
+    patience: float = 2.0,
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
+
+    The folder is locked. Another process that trains in it is waited for `patience` seconds, then refused.
 
     `progress` gets {"step", "loss", "val_loss", "tokens_per_s", ...}, some of these fields at a time. After Ctrl-C or
     SIGTERM the step is finished and saved, and `Stopped`, a KeyboardInterrupt, is raised; a second one does not wait.
@@ -68,10 +72,16 @@ def train(
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
     processes = join_processes(find_device(config.train.device), kind.grouped)
+    out = Path(out)
     try:
-        with own_random_state(), stop_requests() as stop, deterministic(config.train.deterministic):
+        with ExitStack() as held:
+            lock = alone(out, "trains in", patience)
+            processes.agree(lambda: held.enter_context(lock) if processes.first else None)
+            held.enter_context(own_random_state())
+            stop = held.enter_context(stop_requests())
+            held.enter_context(deterministic(config.train.deterministic))
             try:
-                return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
+                return _train(config, out, resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
                 if processes.size > 1 and unreachable(error):
                     raise peer_lost(error) from error
