@@ -11,7 +11,20 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import UserError, choose, quoted
-from .ranges import Count, Fraction, NotNegative, Part, Positive, Probability, Range, Seed, Share, Size, check_fields
+from .ranges import (
+    Count,
+    Fraction,
+    Layers,
+    NotNegative,
+    Part,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Share,
+    Size,
+    check_fields,
+)
 from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
@@ -43,7 +56,7 @@ class ModelConfig:
 
     vocab_size: Count = 65
     context: Count = 256  # longest training sequence; a hard limit for learned positions only
-    n_layers: Count = 4
+    n_layers: Layers = 4
     d_model: Count = 128
     n_heads: Count = 4
     head_dim: Count | None = None  # None: d_model / n_heads

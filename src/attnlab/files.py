@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -15,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, quoted
+from .ranges import check_value
 from .unfinished import begin, drop_empty, forget, make_folders, settle, sync_folder, umask
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file as large as it may be
@@ -142,15 +144,62 @@ def check_free(folder: Path) -> None:
 # reading
 
 
-def read_json(path: str | Path) -> Any:
-    """Return what a JSON file holds. `UserError` when it is missing or cut short."""
+CHANGED = "it was cut short or changed; delete it and run again"
+
+
+def read_json(path: str | Path, kind: Any = Any, remedy: str = CHANGED) -> Any:
+    """Return what a JSON file holds. `UserError` when it is missing, cannot be read, or is not of this `kind`.
+
+    `kind` is an annotation: a `TypedDict`, `dict[str, str]`, `list[...]`. `remedy` says what to do with a wrong file.
+    """
     path = regular(path)
     try:
-        return json.loads(path.read_text("utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: check the folder's name") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not readable JSON: it was cut short or changed; delete it and run again") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read ({why.lower()}): give a file that you may read") from None
+    return parse_json(str(path), text, kind, remedy)
+
+
+def parse_json(name: str, text: str | bytes, kind: Any = Any, remedy: str = CHANGED) -> Any:
+    """Return what JSON says. `UserError`, which begins with `name`, for anything else than JSON of this `kind`."""
+    try:
+        value = json.loads(text)
+        if HALF.search(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UserError(f"{name} is not readable JSON, as it is nested too deeply: {remedy}") from None
+    except ValueError as error:  # no JSON, no UTF-8, a half of a character, a number of thousands of digits
+        why = str(error) if isinstance(error, json.JSONDecodeError) else "it holds what no file of attnlab's has"
+        raise UserError(f"{name} is not readable JSON ({why}): {remedy}") from None
+    try:
+        return check_value(name, value, kind)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # half of a character, escaped or not
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ~ and ~NAME replaced by the user's folder. `UserError` where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{quoted(str(path))} begins with the folder of a user that is not known here: write the path out"
+        ) from None
+
+
+@contextmanager
+def naming(path: str | Path, remedy: str = CHANGED) -> Iterator[None]:
+    """Have each `UserError` about what a file holds begin with the file, and end with what to do about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path} does not hold what this version reads ({error}): {remedy}") from None
 
 
 def regular(path: str | Path) -> Path:

@@ -13,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from . import attention
 from .cache import Cache
 from .config import ModelConfig
+from .device import check_room
 from .documents import PLAIN, PackedRows
 from .errors import UserError
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
 from .spec import CAUSAL, AttentionConfig, Mask
+
+FLOAT = 4  # bytes
 
 
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
@@ -90,11 +93,13 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        mixers = attention_configs(config)
+        check_size(config, mixers)
         D = config.d_model
         self.embed = nn.Embedding(config.vocab_size, D)
         self.place: nn.Embedding | None = nn.Embedding(config.context, D) if config.positions == "learned" else None
         self.drop = Dropout(config.dropout)
-        layers = zip(attention_configs(config), config.layers, strict=True)
+        layers = zip(mixers, config.layers, strict=True)
         self.layers = nn.ModuleList(
             Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
         )
@@ -202,6 +207,32 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Return the number of parameters, each counted once, positions and embeddings included."""
         return sum(p.numel() for p in self.parameters())
+
+
+def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
+    """Raise `UserError` where a model is larger than the memory of this machine, or than any; nothing is allocated.
+
+    `mixers`: the Config of each layer's attention. On the meta device, where tensors have no values, any size goes that
+    PyTorch can count.
+    """
+    wants = torch.get_default_device().type != "meta"
+    advice = "make it smaller (model.n_layers, model.d_model, model.vocab_size, model.context and the widths of layers)"
+    tables = config.vocab_size * (1 if config.tied else 2) + (config.context if config.positions == "learned" else 0)
+    try:
+        with torch.device("meta"):
+            kinds: list[tuple[tuple[Any, ...], int]] = []  # layers that are alike, and their parameters
+            total = tables * config.d_model
+            for i, (name, mixer) in enumerate(zip(config.layers, mixers, strict=True)):
+                kind = (name, mixer, config.has_experts(i))
+                found = next((count for known, count in kinds if known == kind), None)
+                if found is None:
+                    found = sum(p.numel() for p in Block(config, mixer, name, config.has_experts(i)).parameters())
+                    kinds.append((kind, found))
+                total += found
+    except (RuntimeError, OverflowError, TypeError, MemoryError):
+        raise UserError(f"a model of this size is more than PyTorch can count: {advice}") from None
+    if wants:
+        check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
 def init_weights(model: nn.Module, layers: int, std: float = 0.02) -> None:

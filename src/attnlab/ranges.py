@@ -69,6 +69,7 @@ Count = Annotated[int, Range(1, MANY)]  # at least one
 Size = Annotated[int, Range(0, MANY)]  # none or more
 Seed = Annotated[int, Range(0, LARGEST)]
 Long = Annotated[int, Range(1, LARGEST)]  # tokens, documents and steps, which no memory holds at once
+Layers = Annotated[int, Range(1, 2**16)]  # more would take minutes to be made at all
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(0, 1)]  # from none to all
@@ -124,6 +125,10 @@ def kind_in(hint: Any) -> Kind:
         return _union([kind_in(part) for part in typing.get_args(hint) if part is not types.NoneType], hint)
     if typing.get_origin(hint) is Literal:
         return lambda name, value: choose(name, value, typing.get_args(hint))
+    if typing.is_typeddict(hint):
+        return _record(hint)
+    if typing.get_origin(hint) is dict:
+        return _dictionary(kind_in(typing.get_args(hint)[1]))
     if typing.get_origin(hint) in (tuple, list):
         return _sequence(typing.get_origin(hint), typing.get_args(hint))
     if hint in (int, float):
@@ -163,7 +168,13 @@ def _real(limits: Range) -> Kind:
     return check
 
 
-KINDS = {bool: "true or false", str: "a text", Mapping: "a mapping of names to values"}
+KINDS = {
+    bool: "true or false",
+    str: "a text",
+    Mapping: "an object with fields",
+    dict: "an object with fields",
+    list: "a list",
+}
 
 
 def _instance(hint: Any) -> Kind:
@@ -205,6 +216,48 @@ def _sequence(cls: type, parts: tuple[Any, ...]) -> Kind:
         return value if isinstance(value, cls) and found == value else found
 
     return check
+
+
+def _record(cls: Any) -> Kind:
+    """The check of a `TypedDict`: an object with these fields, and any others."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    kinds = {field: kind_in(hint) for field, hint in hints.items()}
+
+    def check(name: str, value: Any) -> Any:
+        _object(name, value)
+        for field, kind in kinds.items():
+            if field in value:
+                kind(_joined(name, field), value[field])
+            elif field in cls.__required_keys__:
+                raise UserError(f"{name} lacks {field}")
+        return value
+
+    return check
+
+
+def _dictionary(kind: Kind) -> Kind:
+    """The check of an object whose fields are all of one kind."""
+
+    def check(name: str, value: Any) -> Any:
+        _object(name, value)
+        try:
+            for part in value.values():
+                kind(name, part)
+        except UserError:
+            for field, part in value.items():
+                kind(_joined(name, str(field)), part)
+        return value
+
+    return check
+
+
+def _object(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} is {quoted(value)}: it must be an object with fields")
+
+
+def _joined(name: str, field: str) -> str:
+    return f"{name}, {field}" if "/" in name or "json" in name else f"{name}.{field}"
 
 
 def _union(kinds: list[Kind], hint: Any) -> Kind:

@@ -11,7 +11,7 @@ from ..presets import COMPARED
 from ..ranges import Count
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Fields, Json, options_of_mechanisms, split_commas, whole_number
+from .options import Fields, Json, options_of_mechanisms, split_commas, whole_numbers
 
 
 def bench(
@@ -46,7 +46,7 @@ def bench(
     given = options_of_mechanisms("--options", options)
     for name in split_commas(mechanisms):
         parameters(variant(config, name, given).model)  # refuses what does not fit together before anything is measured
-    lengths = None if context is None else [whole_number("--context", word) for word in split_commas(context)]
+    lengths = whole_numbers("--context", context, Count)
     with working() as tell:
         records = bench_module.bench(
             kind,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..ranges import Count, Seed
 from ..terminal import tables
 from ..terminal.progress import working
@@ -54,18 +54,21 @@ def convert(
         json_: Print the certificate as JSON.
     """
     from .. import pretrained
-    from ..files import check_free, whole_folder, write_json
+    from ..files import check_free, expanded, whole_folder, write_json
 
-    folder = (out or Path("converted") / f"{Path(source).name}-{to}").expanduser()
+    folder = expanded(out or Path("converted") / f"{Path(source).name}-{to}")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
     check_free(folder)
     loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
+    shares = None if grid is None else [_rank("--grid", word) for word in split_commas(grid)]
+    if shares == []:
+        raise UserError(f"--grid is {quoted(grid)}: give shares of the cache, such as 0.5,0.25")
     with working() as tell:
         texts = _texts(loaded, data, calibrate, context, seed)
-        if grid is not None:
-            found = _grid(loaded, to, [_rank("--grid", word) for word in split_commas(grid)], {**texts, **wish}, tell)
+        if shares is not None:
+            found = _grid(loaded, to, shares, {**texts, **wish}, tell)
         else:
             from ..convert import convert as run
 
@@ -73,7 +76,7 @@ def convert(
                 loaded.model, to, rank=_rank("--rank", rank), method=method, tell=tell, **texts, **wish
             )
             found = [certificate.to_dict()]
-    if grid is None:
+    if shares is None:
         from dataclasses import replace
 
         results = {"held-out loss before conversion": certificate.loss_before, "after": certificate.loss_after}
@@ -86,10 +89,12 @@ def convert(
             write_json(half / "certificates.json", found)
             write_grid(half / "report.html", found, this_command())
     if json_:
-        print(json.dumps(found if grid else found[0], indent=1))
+        print(json.dumps(found[0] if shares is None else found, indent=1))
     else:
         tables.console().print(tables.certificates(found))
-    print(f"next: {folder / 'report.html' if grid else f'attnlab heal {folder} --data {data}'}", file=sys.stderr)
+    print(
+        f"next: {f'attnlab heal {folder} --data {data}' if shares is None else folder / 'report.html'}", file=sys.stderr
+    )
     return 0
 
 
@@ -113,7 +118,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
 
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer, so it can read no text: put its tokenizer.json beside it")
-    length, rows = context or min(loaded.model.config.context, 512), 8
+    length, rows = min(loaded.model.config.context, 512) if context is None else context, 8
     found = {}
     for name, split, count in (("calibration", "train", calibrate), ("held_out", "val", 8)):
         tokens, _ = in_tokens(DataConfig(source=data), split, loaded.tokenizer)

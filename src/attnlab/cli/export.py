@@ -32,9 +32,9 @@ def export(
         trust: Open a pickle, which can run code that it brings.
     """
     from .. import pretrained
-    from ..files import check_free, read_json
+    from ..files import check_free, expanded, read_json
 
-    check_free(out.expanduser())
+    check_free(expanded(out))
     known = None if results is None else read_json(results)
     with working() as tell:
         tell(f"reading {source}", 0, 2)

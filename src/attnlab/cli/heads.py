@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..ranges import Count, Seed, Size
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Flag, Json, split_commas, whole_number
+from .options import Flag, Json, whole_numbers
 
 
 def heads(
@@ -47,7 +47,7 @@ def heads(
         png: Write the figures as PNG files into this folder.
         json_: Print everything as one JSON object instead of tables.
     """
-    lengths = None if segments is None else [whole_number("--segments", word) for word in split_commas(segments)]
+    lengths = whole_numbers("--segments", segments, Count)
     if not untrained and source in presets.names() and not Path(source).exists():
         raise UserError(
             f"{source!r} is a preset, not a trained model: give a run folder, or add --untrained to look at its "

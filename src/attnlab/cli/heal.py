@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from tyro.conf import Positional, arg
 
@@ -14,6 +14,13 @@ from ..ranges import Count, Positive, Seed, Share, Size
 from ..runs.launcher import rank
 from ..terminal import tables
 from .options import Flag, Json, this_command, train_and_tell
+
+
+class Certified(TypedDict, total=False):
+    """What is read of the certificate of a conversion."""
+
+    model: str
+    loss_before: float | None
 
 
 def heal(
@@ -61,17 +68,18 @@ def heal(
 
     from .. import pretrained
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
-    from ..files import alone, read_json, write_json
+    from ..files import alone, expanded, read_json, write_json
     from ..report.conversion import write_recovery
     from ..runs.folder import RunFolder
 
-    folder = Path(source).expanduser()
-    certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}
+    folder = expanded(source)
+    proof = folder / "certificate.json"
+    certificate = read_json(proof, Certified, "convert the model again") if proof.is_file() else {}
     original = teacher or certificate.get("model", "")
     if distill and not original:
         raise UserError(f"{source} does not say which model it was made from: name it with --teacher")
     loaded = pretrained.load(source)
-    every = eval_every or max(steps // 10, 1)
+    every = max(steps // 10, 1) if eval_every is None else eval_every
     own = loaded.tokenizer is not None and not data.startswith("prepared:")
     name = f"{folder.name}-healed"
     config = RunConfig(

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError, choose
-from ..ranges import Seed
+from ..ranges import Seed, Size
 from ..terminal.progress import working
-from .options import Flag, json_object, split_commas, whole_number
+from .options import Flag, json_object, whole_numbers
 
 
 def patch(
@@ -50,7 +50,7 @@ def patch(
         raise UserError("give a --mechanism or a --preset, one of the two")
     settings: dict[str, Any] = {"seed": seed}
     if layers is not None:
-        settings["layers"] = [whole_number("--layers", word) for word in split_commas(layers)]
+        settings["layers"] = whole_numbers("--layers", layers, Size)
     if preset is not None:
         settings |= PATCHES[choose("preset", preset, PATCHES)]
     else:

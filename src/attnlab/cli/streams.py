@@ -67,8 +67,8 @@ def streams(lasting: bool) -> Iterator[Patient]:
     occupy()
     out = Patient(escaping(sys.stdout))
     try:
-        sys.stdout = out if lasting else out.stream  # type: ignore[assignment]
-        sys.stderr = Patient(escaping(sys.stderr))  # type: ignore[assignment]
+        sys.stdout = out if lasting else out.stream
+        sys.stderr = Patient(escaping(sys.stderr))
         if width is not None and not (width.isdecimal() and int(width[:9]) >= NARROWEST):
             del os.environ["COLUMNS"]
         yield out

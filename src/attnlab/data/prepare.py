@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import checksum, full_disk, locked, read_json, write_json
+from ..files import checksum, expanded, full_disk, locked, read_json, write_json
 from ..results import environment
 from .document_rules import TextBlock, first_documents
 from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
@@ -81,7 +81,7 @@ def prepare(
     command: kept in the manifest. workers: threads that encode; None: one for each core. progress: gets Events.
     UserError where the text cannot be read, or where `out` is made by another recipe.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     if (out / "manifest.json").exists():
         return _again(recipe, out, progress)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

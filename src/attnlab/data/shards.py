@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError, choose
-from ..files import checksum, read_json
+from ..files import checksum, expanded, read_json
 from ..results import Tell
 from . import nanogpt
 from .tokenizer import Tokenizer, tokenizer
@@ -58,7 +58,7 @@ class Prepared:
     @classmethod
     def open(cls, folder: str | Path) -> Prepared:
         """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
-        path = Path(folder).expanduser()
+        path = expanded(folder)
         if not (path / "manifest.json").exists():
             if path.with_name(path.name + UNFINISHED).exists():
                 raise UserError(

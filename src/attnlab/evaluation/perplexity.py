@@ -36,6 +36,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.tokens import Tokens
 from ..device import find_device
 from ..errors import UserError, choose
+from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
 from ..results import EvalResult, Tell
@@ -368,7 +369,7 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
     if whole and kind == "text":
         if split != "val":
             raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
-        return encoded(read_texts(Path(path).expanduser()), tokenizer), "all"
+        return encoded(read_texts(expanded(path)), tokenizer), "all"
     corpus: Prepared | data.Corpus = Prepared.open(path) if kind == "prepared" else data.load(config)
     if isinstance(corpus, data.Corpus):
         choose(f"split of {config.source}", split, ("val", "train"))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
-from ..files import check_free, whole_folder
+from ..files import check_free, expanded, whole_folder
 from ..laws.subject import ranges
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
@@ -31,7 +31,7 @@ def dry_run(source: str, **settings: Any) -> Counts:
 
     `source`: a folder, or a model type such as gpt2, for its default shape. `settings` are those of `patch`.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         config = read_patched(folder)
     else:
@@ -47,8 +47,8 @@ def patch_folder(source: str, out: str | Path, *, progress: Tell, **settings: An
     Return the counts. `settings` are those of `patch`. Raises `UserError` for a model that cannot be opened or patched,
     and where `out` is not empty.
     """
-    out = Path(out).expanduser()
-    folder = Path(source).expanduser()
+    out = expanded(out)
+    folder = expanded(source)
     check_free(out)
     folder = folder if folder.is_dir() else folders.download(source)
     progress(f"reading {source}", 0, 3)

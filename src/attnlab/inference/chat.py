@@ -22,7 +22,6 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], special: M
     `special`: "bos_token" and the like -> name. Raises `UserError` for a template that is broken, or that refuses these
     messages.
     """
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     place = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -30,7 +29,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], special: M
     place.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         return place.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of somebody else's: whatever it raises, it does not do
         raise UserError(
             f"the chat template of this model does not take these messages ({error}); change them, or leave --chat out"
         ) from None

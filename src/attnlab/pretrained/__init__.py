@@ -20,6 +20,7 @@ import torch
 from .. import data
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
+from ..files import expanded
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
 from . import families, folders, model_card, tensor_names
@@ -64,7 +65,7 @@ def load(
     `UserError` for a type of model that no family reads, and for tensors that are missing, left over or of a wrong
     shape.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "run.json").is_file():
         return _load_run(path, str(source), checkpoint, dtype, device)
     if checkpoint is not None:
@@ -108,7 +109,9 @@ def build(
         model = empty(family.to_model_config(hf))
     except KeyError as missing:
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
-    except TypeError as error:
+    except UserError as error:
+        raise UserError(f"the config.json of {source} is of no model that there can be ({error}); mend it") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
     stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
@@ -146,7 +149,7 @@ def save(
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = model_card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return folders.write_folder(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about, more)
+    return folders.write_folder(expanded(folder), hf, state, text, loaded.tokenizer, loaded.about, more)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

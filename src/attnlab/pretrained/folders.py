@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError, need
-from ..files import inside, read_json, regular, whole_folder, write_bytes, write_json
+from ..files import inside, naming, read_json, regular, whole_folder, write_bytes, write_json
 from . import tokenizer_json
+from .schemas import ORIGINAL, ModelFile, Settings
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
@@ -55,13 +56,11 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither run.json nor config.json; give the folder of a run or of a model")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is not a JSON object; take the file that came with the model")
+    config = read_json(folder / "config.json", ModelFile, ORIGINAL)
     found: dict[str, Any] = {"config": config}
     template = None
     if (folder / "tokenizer_config.json").is_file():
-        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json")
+        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json", Settings, ORIGINAL)
         template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -73,7 +72,11 @@ def describe(folder: Path) -> dict[str, Any]:
 def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
     """Return the tokenizer in `folder`, None where there is none."""
     path = folder / "tokenizer.json"
-    return tokenizer_json.parse_tokenizer(read_json(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    held = read_json(path, dict, ORIGINAL)
+    with naming(path, ORIGINAL):
+        return tokenizer_json.parse_tokenizer(held)
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
@@ -143,10 +146,12 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
     held = unpickle(path, trust)
     if not isinstance(held, dict) or not {"model", "model_args"} <= set(held):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; give a model's folder")
+    if not isinstance(held["model_args"], dict):
+        raise UserError(f"{path} has model_args that name no fields; fetch it again")
     about: dict[str, Any] = {"config": {**held["model_args"], "model_type": "nanogpt"}}
-    if "iter_num" in held:
-        about["step"] = int(held["iter_num"])
-    if "best_val_loss" in held:
+    if isinstance(held.get("iter_num"), int):
+        about["step"] = held["iter_num"]
+    if isinstance(held.get("best_val_loss"), int | float | Tensor):
         about["results"] = {"best validation loss, nats per token": float(held["best_val_loss"])}
     state = stored(held["model"], path)
     return about, {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}

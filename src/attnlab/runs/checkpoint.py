@@ -19,12 +19,13 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import checksum, regular
+from ..files import checksum, parse_json, regular
+from ..ranges import LARGEST, Range, Size
 from ..unfinished import sync_folder
 from .processes import Processes
 from .tensors import Piece, on_host
@@ -59,14 +60,26 @@ def remove_own(folder: Path) -> None:
         folder.rmdir()
 
 
+class Facts(TypedDict):
+    """What commit.json says of a file."""
+
+    bytes: Annotated[int, Range(0, LARGEST)]
+    sha256: str
+
+
+class Commit(TypedDict):
+    """What commit.json holds."""
+
+    step: Size
+    files: dict[str, Facts]
+
+
 def committed(path: Path, step: int) -> dict[str, FileFacts]:
     """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`."""
-    held = json.loads(regular(path).read_bytes())
+    held = parse_json("what it holds", regular(path).read_bytes(), Commit, "it was changed")
     if held["step"] != step:
         raise ValueError(f"it is of step {held['step']}")
     files: dict[str, FileFacts] = held["files"]
-    if not all(isinstance(facts, dict) for facts in files.values()):
-        raise ValueError("it does not list its files")
     return files
 
 

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from .. import data
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..files import disk_errors, inside, read_json, regular, write_bytes, write_json
+from ..files import disk_errors, inside, naming, parse_json, read_json, regular, write_bytes, write_json
 from ..model import Decoder
+from ..ranges import check_value
 from ..results import FORMAT, RunResult, environment
 from ..unfinished import clean
 from .checkpoint import (
@@ -47,6 +48,7 @@ from .checkpoint import (
     write_pieces,
 )
 from .processes import ONE_PROCESS, Processes
+from .schemas import About, Metrics, State
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
@@ -114,17 +116,16 @@ class RunFolder:
         if not (path / "run.json").is_file():
             why = "has no run.json" if path.is_dir() else "does not exist"
             raise UserError(f"{path} {why}, so it is not a run folder; give the --out folder of 'attnlab train'")
-        about = read_json(path / "run.json")
-        found = about.get("format") if isinstance(about, dict) else None
-        if found != FORMAT:
+        about = read_json(path / "run.json", dict, "take the file that was there, or train again into another folder")
+        found = about.get("format")
+        if found != FORMAT or isinstance(found, bool):
             raise UserError(
                 f"{path} is a run folder of format {found}, but this version reads format {FORMAT}; "
                 "use the attnlab that wrote it, or train again into another folder"
             )
-        try:
+        with naming(path / "run.json", "train again into another folder"):
+            check_value("it", about, About)
             config = from_dict(RunConfig, about["config"])
-        except (KeyError, TypeError):
-            raise UserError(f"{path / 'run.json'} lacks parts of the config; train again into another folder") from None
         return cls(path, config, about, processes)
 
     @classmethod
@@ -149,7 +150,9 @@ class RunFolder:
 
     def tokenizer(self) -> data.Tokenizer:
         """Return the tokenizer of the run's text."""
-        return data.from_json(read_json(self.path / "tokenizer.json"))
+        path = self.path / "tokenizer.json"
+        with naming(path, "take the one that was there, or train again into another folder"):
+            return data.from_json(read_json(path))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; a number that is not finite becomes null. Only the first process writes."""
@@ -168,10 +171,8 @@ class RunFolder:
         lines = path.read_text("utf-8").split("\n")[
             :-1
         ]  # after the last newline: nothing, or a line that was cut short
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
-            raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
+        name = f"a line of {path}"
+        return [parse_json(name, line, Metrics, "delete this line or the file, and run again") for line in lines]
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run makes again.
@@ -276,7 +277,7 @@ class RunFolder:
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
-        return self._whole(step, path, lambda: json.loads(regular(path).read_bytes()))
+        return self._whole(step, path, lambda: parse_json("it", regular(path).read_bytes(), State, "it was changed"))
 
     def stored(
         self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
@@ -306,7 +307,11 @@ class RunFolder:
     def result(self) -> RunResult | None:
         """Return the result of the run; None before there is one."""
         path = self.path / "result.json"
-        return RunResult.from_dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_json(path)
+        with naming(path, "delete it, and add --resume to the command that made it"):
+            return RunResult.from_dict(found)
 
     def _place(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"

@@ -35,6 +35,7 @@ from ..runs.processes import LocalError, Processes, join_processes, leave, peer_
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
+from .limits import check_run
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
@@ -100,6 +101,7 @@ def _train(
     stop: threading.Event,
 ) -> RunResult:
     config, corpus = processes.agree(lambda: resolve(config))
+    check_run(config, processes.size)
     part_sizes(config.train, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
@@ -163,8 +165,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
 
     Raises `UserError` for a seed, a source or a context that cannot be used.
     """
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"the seed is {config.seed}; give a whole number from 0 up")
     corpus = data.load(config.data)
     corpus.check(config.model.context)
     if config.model.vocab_size < corpus.vocab_size:

@@ -62,7 +62,7 @@ class OnSlurm(Remote):
         self.lines = dict(map(_line, options.sbatch))
         self.book: dict[str, str] = {}  # name of the run folder -> job id
         if self._file.exists():
-            self.book = read_json(self._file)
+            self.book = read_json(self._file, dict[str, str])
         self.seen: dict[str, float] = {}  # job id -> when it was first found ended without a result, in seconds
 
     @property

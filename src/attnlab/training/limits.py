@@ -1,0 +1,25 @@
+"""Limits of a run, asked before anything is made or written: its memory, and what its kernels can do."""
+
+from __future__ import annotations
+
+from ..config import RunConfig
+from ..device import check_room, find_device
+from ..kernels import check_training
+from ..model import attention_configs
+
+FLOAT = 4  # bytes
+ID = 8  # bytes of a token
+SMALLER = "make train.batch_size, train.accumulate or model.context smaller"
+
+
+def check_run(config: RunConfig, processes: int = 1) -> None:
+    """Raise `UserError` for a run that could not make its first step: `processes` share the rows of a step."""
+    model, train = config.model, config.train
+    device = find_device(train.device)
+    rows = train.batch_size * train.accumulate
+    check_room("the tokens of a step", 2 * ID * rows * model.context // processes, SMALLER)
+    part = max(train.batch_size // processes, 1)
+    logits = FLOAT * part * model.context * model.vocab_size
+    check_room("the logits of one part of a step", logits, SMALLER, device)
+    for layer in attention_configs(model):
+        check_training(layer.impl, device, layer.dropout)
