@@ -41,6 +41,7 @@ ORDER = [
     "unfinished",
     "files",
     "spec",
+    "plugins",
     "config",
     "device",
     "layers",

@@ -15,7 +15,7 @@ NO_MEMORY = re.compile(
 DEBUG = "--debug shows where"
 
 
-def explained(error: Exception) -> tuple[str, int]:
+def explained(error: Exception | SystemExit) -> tuple[str, int]:
     """Return an error in one sentence, and the exit code: 2 where the input is to blame, 1 where nobody knows."""
     if isinstance(error, UserError):
         return str(error), 2
@@ -27,6 +27,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return "something that was given is nested too deeply: make it flatter, as no file of attnlab's is like that", 2
     if isinstance(error, OSError):
         return of_system(error), 2
+    if isinstance(error, SystemExit):
+        return f"code that is not attnlab's ended the command, with exit code {quoted(error.code)}; {DEBUG}", 1
     cause = f"{type(error).__name__}: {quoted(str(error)).strip(chr(34) + chr(39))}"
     return f"this ended in an error that attnlab does not know, {cause}; {DEBUG}, please report it", 1
 

@@ -43,13 +43,13 @@ def main(args: Sequence[str] | None = None) -> int:
                 raise
             print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
             return 130
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if debug:
                 raise
             return tell(error, out)
 
 
-def tell(error: Exception, out: Patient) -> int:
+def tell(error: Exception | SystemExit, out: Patient) -> int:
     """Print an error in one sentence. Return the exit code."""
     sentence, code = explained(error)
     line = " ".join(sentence.split())

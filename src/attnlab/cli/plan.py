@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from typing import Annotated
 
@@ -61,7 +62,8 @@ def plan(
     machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)
     config = with_choices(config, mechanism, None)
     given = options_of_mechanisms("--options", options)
-    labels = attention.names() if mechanisms is None else split_commas(mechanisms)
+    left_out = partial(print, "attnlab:", file=sys.stderr)
+    labels = attention.usable(left_out) if mechanisms is None else split_commas(mechanisms)
     foresee = partial(plans, machine=machine, tokens=tokens, mfu=MFU if mfu is None else mfu, context=context)
     with working() as tell:
         tell(config.mechanism, 0, 1 + len(labels))

@@ -98,6 +98,7 @@ class RunFolder:
             "config": to_dict(config),
             "data": {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
             "environment": environment(),
+            "threads": torch.get_num_threads(),
         }
         try:
             write_bytes(path / "tokenizer.json", tokenizer)
@@ -147,6 +148,17 @@ class RunFolder:
                 "another folder"
             )
         return folder
+
+    def other_threads(self) -> str:
+        """Return a sentence where the run began with another number of CPU threads than this process has, else ""."""
+        began = self.about.get("threads")
+        now = torch.get_num_threads()
+        if began is None or began == now or self.newest() is None:
+            return ""
+        return (
+            f"it began with {began} CPU threads and goes on with {now}, which adds in another order: the result "
+            f"is not bit for bit that of an uninterrupted run; OMP_NUM_THREADS={began} would make it so"
+        )
 
     def tokenizer(self) -> data.Tokenizer:
         """Return the tokenizer of the run's text."""

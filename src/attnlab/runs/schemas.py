@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Required, TypedDict
+from typing import Annotated, Any, NotRequired, Required, TypedDict
 
 from ..ranges import LARGEST, Count, NotNegative, Positive, Range, Size
 
@@ -23,6 +23,7 @@ class About(TypedDict):
     key: str
     config: dict[str, Any]
     data: Data
+    threads: NotRequired[Count]
 
 
 class Metrics(TypedDict, total=False):

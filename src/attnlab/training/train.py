@@ -118,6 +118,8 @@ def _train(
     tell = progress if progress and processes.first else lambda event: None
     run = Run(trainer, folder, log, stop, tell, peak, how)
     del trainer  # a rewind replaces it, and its memory must then be free
+    if device.type == "cpu" and (note := folder.other_threads()):
+        run.say(note)
     names = how.track if processes.first else ()
     if names:
         run.say(f"opening {', '.join(names)}")
