@@ -349,7 +349,7 @@ def load_model(
     folder = RunFolder.open(path)
     with torch.random.fork_rng([]):  # initial weights are overwritten; the caller's random state stays as it was
         model = Decoder(folder.config.model)
-    load_weights(model, folder.load_weights(step))
+    load_weights(model, folder.load_weights(step), folder.path)
     return model.to(device).eval(), folder.config
 
 
