@@ -16,6 +16,7 @@ from ..cache import Cache
 from ..device import check_compiler, wait_for
 from ..errors import UserError
 from ..model import Decoder
+from ..runs.tensors import computed
 
 VARIANTS = 64  # kinds of blocks that one process may compile
 
@@ -206,8 +207,9 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
 def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:
     """Return tokens [B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B].
 
-    `draw`: numbers in [0, 1); None: the likeliest token.
+    `draw`: numbers in [0, 1); None: the likeliest token. Raises `UserError` for logits that are not finite.
     """
+    computed(logits)
     if draw is None or sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)

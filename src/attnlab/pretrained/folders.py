@@ -101,11 +101,7 @@ def indexed(index: Path) -> list[Path]:
         raise UserError(
             f"{index} has no weight_map of tensor names and their files; take the file that came with the model"
         )
-    parts = [inside(index.parent, name, index) for name in sorted(set(places.values()))]
-    for part in parts:
-        if not regular(part).is_file():
-            raise UserError(f"{index} names {part.name}, which is not there; fetch it, or export the model again")
-    return parts
+    return [regular(inside(index.parent, name, index)) for name in sorted(set(places.values()))]
 
 
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:

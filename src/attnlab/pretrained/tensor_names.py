@@ -144,7 +144,7 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Return our tensors by name, in `dtypes`, or as they are stored where it does not name them.
 
-    Raises `UserError` for one that is not finite, or not of floating-point numbers where `dtypes` names what it becomes;
+    Raises `UserError` for one that is not finite, and for one of whole numbers where `dtypes` names what it becomes.
     `source` is the name for messages.
 
     They are made row by row, so that only one row is held twice. They are copies, because a tensor of a mapped file is

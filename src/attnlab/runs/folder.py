@@ -329,7 +329,8 @@ class RunFolder:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
                 raise UserError(unreadable(path, error)) from None
-            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            why = "it is missing" if isinstance(error, FileNotFoundError) else why
             earlier = [other for other in self.steps() if other < step]
             way = (
                 f"delete the folder {path.parent.name} to go on from step {earlier[-1]}, which is there"

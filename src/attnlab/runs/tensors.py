@@ -139,6 +139,16 @@ def finite(name: str, tensor: Tensor, source: str | Path, floating: bool = True)
     return tensor
 
 
+def computed(values: Tensor) -> Tensor:
+    """Return what a model computed. `UserError` where that is not finite, as where its weights are too large."""
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            "the model computes NaN or infinity: its weights are damaged, or too large for its numbers; take other "
+            "weights"
+        )
+    return values
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path = "the checkpoint") -> None:
     """Load what `weights` returned. `UserError` when names or shapes are not this model's, or numbers are not finite;
     `source` is the name for messages."""
