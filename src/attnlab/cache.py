@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import write_bytes
+from .files import regular, write_bytes
 from .spec import CacheSpec
 
 
@@ -251,7 +251,7 @@ def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cac
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), "pt", device=str(device)) as file:
+        with safe_open(str(regular(path)), "pt", device=str(device)) as file:
             layers = json.loads((file.metadata() or {})["attnlab.cache"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from .unfinished import begin, drop_empty, forget, make_folders, settle, sync_fo
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file as large as it may be
 PATIENCE = 60.0  # seconds; a run whose driver died finishes its step and saves
 LOCK = ".lock"
+LONGEST = 255  # bytes of a file's name
 
 # writing
 
@@ -230,7 +231,7 @@ def inside(folder: Path, name: Any, listed: str | Path) -> Path:
     """Return the path of the file `name` in `folder`. `UserError` for a name that leads out of it; `listed` is the file
     that names it."""
     parts = PureWindowsPath(name) if isinstance(name, str) and "\0" not in name else PureWindowsPath("..")
-    if parts.anchor or ".." in parts.parts or not parts.parts:
+    if parts.anchor or ".." in parts.parts or not parts.parts or max(map(len, parts.parts)) > LONGEST:
         raise UserError(f"{listed} names {name!r}, which is no file in its own folder; take one that was not changed")
     return folder / name
 
@@ -280,8 +281,8 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
     """Make the folder and hold its lock. `UserError(refusal)` when another process holds it for `patience` seconds, and
     where the folder cannot be made or written to.
 
-    The lock is freed with the process, however that ends. A folder that was made for it, and in which an error left
-    nothing, is removed. A file system without locks is reported on stderr, and the folder is used; Windows has no locks
+    The lock is freed with the process, however that ends. After an error its file is removed again, and so is a folder
+    that was made for it and is empty. A file system without locks is reported on stderr, and the folder is used; Windows has no locks
     of this kind.
     """
     try:
@@ -290,6 +291,7 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
         yield
         return
     made: list[Path] = []
+    known = (folder / LOCK).exists()
     try:
         made = make_folders(folder)
         handle = _hold(folder, refusal, patience)
@@ -301,8 +303,8 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
     try:
         yield
     except BaseException:
-        with suppress(OSError):
-            if made and os.listdir(folder) == [LOCK]:
+        if not known:
+            with suppress(OSError):
                 (folder / LOCK).unlink()
         drop_empty(made)
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import regular
 from .bpe import BPETokenizer, gpt2
 from .tokenizer import CharTokenizer, Tokenizer, tokenizer
 
@@ -51,6 +52,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 def read_meta(path: Path) -> str:
     """Return the characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
+    regular(path)
     try:
         if path.stat().st_size > META_BYTES:
             raise UserError("is larger than such a file can be")

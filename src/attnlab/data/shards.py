@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError, choose
-from ..files import checksum, expanded, read_json
+from ..files import checksum, expanded, inside, read_json, regular
 from ..results import Tell
 from . import nanogpt
 from .tokenizer import Tokenizer, tokenizer
@@ -134,10 +134,11 @@ class Prepared:
                 )
             sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
             for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
-                held = (self.path / file).stat().st_size if (self.path / file).exists() else None
+                path = regular(inside(self.path, file, self.path / "manifest.json"))
+                held = path.stat().st_size if path.exists() else None
                 if held != expected:
                     why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"
-                    raise UserError(f"{self.path / file} {why}; bring the whole file back, or prepare the folder again")
+                    raise UserError(f"{path} {why}; bring the whole file back, or prepare the folder again")
         self.tokenizer  # noqa: B018
 
 

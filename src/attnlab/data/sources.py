@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, choose, need
-from ..files import expanded
+from ..files import expanded, regular
 from .document_rules import EACH, RULES, TextBlock, Texts, documents_of, documents_of_records, without_first_documents
 from .texts import shakespeare, visible_files
 
@@ -105,7 +105,7 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
 
 def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], about: Mapping[str, Any]) -> Source:
     path = expanded(path)
-    if not path.exists():
+    if not regular(path).exists():
         raise UserError(f"{path} does not exist; {kind}:PATH needs a file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
     files = [file for file in found if kind == "text" or path.is_file() or file.suffix == f".{kind}"]

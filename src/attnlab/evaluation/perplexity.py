@@ -41,6 +41,7 @@ from ..inference.generate import evaluating
 from ..model import Decoder
 from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
+from ..runs.tensors import computed
 from .overlap import seen_share
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
@@ -185,7 +186,7 @@ class LossSums:
         """Predict the tokens of a batch of windows, and add their losses."""
         tokens, positions, targets = padded(documents, part, model)
         rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
-        losses = token_losses(model, tokens, targets, positions).numpy()
+        losses = computed(token_losses(model, tokens, targets, positions)).numpy()
         np.add.at(self.by_document, np.array([window.document for window in part])[rows], losses)
         np.add.at(self.by_seen[0], columns, losses)
         np.add.at(self.by_seen[1], columns, 1)

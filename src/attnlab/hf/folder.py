@@ -18,6 +18,7 @@ from ..laws.subject import ranges
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
 from ..results import Tell
+from ..runs.tensors import finite
 from .hosts import MODELS
 from .patch import Counts, patch
 
@@ -76,6 +77,7 @@ def read_patched(folder: Path) -> PretrainedConfig:
 def load_patched(folder: Path) -> Any:
     """Return the model in `folder`. Raises `UserError` where a tensor is missing or damaged."""
     config = read_patched(folder)
+    check_stored(folder, config)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -85,7 +87,34 @@ def load_patched(folder: Path) -> Any:
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; its weights do not belong to its config.json")
+    for name, tensor in model.named_parameters():
+        finite(name, tensor, folder)
     return model.eval()
+
+
+def check_stored(folder: Path, config: PretrainedConfig) -> None:
+    """Raise `UserError` where a tensor in the files of `folder` has another shape, or another kind, than `config` says.
+
+    It is asked before transformers reads them, which converts some and names others in a table.
+    """
+    for index in folder.glob("*.index.json"):
+        folders.indexed(index)
+    if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return
+    with torch.device("meta"):
+        empty: Any = AutoModelForCausalLM.from_config(config)
+    wanted = dict(empty.named_parameters())
+    for name, held in folders.tensors(folder).items():
+        own = wanted.get(name, wanted.get(f"{empty.base_model_prefix}.{name}"))
+        if own is not None and tuple(own.shape) != held.shape:
+            raise UserError(
+                f"{folder} has {name} of shape {[*held.shape]} where its config.json asks for {[*own.shape]}; "
+                "its weights do not belong to it"
+            )
+        if own is not None and not held.floating:
+            raise UserError(
+                f"{folder} has {name} in whole numbers, and weights are floating-point numbers: bring it as float32"
+            )
 
 
 def patch_card(model: Any, source: str, counts: Counts) -> str:

@@ -19,6 +19,7 @@ from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
 from ..model import FLOAT, Decoder, cache_floats
 from ..ranges import Count, NotNegative, Part, Range, Size, check_fields
+from ..runs.tensors import computed
 
 NUMBER = 8  # bytes of a random number
 VARIANTS = 64  # kinds of blocks that one process may compile
@@ -199,8 +200,9 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
 def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:
     """Return tokens [B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B].
 
-    `draw`: numbers in [0, 1); None: the likeliest token.
+    `draw`: numbers in [0, 1); None: the likeliest token. Raises `UserError` for logits that are not finite.
     """
+    computed(logits)
     if draw is None or sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)

@@ -20,7 +20,7 @@ import torch
 from .. import data
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
-from ..files import expanded
+from ..files import expanded, regular
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
 from . import families, folders, model_card, tensor_names
@@ -65,7 +65,7 @@ def load(
     `UserError` for a type of model that no family reads, and for tensors that are missing, left over or of a wrong
     shape.
     """
-    path = expanded(source)
+    path = regular(expanded(source))
     if (path / "run.json").is_file():
         return _load_run(path, str(source), checkpoint, dtype, device)
     if checkpoint is not None:
@@ -116,7 +116,7 @@ def build(
     rows = tensor_names.rows(family, model)
     stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
-    model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes), strict=False, assign=True)
+    model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes, source), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()
@@ -139,9 +139,9 @@ def save(
     """Write the model in the form of `family`, and return the folder.
 
     It gets safetensors, config.json, the tokenizer's files and a model card; all of them or none. transformers reads
-    the forms of its own families. `results`: numbers for the model card; None: those of the source. `more`: further JSON
-    files, by name. Raises `UserError` where the family cannot express the model, saying which fields differ, and where
-    `folder` is not empty.
+    the forms of its own families. `results`: numbers for the model card; None: those of the source. `more`: further
+    JSON files, by name. Raises `UserError` where the family cannot express the model, saying which fields differ, and
+    where `folder` is not empty.
     """
     theirs = module(family)
     hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _dtype(loaded.model)}

@@ -29,6 +29,7 @@ class LazyTensor(NamedTuple):
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    floating: bool = True  # whether it holds floating-point numbers
 
 
 def download(name: str) -> Path:
@@ -103,11 +104,7 @@ def indexed(index: Path) -> list[Path]:
         raise UserError(
             f"{index} has no weight_map of tensor names and their files; take the file that came with the model"
         )
-    parts = [inside(index.parent, name, index) for name in sorted(set(places.values()))]
-    for part in parts:
-        if not regular(part).is_file():
-            raise UserError(f"{index} names {part.name}, which is not there; fetch it, or export the model again")
-    return parts
+    return [regular(inside(index.parent, name, index)) for name in sorted(set(places.values()))]
 
 
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
@@ -118,7 +115,9 @@ def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
 
     def stored(name: str) -> LazyTensor:
         # opened anew: an open file keeps in memory all that was read from it
-        return LazyTensor(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
+        held = file.get_slice(name)
+        floating = "F" in held.get_dtype()  # F32, BF16, F8_E4M3
+        return LazyTensor(tuple(held.get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name), floating)
 
     return {name: stored(name) for name in file.keys()}
 
@@ -188,8 +187,8 @@ def write_folder(
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
     `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
-    chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where `folder` is not empty, or
-    cannot be written.
+    chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where `folder` is not empty,
+    or cannot be written.
     """
     with whole_folder(folder) as half:
         with tensor_errors():

@@ -346,7 +346,8 @@ class RunFolder:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
                 raise UserError(unreadable(path, error)) from None
-            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            why = "it is missing" if isinstance(error, FileNotFoundError) else why
             earlier = [other for other in self.steps() if other < step]
             way = (
                 f"delete the folder {path.parent.name} to go on from step {earlier[-1]}, which is there"
@@ -366,7 +367,7 @@ def load_model(
     folder = RunFolder.open(path)
     with torch.random.fork_rng([]):  # initial weights are overwritten; the caller's random state stays as it was
         model = Decoder(folder.config.model)
-    load_weights(model, folder.load_weights(step))
+    load_weights(model, folder.load_weights(step), folder.path)
     return model.to(device).eval(), folder.config
 
 
