@@ -119,7 +119,7 @@ def kinds_in(cls: type) -> list[tuple[str, Kind, bool]]:
 def kind_in(hint: Any) -> Kind:
     """Return the check of an annotation; one that is not known here lets everything pass."""
     limits = range_of(hint)
-    while typing.get_origin(hint) is Annotated:
+    while typing.get_origin(hint) in (Annotated, typing.Required, typing.NotRequired):
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return _union([kind_in(part) for part in typing.get_args(hint) if part is not types.NoneType], hint)
@@ -222,13 +222,17 @@ def _record(cls: Any) -> Kind:
     """The check of a `TypedDict`: an object with these fields, and any others."""
     hints = typing.get_type_hints(cls, include_extras=True)
     kinds = {field: kind_in(hint) for field, hint in hints.items()}
+    words = {field: typing.get_origin(hint) for field, hint in hints.items()}  # __required_keys__ knows no texts
+    needed = {field for field, word in words.items() if word is typing.Required}
+    if cls.__total__:
+        needed = {field for field, word in words.items() if word is not typing.NotRequired}
 
     def check(name: str, value: Any) -> Any:
         _object(name, value)
         for field, kind in kinds.items():
             if field in value:
                 kind(_joined(name, field), value[field])
-            elif field in cls.__required_keys__:
+            elif field in needed:
                 raise UserError(f"{name} lacks {field}")
         return value
 

@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..data.tasks import Task, task_of
 from ..errors import UserError
 from ..evaluation.exam import examine
-from ..files import PATIENCE, alone, read_json, write_json
+from ..files import PATIENCE, alone, naming, read_json, write_json
 from ..model import parameters
 from ..presets import BASELINE, Options, variant
 from ..results import RunResult, TaskResult
@@ -81,7 +81,8 @@ class Cell:
     def answers(self, known: RunResult) -> TaskResult:
         """The result of the exam of a run on a task, or why there is none."""
         if known.status == "done" and self.exam.exists():
-            return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
+            with naming(self.exam):
+                return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
         assert self.task is not None
         return TaskResult(
             task=self.task.name,

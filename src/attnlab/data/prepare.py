@@ -23,12 +23,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import LOCK, check_free, checksum, expanded, full_disk, locked, read_json, write_json
+from ..files import LOCK, check_free, checksum, expanded, full_disk, locked, naming, read_json, write_json
 from ..results import environment
 from ..unfinished import clean, sync_folder
 from .document_rules import TextBlock, first_documents
 from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
 from .nanogpt import write_meta
+from .schemas import State
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
@@ -165,7 +166,7 @@ class _Work:
         self.progress = progress
         self.state: dict[str, Any] = {"plan": asdict(recipe), "splits": {}}
         if (folder / "state.json").exists():
-            self.state = read_json(folder / "state.json")
+            self.state = read_json(folder / "state.json", State, "delete the folder to begin again")
             if self.state["plan"] != asdict(recipe):
                 raise UserError(
                     f"{folder} was begun by another command ({self.state['command']}); run that one again to go on, or "
@@ -223,7 +224,8 @@ class _Work:
         path = self.folder / "tokenizer.json"
         name = self.recipe.tokenizer or source.tokenizer
         if path.exists() and self.state["splits"]:
-            held = from_json(read_json(path))
+            with naming(path, "delete the folder to begin again"):
+                held = from_json(read_json(path))
             _compare(self.recipe, held, self.folder)
             return held
         made: Tokenizer = self.alphabet(splits) if name == CharTokenizer.kind else tokenizer(name)

@@ -22,14 +22,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
 from ..files import checksum, expanded, inside, read_json, regular
+from ..ranges import check_value
 from ..results import Tell
 from . import nanogpt
+from .schemas import Manifest
 from .tokenizer import Tokenizer, tokenizer
 from .tokens import Tokens
 
 FORMAT = 1
+AGAIN = "prepare it again"
 SPLITS = ("train", "val", "test")
 UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
 CHUNK = 1 << 20  # bytes or tokens that are read at a time
@@ -65,15 +68,17 @@ class Prepared:
                     f"{path} is not finished: run the attnlab prepare that began it again, and it will go on"
                 )
             return cls(path, nanogpt.manifest(path))
-        manifest = read_json(path / "manifest.json")
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+        file = path / "manifest.json"
+        manifest = read_json(file, dict, AGAIN)
+        found = manifest.get("format")
         if found != FORMAT:
-            raise UserError(f"{path} has format {found}, but this version reads format {FORMAT}; prepare it again")
-        opened = cls(path, manifest)
+            raise UserError(f"{path} has format {quoted(found)}, but this version reads format {FORMAT}; {AGAIN}")
         try:
-            opened._compare()
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path / 'manifest.json'} lacks parts; prepare the folder again") from None
+            check_value(str(file), manifest, Manifest)
+        except UserError as error:
+            raise UserError(f"{error}; {AGAIN}") from None
+        opened = cls(path, manifest)
+        opened._compare()
         return opened
 
     @property

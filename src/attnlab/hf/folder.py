@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .. import attention
@@ -37,7 +38,7 @@ def dry_run(source: str, **settings: Any) -> Counts:
         config = read_patched(folder)
     else:
         config = AutoConfig.for_model(choose("folder or model type", source, TYPES[: len(MODELS)]))
-    with torch.device("meta"):
+    with theirs(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return patch(model, **settings)
 
@@ -71,18 +72,16 @@ def read_patched(folder: Path) -> PretrainedConfig:
     """Return the config of the model in `folder`. Raises `UserError` for a type that cannot be patched."""
     kind = folders.describe(folder)["config"].get("model_type")
     choose(f"model_type in {folder}:", str(kind), TYPES)
-    return AutoConfig.from_pretrained(folder)
+    with theirs(folder):
+        return AutoConfig.from_pretrained(folder)
 
 
 def load_patched(folder: Path) -> Any:
     """Return the model in `folder`. Raises `UserError` where a tensor is missing or damaged."""
     config = read_patched(folder)
     check_stored(folder, config)
-    try:
+    with theirs(folder):
         found: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{folder} does not hold the weights that its config.json describes ({why})") from None
     model, info = found
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -90,6 +89,21 @@ def load_patched(folder: Path) -> Any:
     for name, tensor in model.named_parameters():
         finite(name, tensor, folder)
     return model.eval()
+
+
+@contextmanager
+def theirs(folder: Path) -> Iterator[None]:
+    """Raise `UserError` in place of any error of transformers, which has many kinds, while it reads `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(
+            f"{folder} does not hold a model that transformers takes ({lines[-1]}): mend its config.json, or take "
+            "the one that came with the weights"
+        ) from None
 
 
 def check_stored(folder: Path, config: PretrainedConfig) -> None:
@@ -101,7 +115,7 @@ def check_stored(folder: Path, config: PretrainedConfig) -> None:
         folders.indexed(index)
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         return
-    with torch.device("meta"):
+    with theirs(folder), torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)
     wanted = dict(empty.named_parameters())
     for name, held in folders.tensors(folder).items():
