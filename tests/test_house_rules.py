@@ -44,6 +44,7 @@ ORDER = [
     "plugins",
     "config",
     "device",
+    "arguments",
     "layers",
     "recording",
     "kernels",

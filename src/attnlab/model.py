@@ -11,13 +11,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import attention
+from .arguments import check_tensor
 from .cache import Cache
 from .config import ModelConfig
 from .device import check_room
 from .documents import PLAIN, PackedRows
-from .errors import UserError
+from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
+from .ranges import check_value
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
@@ -92,6 +94,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_value("config", config, ModelConfig)
         self.config = config
         mixers = attention_configs(config)
         check_size(config, mixers)
@@ -134,11 +137,10 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
         """Return the input of the head (B L D), and the caches. The arguments are those of `forward`."""
+        self._check_inputs(tokens, positions, cache, documents)
         mask = CAUSAL
         packed = None
         if documents is not None:
-            if positions is not None or cache:
-                raise UserError("packed documents have positions of their own and no cache: give documents alone")
             packed = PackedRows.of(documents)
             tokens = packed.packed(tokens)
             positions = packed.places
@@ -150,7 +152,11 @@ class Decoder(nn.Module):
             self._check_length(start + tokens.shape[1])
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             mask = PLAIN if not (cache and cache[0].ragged) else CAUSAL
-        x = self.embed(tokens)
+        try:
+            x = self.embed(tokens)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise UserError(f"tokens has ids outside 0 to {last}, which the model lacks") from None
         if self.place is not None:
             x = x + self.place(positions[:1] if mask.plain else positions.clamp(min=0))
         x = self.drop(x)
@@ -172,6 +178,18 @@ class Decoder(nn.Module):
         """Return all layers, with their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
+    def _check_inputs(self, tokens: Any, positions: Any, cache: Any, documents: Any) -> None:
+        """Raise `UserError` for arguments of `forward` that are of another kind than it takes, or do not go together."""
+        for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
+            if value is not None or name == "tokens":
+                check_tensor(name, value, "B L", whole=True)
+        if cache and not (isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)):
+            raise UserError(f"cache is {quoted(cache)}: give a Cache for each of {len(self.layers)} layers, or None")
+        if cache and len(cache) != len(self.layers):
+            raise UserError(f"cache has {len(cache)} layers: give a Cache for each of {len(self.layers)}")
+        if documents is not None and (positions is not None or cache):
+            raise UserError("packed documents have positions of their own and no cache: give documents alone")
+
     def _check_length(self, length: int) -> None:
         if self.place is not None and length > self.config.context:
             raise UserError(
@@ -181,8 +199,13 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats per token. `targets`: B L; -1: it does not count."""
+        check_tensor("targets", targets, "B L", whole=True)
         logits, _ = self(tokens, documents=documents)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        try:
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise UserError(f"targets has ids outside 0 to {last}, which the model lacks; -1 does not count") from None
 
     def empty_cache(
         self,

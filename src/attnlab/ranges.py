@@ -127,7 +127,7 @@ def kind_in(hint: Any) -> Kind:
         return lambda name, value: choose(name, value, typing.get_args(hint))
     if typing.is_typeddict(hint):
         return _record(hint)
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is dict or (typing.get_origin(hint) is Mapping and typing.get_args(hint)[1] is not Any):
         return _dictionary(kind_in(typing.get_args(hint)[1]))
     if typing.get_origin(hint) in (tuple, list):
         return _sequence(typing.get_origin(hint), typing.get_args(hint))
@@ -168,24 +168,29 @@ def _real(limits: Range) -> Kind:
     return check
 
 
-KINDS = {
+KINDS: dict[Any, str] = {
     bool: "true or false",
     str: "a text",
     Mapping: "an object with fields",
     dict: "an object with fields",
     list: "a list",
+    Sequence: "a list",
+    Callable: "something that can be called",
 }
 
 
 def _instance(hint: Any) -> Kind:
     """The check of a class: bool, str, a mapping, or a dataclass of ours."""
     cls = typing.get_origin(hint) or hint
-    if cls not in KINDS and not dataclasses.is_dataclass(cls):
+    known = isinstance(cls, type) and not getattr(cls, "_is_protocol", False) and cls not in (object, Any)
+    if cls not in KINDS and not known:
+        return lambda name, value: value
+    if cls not in KINDS and cls.__module__.startswith("jaxtyping"):  # shapes, which are checked elsewhere
         return lambda name, value: value
     words = KINDS.get(cls) or f"a {cls.__name__}"
 
     def check(name: str, value: Any) -> Any:
-        if not isinstance(value, cls):
+        if not isinstance(value, cls) or (cls is Sequence and isinstance(value, str | bytes)):
             raise UserError(f"{name} is {quoted(value)}: it must be {words}")
         if cls is str and not value.isascii():
             _encodable(name, value)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from .errors import UserError, choose
-from .ranges import Count, Positive, Probability, check_fields
+from .errors import UserError, choose, quoted
+from .ranges import Count, Positive, Probability, Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,14 @@ class Mask:
 
     window: int | None = None  # positions that a query sees, its own the last of them; None: all up to its own
     plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., and padding only after them
+
+    def __post_init__(self) -> None:
+        """Check the fields by plain comparisons, because a mask is made inside a forward pass."""
+        number = isinstance(self.window, int) and not isinstance(self.window, bool)
+        if self.window is not None and (not number or self.window < 1):
+            raise UserError(f"window is {quoted(self.window)}: it must be a whole number, at least 1, or None")
+        if not isinstance(self.plain, bool):
+            raise UserError(f"plain is {quoted(self.plain)}: it must be true or false")
 
     def __call__(self, q: Any, k: Any) -> Any:
         """Return whether queries at positions `q` see keys at `k`: arrays that broadcast, of NumPy, Torch or JAX."""
@@ -36,12 +44,15 @@ CAUSAL = Mask()
 class CacheSpec:
     """The shape of one layer's cache for one sequence."""
 
-    rows: Mapping[str, tuple[int, ...]]  # name -> shape of the row of one token
-    keep: int | None = None  # rows kept, the newest; None: all
-    state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # name -> shape, whatever the number of tokens
-    every: int = 1  # tokens per row: a row is written when a group of so many is complete
+    rows: Mapping[str, tuple[Size, ...]]  # name -> shape of the row of one token
+    keep: Count | None = None  # rows kept, the newest; None: all
+    state: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)  # name -> shape, whatever the number of tokens
+    every: Count = 1  # tokens per row: a row is written when a group of so many is complete
     beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # name -> a further memory with its own `every`
-    reads: Mapping[str, int] = field(default_factory=dict)  # name -> most rows that one step reads; not named: all
+    reads: Mapping[str, Size] = field(default_factory=dict)  # name -> most rows that one step reads; not named: all
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def floats(self, tokens: int) -> int:
         """Return the floats in the cache after `tokens` tokens. Benchmarks, report, docs and the size law read this."""

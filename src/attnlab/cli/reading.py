@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -26,9 +27,20 @@ from .options import options_of_mechanisms
 
 WIDE = 10_000  # columns of what the parser says, so that nothing in it is broken
 RULE = re.compile("─+")
-NUMBERS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
+
+
+def named(text: str) -> Path:
+    """Return the path of a text; an empty one names nothing."""
+    if not text:
+        raise ValueError
+    return Path(text)
+
+
+# type -> its reader, which raises ValueError; its name in the help; what it must be
+SINGLE: dict[Any, tuple[Callable[[str], Any], str, str]] = {
     int: (int, "INT", "a whole number"),
     float: (float, "FLOAT", "a number"),
+    Path: (named, "PATH", "the name of a file or folder"),
 }
 
 
@@ -94,21 +106,21 @@ def columns(width: int) -> Iterator[None]:
 
 
 def registry() -> ConstructorRegistry:
-    """Return the rules by which words become values: numbers, mappings as JSON, and dataclasses with ranges."""
+    """Return the rules by which words become values: numbers, paths, mappings as JSON, and dataclasses with ranges."""
     rules = ConstructorRegistry()
-    rules.primitive_rule(number_rule)
+    rules.primitive_rule(single_rule)
     rules.primitive_rule(mapping_rule)
     rules.struct_rule(dataclass_rule)
     return rules
 
 
-def number_rule(info: Any) -> PrimitiveConstructorSpec | None:
-    """Return how a number, or a number or None, is read; None for another type."""
+def single_rule(info: Any) -> PrimitiveConstructorSpec | None:
+    """Return how a number or a path is read, or that or None; None for another type."""
     parts = typing.get_args(info.type) if info.type_origin in (types.UnionType, typing.Union) else (info.type,)
     kinds = [getattr(part, "__origin__", part) for part in parts if part is not types.NoneType]  # without their ranges
-    if len(kinds) != 1 or kinds[0] not in NUMBERS:
+    if len(kinds) != 1 or kinds[0] not in SINGLE:
         return None
-    kind, metavar, words = NUMBERS[kinds[0]]
+    kind, metavar, words = SINGLE[kinds[0]]
     optional = len(parts) > 1
 
     def value(given: list[str]) -> Any:
@@ -123,7 +135,7 @@ def number_rule(info: Any) -> PrimitiveConstructorSpec | None:
         nargs=1,
         metavar="{None}|" + metavar if optional else metavar,
         instance_from_str=value,
-        is_instance=lambda given: given is None or isinstance(given, int | float),
+        is_instance=lambda given: given is None or isinstance(given, int | float | Path),
         str_from_instance=lambda given: [str(given)],
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..cache import Cache
 from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
@@ -59,15 +60,16 @@ class Sampling:
         check_fields(self)
 
 
+@checked
 @torch.inference_mode()
 def generate(  # noqa: PLR0913  # the public function takes the fields of Sampling one by one
     model: Decoder,
     prompts: Sequence[Sequence[int]],
-    n: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    n: Size,
+    temperature: NotNegative = 1.0,
+    top_k: Count | None = None,
+    top_p: Part | None = None,
+    seed: Annotated[int, Range(0)] = 0,
     on_token: Callable[[int, int], None] | None = None,
     *,
     stop: Collection[int] = (),

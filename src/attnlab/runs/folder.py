@@ -27,11 +27,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import data
+from ..arguments import checked
 from ..config import RunConfig, from_dict, to_dict
+from ..device import find_device
 from ..errors import UserError
 from ..files import disk_errors, inside, naming, parse_json, read_json, regular, write_bytes, write_json
 from ..model import Decoder
-from ..ranges import check_value
+from ..ranges import Size, check_value
 from ..results import FORMAT, RunResult, environment
 from ..unfinished import clean
 from .checkpoint import (
@@ -148,17 +150,6 @@ class RunFolder:
                 "another folder"
             )
         return folder
-
-    def other_threads(self) -> str:
-        """Return a sentence where the run began with another number of CPU threads than this process has, else ""."""
-        began = self.about.get("threads")
-        now = torch.get_num_threads()
-        if began is None or began == now or self.newest() is None:
-            return ""
-        return (
-            f"it began with {began} CPU threads and goes on with {now}, which adds in another order: the result "
-            f"is not bit for bit that of an uninterrupted run; OMP_NUM_THREADS={began} would make it so"
-        )
 
     def tokenizer(self) -> data.Tokenizer:
         """Return the tokenizer of the run's text."""
@@ -357,18 +348,20 @@ class RunFolder:
             raise UserError(f"the checkpoint file {path} is damaged ({why}); {way}") from None
 
 
+@checked
 def load_model(
-    path: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+    path: str | Path, step: Size | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, RunConfig]:
     """Return the trained model of a run folder and the config of its run.
 
     The model is in evaluation mode, with float32 weights. `step` None: of the newest checkpoint.
     """
+    place = find_device(device) if isinstance(device, str) else device
     folder = RunFolder.open(path)
     with torch.random.fork_rng([]):  # initial weights are overwritten; the caller's random state stays as it was
         model = Decoder(folder.config.model)
     load_weights(model, folder.load_weights(step), folder.path)
-    return model.to(device).eval(), folder.config
+    return model.to(place).eval(), folder.config
 
 
 def _finite(value: Any) -> Any:

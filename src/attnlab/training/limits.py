@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config import RunConfig
 from ..device import check_room, find_device
 from ..kernels import check_training
 from ..model import attention_configs
+from ..runs.folder import RunFolder
 
 FLOAT = 4  # bytes
 ID = 8  # bytes of a token
@@ -23,3 +26,15 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     check_room("the logits of one part of a step", logits, SMALLER, device)
     for layer in attention_configs(model):
         check_training(layer.impl, device, layer.dropout)
+
+
+def other_threads(folder: RunFolder) -> str:
+    """Return a sentence where a run began with another number of CPU threads than this process has, else ""."""
+    began = folder.about.get("threads")
+    now = torch.get_num_threads()
+    if began is None or began == now or folder.newest() is None:
+        return ""
+    return (
+        f"it began with {began} CPU threads and goes on with {now}, which adds in another order: the result is not bit "
+        f"for bit that of an uninterrupted run; OMP_NUM_THREADS={began} would make it so"
+    )

@@ -35,7 +35,7 @@ from ..runs.processes import LocalError, Processes, join_processes, leave, peer_
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
-from .limits import check_run
+from .limits import check_run, other_threads
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
@@ -118,7 +118,7 @@ def _train(
     tell = progress if progress and processes.first else lambda event: None
     run = Run(trainer, folder, log, stop, tell, peak, how)
     del trainer  # a rewind replaces it, and its memory must then be free
-    if device.type == "cpu" and (note := folder.other_threads()):
+    if device.type == "cpu" and (note := other_threads(folder)):
         run.say(note)
     names = how.track if processes.first else ()
     if names:
