@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def _check_inputs(self, tokens: Any, positions: Any, cache: Any, documents: Any) -> None:
-        """Raise `UserError` for arguments of `forward` that are of another kind than it takes, or do not go together."""
+        """Raise `UserError` for arguments of `forward` of another kind than it takes, or that do not go together."""
         for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
             if value is not None or name == "tokens":
                 check_tensor(name, value, "B L", whole=True)
