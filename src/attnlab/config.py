@@ -15,6 +15,8 @@ from .errors import UserError, choose
 from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
+MOST_LAYERS = 10_000  # making more would take minutes before anything is said
+MOST_SEQUENCES = 1_000_000  # of one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class ModelConfig:
         for name in ("vocab_size", "context", "n_layers", "d_model", "n_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_layers > MOST_LAYERS:
+            raise UserError(f"model.n_layers is {self.n_layers}: give at most {MOST_LAYERS:,}")
         cls: Any = type(self)
         for name in ("positions", "norm", "ff", "balance"):
             choose(f"model.{name}", getattr(self, name), _allowed(cls, name))
@@ -187,6 +191,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.batch_size * self.accumulate > MOST_SEQUENCES:
+            raise UserError(
+                f"train.batch_size {self.batch_size} times train.accumulate {self.accumulate} is more than "
+                f"{MOST_SEQUENCES:,} sequences a step: make one of them smaller"
+            )
         if self.keep < 0:
             raise UserError(f"train.keep is {self.keep}: give how many checkpoints stay, or 0 to keep all")
         if self.lr <= 0:

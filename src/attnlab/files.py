@@ -233,8 +233,8 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
     where the folder cannot be made or written to.
 
     The lock is freed with the process, however that ends. After an error its file is removed again, and so is a folder
-    that was made for it and is empty. A file system without locks is reported on stderr, and the folder is used; Windows has no locks
-    of this kind.
+    that was made for it and is empty. A file system without locks is reported on stderr, and the folder is used;
+    Windows has no locks of this kind.
     """
     try:
         import fcntl  # noqa: F401

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ import tyro
 from .. import __version__, presets
 from ..errors import UserError, choose
 from ..files import DISK_FULL
+from ..formatting import one_line
 from ..runs.launcher import launched, rank
+from ..runs.signals import Program
 from . import COMMANDS
 from .options import Fields, options_of_mechanisms, with_choices
 
@@ -40,16 +43,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if debug:
+        return stopped(str(stop))
+    except Exception as error:
+        if Program.asked and not debug:  # what an interrupted import or library made of it
+            return stopped()
+        if debug or not isinstance(error, UserError | OSError):
             raise
         if launched() == 1:
-            print(f"attnlab: {sentence(error)}", file=sys.stderr)
+            print(f"attnlab: {one_line(sentence(error))}", file=sys.stderr)
         elif rank() == 0 or not getattr(error, "shared", False):
-            print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
+            print(f"attnlab, process {rank()} of {launched()}: {one_line(sentence(error))}", file=sys.stderr)
         return 2
+
+
+def stopped(words: str = "") -> int:
+    """Say that Ctrl-C ended the program, in `words`. Return the exit code."""
+    Program.told = True
+    print(f"\nattnlab: {one_line(words) or 'stopped'}", file=sys.stderr)
+    return 130
 
 
 def run() -> NoReturn:
@@ -59,6 +70,9 @@ def run() -> NoReturn:
     group, as DeepSpeed's do, sometimes abort while they are torn down.
     """
     code = main()
+    Program.code = code
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what libraries do at the exit has no use for an exception
     if launched() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -31,7 +31,16 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import LocalError, Processes, join_processes, leave, peer_lost, stop_requests, unreachable
+from ..runs.processes import (
+    LocalError,
+    Processes,
+    StopRequest,
+    join_processes,
+    leave,
+    peer_lost,
+    stop_requests,
+    unreachable,
+)
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
@@ -97,9 +106,10 @@ def _train(
     progress: Listener | None,
     how: Execution,
     processes: Processes,
-    stop: threading.Event,
+    stop: StopRequest,
 ) -> RunResult:
-    config, corpus = processes.agree(lambda: resolve(config))
+    with stop.at_once():
+        config, corpus = processes.agree(lambda: resolve(config))
     part_sizes(config.train, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
