@@ -170,6 +170,6 @@ def _apart(angles: Sequence[Sequence[float]]) -> str:
     return f"{fmean(between):.0f}°" if between else ""
 
 
-def one_line(text: str) -> str:
+def escaped(text: str) -> str:
     """Return `text` with line breaks and other control characters written as escapes, as in names of files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

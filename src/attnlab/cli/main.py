@@ -19,7 +19,7 @@ import tyro
 from .. import __version__, presets
 from ..errors import UserError, choose
 from ..files import DISK_FULL
-from ..formatting import one_line
+from ..formatting import escaped
 from ..runs.launcher import launched, rank
 from ..runs.signals import Program
 from . import COMMANDS
@@ -50,16 +50,16 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug or not isinstance(error, UserError | OSError):
             raise
         if launched() == 1:
-            print(f"attnlab: {one_line(sentence(error))}", file=sys.stderr)
+            print(f"attnlab: {escaped(sentence(error))}", file=sys.stderr)
         elif rank() == 0 or not getattr(error, "shared", False):
-            print(f"attnlab, process {rank()} of {launched()}: {one_line(sentence(error))}", file=sys.stderr)
+            print(f"attnlab, process {rank()} of {launched()}: {escaped(sentence(error))}", file=sys.stderr)
         return 2
 
 
 def stopped(words: str = "") -> int:
     """Say that Ctrl-C ended the program, in `words`. Return the exit code."""
     Program.told = True
-    print(f"\nattnlab: {one_line(words) or 'stopped'}", file=sys.stderr)
+    print(f"\nattnlab: {escaped(words) or 'stopped'}", file=sys.stderr)
     return 130
 
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError, choose
-from ..files import checksum, inside, read_json, regular
+from ..files import checksum, path_within, read_json, regular
 from ..results import Tell
 from . import nanogpt
 from .tokenizer import Tokenizer, tokenizer
@@ -134,7 +134,7 @@ class Prepared:
                 )
             sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
             for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
-                path = regular(inside(self.path, file, self.path / "manifest.json"))
+                path = regular(path_within(self.path, file, self.path / "manifest.json"))
                 held = path.stat().st_size if path.exists() else None
                 if held != expected:
                     why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"

@@ -38,7 +38,7 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[dict[int, Any]]:
 
 
 class Program:
-    """What is known of the end of this program."""
+    """The end of this program, as far as it is known."""
 
     asked = False  # whether Ctrl-C was heard
     told = False  # whether the user was told that it stopped

@@ -81,16 +81,15 @@ def train(
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
     processes = join_processes(find_device(config.train.device), kind.grouped)
-    out = Path(out)
+    lock = alone(Path(out), "trains in", patience)
     try:
         with ExitStack() as held:
-            lock = alone(out, "trains in", patience)
             processes.agree(lambda: held.enter_context(lock) if processes.first else None)
             held.enter_context(own_random_state())
             stop = held.enter_context(stop_requests())
             held.enter_context(deterministic(config.train.deterministic))
             try:
-                return _train(config, out, resume or restarted(), progress, how, processes, stop)
+                return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
                 if processes.size > 1 and unreachable(error):
                     raise peer_lost(error) from error
