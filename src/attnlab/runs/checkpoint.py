@@ -60,13 +60,16 @@ def remove_own(folder: Path) -> None:
 
 
 def committed(path: Path, step: int) -> dict[str, FileFacts]:
-    """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`."""
+    """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`, and
+    where it names files that no run writes, or not all that a checkpoint needs."""
     held = json.loads(regular(path).read_bytes())
     if held["step"] != step:
         raise ValueError(f"it is of step {held['step']}")
     files: dict[str, FileFacts] = held["files"]
-    if not all(isinstance(facts, dict) for facts in files.values()):
-        raise ValueError("it does not list its files")
+    needed = {"model.safetensors", "optimizer.safetensors", "state.json"}
+    foreign = sorted(name for name, facts in files.items() if not OURS.fullmatch(name) or not isinstance(facts, dict))
+    if foreign or not needed <= set(files):
+        raise ValueError(f"it names {foreign[0]!r}" if foreign else "it does not name all files")
     return files
 
 

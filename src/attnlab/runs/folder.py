@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import data
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..files import disk_errors, path_within, read_json, regular, write_bytes, write_json
+from ..files import disk_errors, read_json, regular, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
 from ..unfinished import clean
@@ -249,9 +249,9 @@ class RunFolder:
             if PLACE.fullmatch(place.name) and not place.name.startswith("."):
                 try:
                     (place / COMMIT).lstat()
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
                 except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        continue
                     raise UserError(unreadable(place, error)) from None
                 found.append(int(place.name.removeprefix("step-")))
         return sorted(found)
@@ -295,7 +295,7 @@ class RunFolder:
     def _check(self, step: int, names: Iterable[str]) -> None:
         files = self._files(step)
         for name in names:
-            path = path_within(self._place(step), name, self._place(step) / COMMIT)
+            path = self._place(step) / name
             self._whole(step, path, partial(check_file, path, files[name]))
 
     def write_result(self, result: RunResult) -> None:
