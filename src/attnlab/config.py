@@ -29,6 +29,7 @@ from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
 QUOTES = "'\""
+MOST_SEQUENCES = 1_000_000  # of one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")
+        if self.batch_size * self.accumulate > MOST_SEQUENCES:
+            raise UserError(
+                f"train.batch_size {self.batch_size} times train.accumulate {self.accumulate} is more than "
+                f"{MOST_SEQUENCES:,} sequences a step: make one of them smaller"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

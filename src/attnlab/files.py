@@ -89,7 +89,7 @@ def _check_replaceable(path: Path) -> None:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {why}; choose another name") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is {kind_of(mode)}, and only a regular file is replaced: name another file")
+        raise UserError(f"{path} is {file_kind(mode)}, and only a regular file is replaced: name another file")
     if not mode & 0o222 or not os.access(path, os.W_OK):
         raise UserError(f"{path} is read-only, so it is not replaced: make it writable, or name another file")
 
@@ -212,11 +212,11 @@ def regular(path: str | Path) -> Path:
     except (OSError, ValueError):
         return path  # whoever opens it says what is wrong
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is {kind_of(mode)}, and reading it may never end: give a regular file")
+        raise UserError(f"{path} is {file_kind(mode)}, and reading it may never end: give a regular file")
     return path
 
 
-def kind_of(mode: int) -> str:
+def file_kind(mode: int) -> str:
     """Return what a file that is not regular is, in words; `mode` is its st_mode."""
     if stat.S_ISLNK(mode):
         return "a symbolic link"
@@ -227,7 +227,7 @@ def kind_of(mode: int) -> str:
     return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
-def inside(folder: Path, name: Any, listed: str | Path) -> Path:
+def path_within(folder: Path, name: Any, listed: str | Path) -> Path:
     """Return the path of the file `name` in `folder`. `UserError` for a name that leads out of it; `listed` is the file
     that names it."""
     parts = PureWindowsPath(name) if isinstance(name, str) and "\0" not in name else PureWindowsPath("..")
@@ -282,8 +282,8 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
     where the folder cannot be made or written to.
 
     The lock is freed with the process, however that ends. After an error its file is removed again, and so is a folder
-    that was made for it and is empty. A file system without locks is reported on stderr, and the folder is used; Windows has no locks
-    of this kind.
+    that was made for it and is empty. A file system without locks is reported on stderr, and the folder is used;
+    Windows has no locks of this kind.
     """
     try:
         import fcntl  # noqa: F401

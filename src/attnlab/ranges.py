@@ -69,7 +69,7 @@ Count = Annotated[int, Range(1, MANY)]  # at least one
 Size = Annotated[int, Range(0, MANY)]  # none or more
 Seed = Annotated[int, Range(0, LARGEST)]
 Long = Annotated[int, Range(1, LARGEST)]  # tokens, documents and steps, which no memory holds at once
-Layers = Annotated[int, Range(1, 2**16)]  # more would take minutes to be made at all
+Layers = Annotated[int, Range(1, 10_000)]  # more would take minutes to be made at all
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(0, 1)]  # from none to all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
 from ..errors import UserError, choose, quoted
+from ..formatting import escaped
 from ..runs.launcher import launched, rank
+from ..runs.signals import Program
 from . import COMMANDS, LASTING
 from .faults import explained
 from .options import Fields, with_choices
@@ -41,9 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             if debug:
                 raise
-            print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
-            return 130
+            return stopped(str(stop))
         except (Exception, SystemExit) as error:
+            if Program.asked and not debug:  # what an interrupted import or library made of it
+                return stopped()
             if debug:
                 raise
             return tell(error, out)
@@ -53,16 +57,22 @@ def tell(error: Exception | SystemExit, out: Patient) -> int:
     """Print an error in one sentence. Return the exit code."""
     sentence, code = explained(error)
     line = " ".join(sentence.split())
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if launched() == 1:
-        print(f"attnlab: {line}", file=sys.stderr)
+        print(f"attnlab: {escaped(line)}", file=sys.stderr)
     elif rank() == 0 or not getattr(error, "shared", False):
-        print(f"attnlab, process {rank()} of {launched()}: {line}", file=sys.stderr)
+        print(f"attnlab, process {rank()} of {launched()}: {escaped(line)}", file=sys.stderr)
     try:
         out.stream.flush()
     except (OSError, ValueError):  # this may be the very error
         out.drop()
     return code
+
+
+def stopped(words: str = "") -> int:
+    """Say that Ctrl-C ended the program, in `words`. Return the exit code."""
+    Program.told = True
+    print(f"\nattnlab: {escaped(words) or 'stopped'}", file=sys.stderr)
+    return 130
 
 
 def run() -> NoReturn:
@@ -72,6 +82,9 @@ def run() -> NoReturn:
     group, as DeepSpeed's do, sometimes abort while they are torn down.
     """
     code = main()
+    Program.code = code
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what libraries do at the exit has no use for an exception
     if launched() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -19,7 +19,7 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
 from ..results import Tell
-from ..runs.tensors import computed
+from ..runs.tensors import computing
 from ..spec import AttentionConfig
 from . import low_rank, targets
 from .calibration import Statistics, gather
@@ -59,8 +59,7 @@ def convert(
     request = Request(**settings)
     target = targets.module(mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
-    source = copy.deepcopy(model).cpu().eval()
-    computed(source(torch.zeros(1, 2, dtype=torch.long))[0])
+    source = computing(copy.deepcopy(model).cpu().eval())
     layers = [Dense.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)

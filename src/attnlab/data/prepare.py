@@ -34,7 +34,7 @@ from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
-from .unfinished_folder import check_own, remove_own
+from .unfinished_folder import check_own, remove_prepared
 
 EVERY = 10.0  # seconds between two states on the disk
 COPY = 1 << 20  # tokens that are copied at a time
@@ -115,7 +115,7 @@ def _make(folder: Path, recipe: Recipe, command: str, workers: int, progress: Ca
         work.run(command)
     except UserError:
         if not work.state["splits"]:
-            remove_own(folder)
+            remove_prepared(folder)
         raise
 
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError, choose, quoted
-from ..files import checksum, expanded, inside, read_json, regular
+from ..files import checksum, expanded, path_within, read_json, regular
 from ..ranges import check_value
 from ..results import Tell
 from . import nanogpt
@@ -139,7 +139,7 @@ class Prepared:
                 )
             sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
             for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
-                path = regular(inside(self.path, file, self.path / "manifest.json"))
+                path = regular(path_within(self.path, file, self.path / "manifest.json"))
                 held = path.stat().st_size if path.exists() else None
                 if held != expected:
                     why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"

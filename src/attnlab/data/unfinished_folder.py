@@ -33,7 +33,7 @@ def _is_own(path: Path) -> bool:
     return isinstance(held, dict) and isinstance(held.get("plan"), dict)
 
 
-def remove_own(folder: Path) -> None:
+def remove_prepared(folder: Path) -> None:
     """Remove what this module writes into a folder, and then the folder, unless anything else is in it."""
     for path in folder.iterdir():
         if OWN.fullmatch(path.name) or LEFT.fullmatch(path.name):

@@ -19,7 +19,7 @@ from ..laws.subject import ranges
 from ..pretrained import folders
 from ..pretrained.model_card import FRONT, cell
 from ..results import Tell
-from ..runs.tensors import finite
+from ..runs.tensors import finite_weights
 from .hosts import MODELS
 from .patch import Counts, patch
 
@@ -87,7 +87,7 @@ def load_patched(folder: Path) -> Any:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; its weights do not belong to its config.json")
     for name, tensor in model.named_parameters():
-        finite(name, tensor, folder)
+        finite_weights(name, tensor, folder)
     return model.eval()
 
 
@@ -122,8 +122,8 @@ def check_stored(folder: Path, config: PretrainedConfig) -> None:
         own = wanted.get(name, wanted.get(f"{empty.base_model_prefix}.{name}"))
         if own is not None and tuple(own.shape) != held.shape:
             raise UserError(
-                f"{folder} has {name} of shape {[*held.shape]} where its config.json asks for {[*own.shape]}; "
-                "its weights do not belong to it"
+                f"{folder} does not hold the weights that its config.json describes: {name} has the shape "
+                f"{[*held.shape]}, and {[*own.shape]} is asked for; bring the two files of one model"
             )
         if own is not None and not held.floating:
             raise UserError(

@@ -204,7 +204,7 @@ def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Ten
 
     `draw`: numbers in [0, 1); None: the likeliest token. Raises `UserError` for logits that are not finite.
     """
-    computed(logits)
+    computed(logits.amax(-1))
     if draw is None or sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)

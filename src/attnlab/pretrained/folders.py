@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError, need
-from ..files import inside, naming, read_json, regular, whole_folder, write_bytes, write_json
+from ..files import naming, path_within, read_json, regular, whole_folder, write_bytes, write_json
 from . import tokenizer_json
 from .schemas import ORIGINAL, ModelFile, Settings
 
@@ -104,7 +104,7 @@ def indexed(index: Path) -> list[Path]:
         raise UserError(
             f"{index} has no weight_map of tensor names and their files; take the file that came with the model"
         )
-    return [regular(inside(index.parent, name, index)) for name in sorted(set(places.values()))]
+    return [regular(path_within(index.parent, name, index)) for name in sorted(set(places.values()))]
 
 
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:

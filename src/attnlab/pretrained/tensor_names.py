@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder
-from ..runs.tensors import finite
+from ..runs.tensors import finite_weights
 from .folders import LazyTensor
 
 
@@ -153,7 +153,7 @@ def read_tensors(
     read = {}
     for row in rows:
         floating = any(name in dtypes for name in row.ours)
-        theirs = [finite(name, found[name].load(), source, floating) for name in row.theirs]
+        theirs = [finite_weights(name, found[name].load(), source, floating) for name in row.theirs]
         for name, tensor in zip(row.ours, row.read(*theirs), strict=True):
             read[name] = torch.empty(tensor.shape, dtype=dtypes.get(name, tensor.dtype)).copy_(tensor)
     return read

@@ -75,11 +75,16 @@ class Commit(TypedDict):
 
 
 def committed(path: Path, step: int) -> dict[str, FileFacts]:
-    """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`."""
-    held = parse_json("what it holds", regular(path).read_bytes(), Commit, "it was changed")
+    """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`, and
+    where it names files that no run writes, or not all that a checkpoint needs."""
+    held = parse_json("it", regular(path).read_bytes(), Commit, "it was changed")
     if held["step"] != step:
         raise ValueError(f"it is of step {held['step']}")
     files: dict[str, FileFacts] = held["files"]
+    needed = {"model.safetensors", "optimizer.safetensors", "state.json"}
+    foreign = sorted(name for name in files if not OURS.fullmatch(name))
+    if foreign or not needed <= set(files):
+        raise ValueError(f"it names {foreign[0]!r}" if foreign else "it does not name all files")
     return files
 
 

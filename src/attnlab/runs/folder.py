@@ -31,7 +31,7 @@ from ..arguments import checked
 from ..config import RunConfig, from_dict, to_dict
 from ..device import find_device
 from ..errors import UserError
-from ..files import disk_errors, inside, naming, parse_json, read_json, regular, write_bytes, write_json
+from ..files import disk_errors, naming, parse_json, read_json, regular, write_bytes, write_json
 from ..model import Decoder
 from ..ranges import Size, check_value
 from ..results import FORMAT, RunResult, environment
@@ -253,9 +253,9 @@ class RunFolder:
             if PLACE.fullmatch(place.name) and not place.name.startswith("."):
                 try:
                     (place / COMMIT).lstat()
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
                 except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        continue
                     raise UserError(unreadable(place, error)) from None
                 found.append(int(place.name.removeprefix("step-")))
         return sorted(found)
@@ -299,7 +299,7 @@ class RunFolder:
     def _check(self, step: int, names: Iterable[str]) -> None:
         files = self._files(step)
         for name in names:
-            path = inside(self._place(step), name, self._place(step) / COMMIT)
+            path = self._place(step) / name
             self._whole(step, path, partial(check_file, path, files[name]))
 
     def write_result(self, result: RunResult) -> None:

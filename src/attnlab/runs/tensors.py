@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -121,7 +121,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: on_host(state[name]) for name in first.values()}
 
 
-def finite(name: str, tensor: Tensor, source: str | Path, floating: bool = True) -> Tensor:
+def finite_weights(name: str, tensor: Tensor, source: str | Path, floating: bool = True) -> Tensor:
     """Return `tensor`, whose name is `name` in `source`. `UserError` where it is not finite.
 
     `floating`: it must be of floating-point numbers, as weights are; counters are not.
@@ -149,6 +149,16 @@ def computed(values: Tensor) -> Tensor:
     return values
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def computing(model: Model) -> Model:
+    """Return a decoder that computes finite numbers from two tokens. `UserError` where it does not."""
+    computed(model(torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))[0])
+    return model
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path = "the checkpoint") -> None:
     """Load what `weights` returned. `UserError` when names or shapes are not this model's, or numbers are not finite;
     `source` is the name for messages."""
@@ -160,7 +170,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             "load it with the version and the mechanisms it was trained with"
         )
     for name, tensor in tensors.items():
-        finite(name, tensor, source, expected[name].is_floating_point())
+        finite_weights(name, tensor, source, expected[name].is_floating_point())
     model.load_state_dict(dict(tensors), strict=False)
 
 

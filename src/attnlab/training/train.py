@@ -31,7 +31,16 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import LocalError, Processes, join_processes, leave, peer_lost, stop_requests, unreachable
+from ..runs.processes import (
+    LocalError,
+    Processes,
+    StopRequest,
+    join_processes,
+    leave,
+    peer_lost,
+    stop_requests,
+    unreachable,
+)
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
@@ -73,16 +82,15 @@ def train(
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
     processes = join_processes(find_device(config.train.device), kind.grouped)
-    out = Path(out)
+    lock = alone(Path(out), "trains in", patience)
     try:
         with ExitStack() as held:
-            lock = alone(out, "trains in", patience)
             processes.agree(lambda: held.enter_context(lock) if processes.first else None)
             held.enter_context(own_random_state())
             stop = held.enter_context(stop_requests())
             held.enter_context(deterministic(config.train.deterministic))
             try:
-                return _train(config, out, resume or restarted(), progress, how, processes, stop)
+                return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
                 if processes.size > 1 and unreachable(error):
                     raise peer_lost(error) from error
@@ -98,9 +106,10 @@ def _train(
     progress: Listener | None,
     how: Execution,
     processes: Processes,
-    stop: threading.Event,
+    stop: StopRequest,
 ) -> RunResult:
-    config, corpus = processes.agree(lambda: resolve(config))
+    with stop.at_once():
+        config, corpus = processes.agree(lambda: resolve(config))
     check_run(config, processes.size)
     part_sizes(config.train, processes.size)
     folder = None

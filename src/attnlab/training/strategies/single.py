@@ -147,7 +147,7 @@ class Strategy:
             self.optimizers[label].state[parameter][field] = self.placed(stored, key, parameter)
 
     def placed(self, stored: Stored, key: str, parameter: nn.Parameter) -> Tensor:
-        """Return one stored state, as the optimizer of this process holds it. `UserError` where it has a wrong shape."""
+        """Return one stored state, as the optimizer of this process holds it. `UserError` for a wrong shape."""
         if stored.shape(key) not in ((), tuple(parameter.shape)):
             raise UserError(
                 f"the checkpoint's optimizer state {key} has the shape {[*stored.shape(key)]} and its parameter "
