@@ -45,8 +45,11 @@ def evaluate(
         out: A JSON file to write the result to as well.
         json_: Print one JSON object.
     """
+    from ..files import check_target, write_json
+
+    if out is not None:
+        check_target(out)
     from ..evaluation.perplexity import Rolling, evaluate_source
-    from ..files import write_json
 
     with working() as tell:
         found = evaluate_source(

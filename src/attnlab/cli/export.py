@@ -35,7 +35,7 @@ def export(
     from ..files import check_free, expanded, read_json
 
     check_free(expanded(out))
-    known = None if results is None else read_json(results)
+    known = None if results is None else read_json(results, dict, "give what attnlab eval --out wrote")
     with working() as tell:
         tell(f"reading {source}", 0, 2)
         loaded = pretrained.load(source, checkpoint=checkpoint, trust=trust)

@@ -55,10 +55,13 @@ def heads(
         )
     if emergence and untrained:
         raise UserError("an untrained model has no checkpoints: leave out --emergence or --untrained")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
+    from ..files import check_target, write_json
+
+    if out is not None:
+        check_target(out)
+    if png is not None and png.exists() and not png.is_dir():
+        raise UserError(f"--png {png} is not a folder: name a new one, or one that there is")
     from ..device import find_device
-    from ..files import write_json
     from ..heads import whole
 
     model = (_fresh(source, seed) if untrained else _loaded(source, checkpoint)).to(find_device(device))

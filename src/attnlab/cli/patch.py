@@ -43,7 +43,6 @@ def patch(
         out: The folder to write.
         dry_run: Only count, on shapes without weights.
     """
-    from ..hf import folder
     from ..presets import PATCHES
 
     if (mechanism is None) == (preset is None):
@@ -56,6 +55,8 @@ def patch(
     else:
         given = json_object("--options", options)
         settings |= {"mechanism": mechanism, "options": given, "keep_output": keep_output, "train": train}
+    from ..hf import folder  # only now: transformers takes seconds to import
+
     if dry_run:
         folder.dry_run(source, **settings)
         return 0

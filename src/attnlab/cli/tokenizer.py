@@ -41,6 +41,7 @@ def tokenizer(
         json_: For show: print JSON.
     """
     from .. import data
+    from ..files import check_target, write_json
 
     if action == "show":
         return show(data.tokenizer(name), text, json_)
@@ -48,10 +49,10 @@ def tokenizer(
         raise UserError("attnlab tokenizer train needs --out FILE: where to write the tokenizer, such as bpe.json")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
+    check_target(out)
     from ..data import bpe, sources
     from ..data.document_rules import first_documents
     from ..data.encoding import pieces_of
-    from ..files import write_json
     from ..terminal.progress import Progress
 
     split = sources.open_source(name, documents).splits["train"]

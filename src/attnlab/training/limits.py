@@ -9,6 +9,7 @@ from ..device import check_room, find_device
 from ..kernels import check_training
 from ..model import attention_configs
 from ..runs.folder import RunFolder
+from .step import part_sizes
 
 FLOAT = 4  # bytes
 ID = 8  # bytes of a token
@@ -24,17 +25,18 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     part = max(train.batch_size // processes, 1)
     logits = FLOAT * part * model.context * model.vocab_size
     check_room("the logits of one part of a step", logits, SMALLER, device)
+    part_sizes(train, processes)
     for layer in attention_configs(model):
         check_training(layer.impl, device, layer.dropout)
 
 
-def other_threads(folder: RunFolder) -> str:
-    """Return a sentence where a run began with another number of CPU threads than this process has, else ""."""
+def other_threads(folder: RunFolder, device: torch.device) -> list[str]:
+    """Return a sentence where a run on a CPU began with another number of threads than this process has."""
     began = folder.about.get("threads")
     now = torch.get_num_threads()
-    if began is None or began == now or folder.newest() is None:
-        return ""
-    return (
+    if device.type != "cpu" or began in (None, now) or folder.newest() is None:
+        return []
+    return [
         f"it began with {began} CPU threads and goes on with {now}, which adds in another order: the result is not bit "
         f"for bit that of an uninterrupted run; OMP_NUM_THREADS={began} would make it so"
-    )
+    ]

@@ -48,7 +48,7 @@ from .limits import check_run, other_threads
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
-from .step import HOW, Step, Trainer, part_sizes, train_step
+from .step import HOW, Step, Trainer, train_step
 from .summary import summary
 from .throughput import Account, Laggards, combine
 from .trackers import Trackers, check_trackers, open_trackers
@@ -111,7 +111,6 @@ def _train(
     with stop.at_once():
         config, corpus = processes.agree(lambda: resolve(config))
     check_run(config, processes.size)
-    part_sizes(config.train, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
         folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
@@ -127,11 +126,9 @@ def _train(
     tell = progress if progress and processes.first else lambda event: None
     run = Run(trainer, folder, log, stop, tell, peak, how)
     del trainer  # a rewind replaces it, and its memory must then be free
-    if device.type == "cpu" and (note := other_threads(folder)):
-        run.say(note)
     names = how.track if processes.first else ()
-    if names:
-        run.say(f"opening {', '.join(names)}")
+    for words in (*other_threads(folder, device), *(f"opening {name}" for name in names)):
+        run.say(words)
     saved = -1 if log.saved is None else log.saved
     with open_trackers(names, out, config, saved, run.say) as run.trackers:
         finished = run.to_end()
