@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -127,7 +128,7 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
 
 
-def check_call(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> None:
+def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
     """Raise `UserError` where the arguments of `attend` are no tensors of these shapes, or do not fit together."""
     for name, value, shape in (("q", q, "B L N H"), ("k", k, "B S K H"), ("v", v, "B S K V")):
         check_tensor(name, value, shape)

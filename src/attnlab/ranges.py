@@ -161,9 +161,10 @@ def _real(limits: Range) -> Kind:
     def check(name: str, value: Any) -> float:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise UserError(f"{name} is {quoted(value)}: it must be a number, {limits.words}")
-        if not limits.holds(value) or abs(value) > HUGE:  # type: ignore[operator,arg-type]
-            raise UserError(f"{name} is {quoted(value)}: it must be {limits.demand(value)}")  # type: ignore[arg-type]
-        return value if isinstance(value, int | float) else float(value)
+        number = value if isinstance(value, int | float) else float(value)
+        if not limits.holds(number) or abs(number) > HUGE:
+            raise UserError(f"{name} is {quoted(value)}: it must be {limits.demand(number)}")
+        return number
 
     return check
 
