@@ -6,7 +6,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -283,3 +283,18 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
     return value
+
+
+def differing(held: RunConfig, given: RunConfig) -> str:
+    """Return the fields in which two configs differ, as the user would name them."""
+    pairs = zip(_named_fields(to_dict(held)), _named_fields(to_dict(given)), strict=False)
+    found = [f"{name} {old!r} there, {new!r} given" for (name, old), (_, new) in pairs if old != new and name != "name"]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _named_fields(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "options":
+            yield from _named_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

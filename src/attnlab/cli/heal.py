@@ -17,7 +17,7 @@ from .options import Flag, Json, this_command, train_and_tell
 
 
 class Certified(TypedDict, total=False):
-    """What is read of the certificate of a conversion."""
+    """The fields of a conversion's certificate that are read."""
 
     model: str
     loss_before: float | None

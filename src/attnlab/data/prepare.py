@@ -29,7 +29,7 @@ from ..unfinished import clean, sync_folder
 from .document_rules import TextBlock, first_documents
 from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
 from .nanogpt import write_meta
-from .schemas import State
+from .schemas import PreparedState
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
@@ -166,7 +166,7 @@ class _Work:
         self.progress = progress
         self.state: dict[str, Any] = {"plan": asdict(recipe), "splits": {}}
         if (folder / "state.json").exists():
-            self.state = read_json(folder / "state.json", State, "delete the folder to begin again")
+            self.state = read_json(folder / "state.json", PreparedState, "delete the folder to begin again")
             if self.state["plan"] != asdict(recipe):
                 raise UserError(
                     f"{folder} was begun by another command ({self.state['command']}); run that one again to go on, or "

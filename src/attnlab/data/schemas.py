@@ -10,7 +10,7 @@ Number = Annotated[int, Range(0, LARGEST)]  # of tokens or documents
 
 
 class Shard(TypedDict):
-    """What the manifest says of a file of token ids."""
+    """The words of the manifest on a file of token ids."""
 
     file: str
     tokens: Number
@@ -18,14 +18,14 @@ class Shard(TypedDict):
 
 
 class Index(TypedDict):
-    """What the manifest says of the file of the documents' beginnings."""
+    """The words of the manifest on the file of the documents' beginnings."""
 
     file: str
     sha256: str
 
 
-class Split(TypedDict):
-    """What the manifest says of a split."""
+class PreparedSplit(TypedDict):
+    """The words of the manifest on a split."""
 
     tokens: Number
     documents: Number
@@ -34,21 +34,21 @@ class Split(TypedDict):
 
 
 class Made(TypedDict):
-    """What the manifest says of the tokenizer."""
+    """The words of the manifest on the tokenizer."""
 
     fingerprint: str
 
 
 class Manifest(TypedDict):
-    """What a manifest.json holds, as far as it is read."""
+    """The content of a manifest.json, as far as it is read."""
 
     dtype: Literal["<u2", "<u4"]
     tokenizer: Made
-    splits: dict[str, Split]
+    splits: dict[str, PreparedSplit]
 
 
-class State(TypedDict):
-    """What the state.json of an unfinished folder holds."""
+class PreparedState(TypedDict):
+    """The content of the state.json of an unfinished folder."""
 
     plan: dict[str, Any]
     splits: dict[str, dict[str, Any]]

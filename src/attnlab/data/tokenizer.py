@@ -158,7 +158,7 @@ class Model(TypedDict):
 
 
 class TokenizerFile(TypedDict, total=False):
-    """What a tokenizer.json holds, as far as it is read here; our own kinds have `kind`, all others a `model`."""
+    """The content of a tokenizer.json, as far as it is read here; our own kinds have `kind`, all others a `model`."""
 
     kind: str
     chars: str

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from .. import attention
 from ..config import from_dict
@@ -94,6 +95,8 @@ def load_patched(folder: Path) -> Any:
 @contextmanager
 def theirs(folder: Path) -> Iterator[None]:
     """Raise `UserError` in place of any error of transformers, which has many kinds, while it reads `folder`."""
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong is said in one sentence, and not in a table besides
     try:
         yield
     except UserError:
@@ -104,6 +107,8 @@ def theirs(folder: Path) -> Iterator[None]:
             f"{folder} does not hold a model that transformers takes ({lines[-1]}): mend its config.json, or take "
             "the one that came with the weights"
         ) from None
+    finally:
+        logging.set_verbosity(loud)
 
 
 def check_stored(folder: Path, config: PretrainedConfig) -> None:

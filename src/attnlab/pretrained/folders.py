@@ -18,7 +18,7 @@ from .. import data
 from ..errors import UserError, need
 from ..files import naming, path_within, read_json, regular, whole_folder, write_bytes, write_json
 from . import tokenizer_json
-from .schemas import ORIGINAL, ModelFile, Settings
+from .schemas import ORIGINAL, ModelFile, TokenizerSettings
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
@@ -61,7 +61,7 @@ def describe(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"config": config}
     template = None
     if (folder / "tokenizer_config.json").is_file():
-        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json", Settings, ORIGINAL)
+        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json", TokenizerSettings, ORIGINAL)
         template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")

@@ -53,7 +53,7 @@ class Template(TypedDict):
     template: str
 
 
-class Settings(TypedDict, total=False):
+class TokenizerSettings(TypedDict, total=False):
     """Fields of tokenizer_config.json."""
 
     chat_template: str | list[Template] | None

@@ -61,14 +61,14 @@ def remove_own(folder: Path) -> None:
 
 
 class Facts(TypedDict):
-    """What commit.json says of a file."""
+    """The words of commit.json on a file."""
 
     bytes: Annotated[int, Range(0, LARGEST)]
     sha256: str
 
 
 class Commit(TypedDict):
-    """What commit.json holds."""
+    """The content of commit.json."""
 
     step: Size
     files: dict[str, Facts]

@@ -18,6 +18,7 @@ import errno
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..arguments import checked
-from ..config import RunConfig, from_dict, to_dict
+from ..config import RunConfig, differing, from_dict, to_dict
 from ..device import find_device
 from ..errors import UserError
 from ..files import disk_errors, naming, parse_json, read_json, regular, write_bytes, write_json
@@ -50,7 +51,7 @@ from .checkpoint import (
     write_pieces,
 )
 from .processes import ONE_PROCESS, Processes
-from .schemas import About, Metrics, State
+from .schemas import About, CheckpointState, Metrics
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class RunFolder:
             if held.config.key == config.key:
                 raise UserError(f"{path} already holds this run; add --resume to go on with it, or name another folder")
             raise UserError(
-                f"{path} holds another run ({_difference(held.config, config)}); delete this one or name another"
+                f"{path} holds another run ({differing(held.config, config)}); delete this one or name another"
             )
         tokenizer = (json.dumps(corpus.tokenizer.to_json()) + "\n").encode()
         if path.is_file() or (path.is_dir() and any(_foreign(file, tokenizer) for file in path.iterdir())):
@@ -141,7 +142,7 @@ class RunFolder:
         folder = cls.open(path, processes)
         if folder.config.key != config.key:
             raise UserError(
-                f"{path} holds another run ({_difference(folder.config, config)}); "
+                f"{path} holds another run ({differing(folder.config, config)}); "
                 "resume with the config it began with, or name another folder"
             )
         if folder.about["data"]["fingerprint"] != corpus.fingerprint:
@@ -280,7 +281,9 @@ class RunFolder:
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
-        return self._whole(step, path, lambda: parse_json("it", regular(path).read_bytes(), State, "it was changed"))
+        return self._whole(
+            step, path, lambda: parse_json("it", regular(path).read_bytes(), CheckpointState, "it was changed")
+        )
 
     def stored(
         self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
@@ -306,6 +309,18 @@ class RunFolder:
         """Write result.json. Only the first process writes."""
         if self.processes.first:
             write_json(self.path / "result.json", result.to_dict())
+
+    def discard(self) -> None:
+        """Remove the files of a run that came to nothing, and the folder where nothing else is in it."""
+        if self.processes.first:
+            for name in ("result.json", "metrics.jsonl", "tokenizer.json", "run.json"):
+                (self.path / name).unlink(missing_ok=True)
+            for beat in self.path.glob("heartbeat/rank-*.json"):
+                beat.unlink(missing_ok=True)
+            for place in (self.path / "heartbeat", self.path):
+                with suppress(OSError):
+                    place.rmdir()
+        self.processes.wait()
 
     def result(self) -> RunResult | None:
         """Return the result of the run; None before there is one."""
@@ -376,18 +391,3 @@ def _foreign(file: Path, tokenizer: bytes) -> bool:
     if file.name == "tokenizer.json" and regular(file).is_file():
         return file.read_bytes() not in (b"", tokenizer)
     return not file.name.startswith(".")
-
-
-def _difference(held: RunConfig, given: RunConfig) -> str:
-    """Return the fields in which two configs differ, as the user would name them."""
-    pairs = zip(_leaves(to_dict(held)), _leaves(to_dict(given)), strict=False)
-    found = [f"{name} {old!r} there, {new!r} given" for (name, old), (_, new) in pairs if old != new and name != "name"]
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict) and name != "options":
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -11,14 +11,14 @@ Number = Annotated[int, Range(0, LARGEST)]  # of tokens or steps
 
 
 class Data(TypedDict):
-    """What run.json says of the text."""
+    """The words of run.json on the text."""
 
     fingerprint: str
     vocab_size: Count
 
 
 class About(TypedDict):
-    """What run.json holds."""
+    """The content of run.json."""
 
     key: str
     config: dict[str, Any]
@@ -35,8 +35,8 @@ class Metrics(TypedDict, total=False):
     tokens: Size
 
 
-class State(TypedDict, total=False):
-    """What state.json of a checkpoint holds: what `training/log.py` keeps."""
+class CheckpointState(TypedDict, total=False):
+    """The content of state.json of a checkpoint: what `training/log.py` keeps."""
 
     seconds: NotNegative
     tokens: Number

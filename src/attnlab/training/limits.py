@@ -8,7 +8,9 @@ from ..config import RunConfig
 from ..device import check_room, find_device
 from ..kernels import check_training
 from ..model import attention_configs
+from ..results import RunResult
 from ..runs.folder import RunFolder
+from .log import Log
 from .step import part_sizes
 
 FLOAT = 4  # bytes
@@ -40,3 +42,12 @@ def other_threads(folder: RunFolder, device: torch.device) -> list[str]:
         f"it began with {began} CPU threads and goes on with {now}, which adds in another order: the result is not bit "
         f"for bit that of an uninterrupted run; OMP_NUM_THREADS={began} would make it so"
     ]
+
+
+def keep_failure(folder: RunFolder, log: Log, result: RunResult) -> None:
+    """Write why a run failed. A run whose first number was not finite is removed: there is nothing to go on from."""
+    begun = log.interval or folder.newest() is not None or folder.metrics() or (folder.path / "track").exists()
+    if begun:
+        folder.write_result(result)
+    else:
+        folder.discard()

@@ -44,7 +44,7 @@ from ..runs.processes import (
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
-from .limits import check_run, other_threads
+from .limits import check_run, keep_failure, other_threads
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
@@ -212,7 +212,7 @@ class Run:
             except Rewind as back:
                 self.rewind(back)
             except Diverged as error:
-                self.folder.write_result(self.summary("failed", str(error)))
+                keep_failure(self.folder, self.log, self.summary("failed", str(error)))
                 raise
             except (UserError, OSError) as error:
                 if self.trainer.processes.first or isinstance(error, LocalError):
