@@ -150,8 +150,15 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: check the folder's name") from None
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not readable JSON: it was cut short or changed; delete it and run again") from None
+
+
+def unreadable(path: Path, error: OSError, way: str = "name another") -> str:
+    """Return the sentence that a file cannot be read, which does not mean that it is damaged; `way` is another way."""
+    return f"{path} cannot be read ({error.strerror or error}): make it readable, or {way}"
 
 
 def regular(path: str | Path) -> Path:

@@ -204,5 +204,8 @@ def sentence(error: UserError | OSError) -> str:
         return str(error)
     if error.errno in DISK_FULL:
         return "the disk is full: free space and run the same command again; nothing half-written was kept"
+    if isinstance(error, PermissionError):
+        what = f"{error.filename} may" if error.filename else "a file may"
+        return f"{what} not be read or written ({error.strerror}): give yourself the permission, or name another place"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; --debug shows where"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import data
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..files import disk_errors, read_json, regular, write_bytes, write_json
+from ..files import disk_errors, read_json, regular, unreadable, write_bytes, write_json
 from ..model import Decoder
 from ..results import FORMAT, RunResult, environment
 from ..unfinished import clean
@@ -43,13 +43,13 @@ from .checkpoint import (
     drop,
     make_anew,
     remove_own,
-    unreadable,
     write_pieces,
 )
 from .processes import ONE_PROCESS, Processes
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
+OTHER = "name another checkpoint with --checkpoint"  # what to do about one that cannot be read
 
 
 class RunFolder:
@@ -252,7 +252,7 @@ class RunFolder:
                 except OSError as error:
                     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                         continue
-                    raise UserError(unreadable(place, error)) from None
+                    raise UserError(unreadable(place, error, OTHER)) from None
                 found.append(int(place.name.removeprefix("step-")))
         return sorted(found)
 
@@ -328,7 +328,7 @@ class RunFolder:
             raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-                raise UserError(unreadable(path, error)) from None
+                raise UserError(unreadable(path, error, OTHER)) from None
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
             why = "it is missing" if isinstance(error, FileNotFoundError) else why
             earlier = [other for other in self.steps() if other < step]
