@@ -158,9 +158,10 @@ def read_json(path: str | Path, kind: Any = Any, remedy: str = CHANGED) -> Any:
         text = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: check the folder's name") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} cannot be read ({why.lower()}): give a file that you may read") from None
+    except OSError as error:
+        raise UserError(unreadable(path, error)) from None
+    except ValueError as error:  # a name with a zero byte
+        raise UserError(f"{quoted(str(path))} is no name of a file ({error}): give another") from None
     return parse_json(str(path), text, kind, remedy)
 
 
@@ -201,6 +202,11 @@ def naming(path: str | Path, remedy: str = CHANGED) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path} does not hold what this version reads ({error}): {remedy}") from None
+
+
+def unreadable(path: Path, error: OSError, way: str = "name another") -> str:
+    """Return the sentence that a file cannot be read, which does not mean that it is damaged; `way` is another way."""
+    return f"{path} cannot be read ({error.strerror or error}): make it readable, or {way}"
 
 
 def regular(path: str | Path) -> Path:

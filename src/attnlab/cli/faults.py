@@ -45,6 +45,6 @@ def of_system(error: OSError) -> str:
         FileExistsError: "choose another name",
         NotADirectoryError: "a part of this path is a file; choose another",
         IsADirectoryError: "this is a folder; name a file",
-        PermissionError: "ask for the right to it, or choose another place",
+        PermissionError: "give yourself the permission, or choose another place",
     }.get(type(error), "choose another path, or mend this one")
     return f"cannot use {quoted(error.filename)} ({what.lower()}): {remedy}"

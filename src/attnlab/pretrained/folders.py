@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError, need
-from ..files import naming, path_within, read_json, regular, whole_folder, write_bytes, write_json
+from ..files import naming, path_within, read_json, regular, unreadable, whole_folder, write_bytes, write_json
 from . import tokenizer_json
 from .schemas import ORIGINAL, ModelFile, TokenizerSettings
 
@@ -110,6 +110,8 @@ def indexed(index: Path) -> list[Path]:
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
     try:
         file = safe_open(str(path), "pt")
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); fetch or export it again") from None
 
@@ -165,6 +167,8 @@ def unpickle(path: Path, trust: bool) -> Any:
         return torch.load(regular(path), map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; fetch it again") from None
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a plain archive of tensors: opening it could run code that it brings; "

@@ -88,12 +88,6 @@ def committed(path: Path, step: int) -> dict[str, FileFacts]:
     return files
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """Return the sentence that a checkpoint cannot be read, which does not mean that it is damaged."""
-    why = error.strerror or error
-    return f"{path} cannot be read ({why}): make it readable, or name another checkpoint with --checkpoint"
-
-
 def write_pieces(
     folder: Path, model: Mapping[str, Piece], optimizer: Mapping[str, Piece], processes: Processes
 ) -> dict[str, FileFacts]:

@@ -32,7 +32,16 @@ from ..arguments import checked
 from ..config import RunConfig, differing, from_dict, to_dict
 from ..device import find_device
 from ..errors import UserError
-from ..files import disk_errors, naming, parse_json, read_json, regular, write_bytes, write_json
+from ..files import (
+    disk_errors,
+    naming,
+    parse_json,
+    read_json,
+    regular,
+    unreadable,
+    write_bytes,
+    write_json,
+)
 from ..model import Decoder
 from ..ranges import Size, check_value
 from ..results import FORMAT, RunResult, environment
@@ -47,7 +56,6 @@ from .checkpoint import (
     drop,
     make_anew,
     remove_own,
-    unreadable,
     write_pieces,
 )
 from .processes import ONE_PROCESS, Processes
@@ -55,6 +63,7 @@ from .schemas import About, CheckpointState, Metrics
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
+OTHER = "name another checkpoint with --checkpoint"  # what to do about one that cannot be read
 
 
 class RunFolder:
@@ -257,7 +266,7 @@ class RunFolder:
                 except OSError as error:
                     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                         continue
-                    raise UserError(unreadable(place, error)) from None
+                    raise UserError(unreadable(place, error, OTHER)) from None
                 found.append(int(place.name.removeprefix("step-")))
         return sorted(found)
 
@@ -281,9 +290,8 @@ class RunFolder:
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
-        return self._whole(
-            step, path, lambda: parse_json("it", regular(path).read_bytes(), CheckpointState, "it was changed")
-        )
+        read = partial(parse_json, "it", kind=CheckpointState, remedy="it was changed")
+        return self._whole(step, path, lambda: read(regular(path).read_bytes()))
 
     def stored(
         self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
@@ -351,7 +359,7 @@ class RunFolder:
             raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-                raise UserError(unreadable(path, error)) from None
+                raise UserError(unreadable(path, error, OTHER)) from None
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
             why = "it is missing" if isinstance(error, FileNotFoundError) else why
             earlier = [other for other in self.steps() if other < step]
