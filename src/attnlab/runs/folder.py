@@ -32,16 +32,7 @@ from ..arguments import checked
 from ..config import RunConfig, differing, from_dict, to_dict
 from ..device import find_device
 from ..errors import UserError
-from ..files import (
-    disk_errors,
-    naming,
-    parse_json,
-    read_json,
-    regular,
-    unreadable,
-    write_bytes,
-    write_json,
-)
+from ..files import disk_errors, naming, parse_json, read_json, regular, unreadable, write_bytes, write_json
 from ..model import Decoder
 from ..ranges import Size, check_value
 from ..results import FORMAT, RunResult, environment

@@ -263,7 +263,7 @@ def minutes(text: str) -> int:
 
 
 def _book(path: Path) -> dict[str, str]:
-    """Return the id of each job, by the name of its run folder. `UserError` for ids that are none: they name folders."""
+    """Return the id of each job, by the name of its run folder. `UserError` for ids that could name other folders."""
     again = "delete it, and jobs are submitted anew"
     held: dict[str, str] = read_json(path, dict[str, str], again)
     if not all(re.fullmatch(r"\w+", each) for each in held.values()):
