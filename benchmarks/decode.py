@@ -53,6 +53,12 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--tiny", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = [way for way in options.ways.split(";") if way not in WAYS]
+    if unknown:
+        parser.error(f"--ways names {unknown[0]!r}: give some of {'; '.join(WAYS)}, separated by semicolons")
+    missing = [way for way in WAYS[:2] if way not in options.ways.split(";")]
+    if missing:
+        parser.error(f"--ways lacks {missing[0]!r}, with which the others are compared: add it")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     if options.memory_of:

@@ -119,11 +119,26 @@ class Lab:
         timeout: float = 180,
     ) -> Done:
         """`attnlab train`, with a fault."""
+        words = self.words(out, options or {}, resume)
+        quick = self.fast if fast is None else fast
+        return self.command(words, out, fault, processes, quick, launcher, timeout)
+
+    def command(
+        self,
+        words: list[str],
+        out: Path,
+        fault: Options = None,
+        processes: int = 1,
+        fast: bool = True,
+        launcher: tuple[str, ...] = (),
+        timeout: float = 180,
+    ) -> Done:
+        """A command of attnlab, with a fault; `out` is the folder whose writes are counted."""
         self.count += 1
         mark, log = self.home / f"mark-{self.count}", self.home / f"log-{self.count}"
         fault = dict(fault or {}) | {"mark": str(mark), "out": str(out)}
-        words, began = self.words(out, options or {}, resume), time.time()
-        if self.fast if fast is None else fast:
+        began = time.time()
+        if fast:
             assert self.server.stdin and self.server.stdout
             job = {"words": words, "fault": fault, "processes": processes, "log": str(log), "timeout": timeout}
             print(json.dumps(job), file=self.server.stdin, flush=True)
@@ -505,6 +520,94 @@ def overflows(lab: Lab) -> Outcome:
     return Outcome("the scale was halved each time; stopped and resumed, it ended the same", done.seconds)
 
 
+# f: two processes, folders that are written, imports
+
+
+def second_process(lab: Lab) -> Outcome:
+    """One process stands still in step 7, so that the others come while it holds the folder."""
+    whole, out = lab.whole(), lab.new()
+    fault = {"at": "step", "number": 7, "do": "SIGSTOP", "mark": str(lab.home / "standing"), "out": str(out)}
+    with open(lab.home / "log-standing", "w") as log:
+        command = [sys.executable, str(WORKER), json.dumps(fault), *lab.words(out, {}, False)]
+        first = subprocess.Popen(command, stdout=log, stderr=log, env=lab.env)
+    try:
+        until = time.monotonic() + PROMPT
+        while not (lab.home / "standing").exists():
+            assert first.poll() is None and time.monotonic() < until, (lab.home / "log-standing").read_text()
+            time.sleep(0.05)
+        before, began = {path: path.stat() for path in out.rglob("*")}, time.time()
+        for options, resume in (({}, True), ({"model.d-model": 8}, False)):
+            done = lab.run(out, None, options, resume=resume, fast=True)
+            assert done.codes == [2] and f"another process trains in {out}: wait until" in done.said, done
+        seconds = time.time() - began
+        assert before == {path: path.stat() for path in out.rglob("*")}, "they changed something"
+    finally:
+        first.send_signal(signal.SIGCONT)
+        code = first.wait(PROMPT)
+    assert code == 0, (lab.home / "log-standing").read_text()
+    same(out, whole)
+    return Outcome("two others were refused in a sentence, and changed nothing; the first ended the same", seconds)
+
+
+SOURCE = {"train.steps": 1, "train.eval-every": 1, "model.d-model": 8, "train.eval-batches": 1}
+
+
+def killed_while_it_writes_a_folder(lab: Lab, words: tuple[str, ...], contents: set[str], step: int = 3) -> Outcome:
+    """Killed at some of its writes: its folder is then whole or not there, and the same command makes it."""
+    run, tried, longest = lab.whole(SOURCE), 0, 0.0
+    text = (
+        ("--data", f"text:{lab.home}/text.txt", "--calibrate", "1", "--context", "8") if words[0] == "convert" else ()
+    )
+    for number in range(1, 1000, step):
+        home = lab.new("folders")
+        home.mkdir()
+        command = [words[0], str(run), *words[1:], *text, "--out", str(home / "made")]
+        done = lab.command(command, home, {"at": "write", "number": number, "do": "SIGKILL"}, timeout=PROMPT)
+        if done.codes == [0]:
+            assert tried, "no point was reached"
+            break
+        assert done.codes == [-signal.SIGKILL], done
+        made = (home / "made").exists()
+        assert not made or contents <= {path.name for path in (home / "made").iterdir()}, "it is there, and not whole"
+        again = lab.command(command, home, timeout=PROMPT)
+        assert again.codes == [2 if made else 0], again.said
+        if not made:
+            assert os.listdir(home) == ["made"], f"{os.listdir(home)} is left after a kill at write {number}"
+            assert contents <= {path.name for path in (home / "made").iterdir()}
+        tried, longest = tried + 1, max(longest, done.seconds)
+        shutil.rmtree(home)
+    return Outcome(f"at {tried} writes: whole or not there; the same command made it, and nothing else stayed", longest)
+
+
+IMPORTING = """
+import os, signal, sys, time
+module = sys.argv[1]
+def hook(event, args):
+    if event == "import" and args[0] == module:
+        print(time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+import attnlab.__main__
+sys.argv[:] = ["attnlab", *sys.argv[2:]]
+attnlab.__main__.program()
+"""
+
+
+def interrupted_while_it_imports(lab: Lab) -> Outcome:
+    """Ctrl-C as one of these modules begins to be imported."""
+    modules = ("tyro", "attnlab.cli.options", "torch", "accelerate.accelerator")
+    longest = 0.0
+    for module in modules:
+        out = lab.new()
+        command = [sys.executable, "-c", IMPORTING, module, *lab.words(out, {}, False)]
+        done = subprocess.run(command, capture_output=True, text=True, env=lab.env, timeout=PROMPT)
+        seconds = time.time() - float(done.stdout.split()[0])
+        assert done.returncode == 130 and done.stderr == "\nattnlab: stopped\n", (module, done)
+        assert not out.exists(), "a folder is left"
+        longest = max(longest, seconds)
+    return Outcome(f"exit code 130 and one line, while {', '.join(modules)} were imported", longest)
+
+
 # the table
 
 
@@ -553,6 +656,14 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
     "guard skip, NaN in one of two processes": partial(decided_alike, guard="skip"),
     "guard rewind, NaN in one of two processes": partial(decided_alike, guard="rewind"),
     "float16 gradients that overflow": overflows,
+    "two processes in one run folder": second_process,
+    "kill -9 of a conversion that writes its folder": partial(
+        killed_while_it_writes_a_folder, words=("convert", "--to", "gqa"), contents={"config.json", "certificate.json"}
+    ),
+    "kill -9 of an export that writes its folder": partial(
+        killed_while_it_writes_a_folder, words=("export",), contents={"config.json", "README.md", "model.safetensors"}
+    ),
+    "SIGINT during imports": interrupted_while_it_imports,
 }
 
 

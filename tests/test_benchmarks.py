@@ -104,6 +104,26 @@ def test_decode(tmp_path: Path) -> None:
     assert min(numbers(rows, 6)) >= 0, "MiB that it grew by"
 
 
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        ("transformers;attnlib", "names 'attnlib': give some of transformers; attnlab; attnlab, compiled"),
+        ("", "names ''"),
+        ("attnlab", "lacks 'transformers'"),
+        ("transformers;attnlab, compiled", "lacks 'attnlab'"),
+    ],
+)
+def test_decode_asks_first_which_ways_it_knows(
+    ways: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    decode = importlib.import_module("decode")
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--small", "--document", "-", "--ways", ways])
+    with pytest.raises(SystemExit) as stop:
+        decode.main()
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_conversion_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     words = ["--small", "--out", tmp_path / "runs", "--document", tmp_path / "made.md"]

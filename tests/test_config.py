@@ -71,7 +71,7 @@ def test_experts_are_refused_from_the_first_value_that_makes_no_sense() -> None:
     for allowed in ({"width": 1}, {"width": None}, {"shared": 0}, {"dense_layers": 0}, {"shared": 2, "width": 3}):
         ExpertsConfig(**allowed)
     for refused in ({"width": 0}, {"shared": -1}, {"dense_layers": -1}, {"shared": 1, "dense_layers": -1, "width": 1}):
-        with pytest.raises(UserError, match=r"model\.experts has width"):
+        with pytest.raises(UserError, match=r"model\.experts\.\w+ is -?\d+: it must be at least"):
             ExpertsConfig(**refused)
     with pytest.raises(UserError, match=r"model\.experts\.score 'max'"):
         ExpertsConfig(score="max")  # type: ignore[arg-type]
@@ -82,6 +82,10 @@ def test_groups_of_experts_are_equal_and_leave_enough_to_choose(n: int) -> None:
     """Every small case, against the groups written out."""
     seen = set()
     for groups, kept, best, chosen in itertools.product(*[range(4)] * 3, {0, 1, n - 1, n, n + 1}):
+        if min(groups, kept, best) < 1:
+            with pytest.raises(UserError, match="must be at least 1"):
+                ExpertsConfig(groups=groups, groups_kept=kept, group_best=best)
+            continue
         experts = ExpertsConfig(groups=groups, groups_kept=kept, group_best=best)
         parts = [range(k, n, groups) for k in range(groups)]
         fine = bool(parts) and len({len(part) for part in parts}) == 1 and best in range(1, len(parts[0]) + 1)
@@ -207,3 +211,14 @@ def test_an_unknown_field_is_named_with_its_place() -> None:
         from_dict(Outer, {"inner": {"pairs": [1, 2]}})
     with pytest.raises(UserError, match=r"^unknown field in model\.experts 'shard': .*did you mean 'shared'"):
         from_dict(RunConfig, {"model": {"experts": {"shard": 1}}})
+
+
+def test_what_would_never_end_is_refused() -> None:
+    assert replace(MODEL, n_layers=10_000).n_layers == 10_000
+    for layers in (10_001, 10**7, 10**30):
+        with pytest.raises(UserError, match=rf"^model\.n_layers is {layers}: give at most 10,000$"):
+            replace(MODEL, n_layers=layers)
+    assert TrainConfig(batch_size=1000, accumulate=1000).accumulate == 1000
+    for batch_size, accumulate in ((1, 10**12), (1001, 1000), (10**9, 1)):
+        with pytest.raises(UserError, match=rf"train\.accumulate {accumulate} is more than 1,000,000 sequences a step"):
+            TrainConfig(batch_size=batch_size, accumulate=accumulate)

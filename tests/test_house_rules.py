@@ -34,13 +34,17 @@ TEXTS = [
 # A room or a module at the root imports from those above it, never from one below.
 ORDER = [
     "errors",
+    "ranges",
     "formatting",
     "stats",
     "results",
+    "unfinished",
     "files",
     "spec",
+    "plugins",
     "config",
     "device",
+    "arguments",
     "layers",
     "recording",
     "kernels",

@@ -211,11 +211,11 @@ def test_config_survives_json_and_its_key_ignores_the_name():
         (lambda: replace(SMALL, options={"mla": {"kv_rank": 3}}), ["mla", "no layer"]),
         (lambda: replace(SMALL, ff="moe", experts_per_token=9), ["9", "8"]),
         (lambda: ExpertsConfig(kind="gleu"), ["gleu", "did you mean 'gelu'"]),
-        (lambda: ExpertsConfig(shared=-1), ["shared -1"]),
+        (lambda: ExpertsConfig(shared=-1), ["shared is -1"]),
         (lambda: replace(SMALL, ff="moe", experts=ExpertsConfig(groups=3)), ["3 groups", "8 experts", "equal"]),
         (lambda: replace(SMALL, ff="moe", experts=ExpertsConfig(groups=8), experts_per_token=2), ["1 of 8 groups"]),
         (lambda: RopeScaling(kind="yarnn"), ["yarnn", "did you mean 'yarn'"]),
-        (lambda: RopeScaling(kind="yarn", slow=4, fast=1), ["slow 4", "fast 1"]),
+        (lambda: RopeScaling(kind="yarn", slow=4, fast=1), ["slow is 4", "fast 1"]),
         (lambda: on_meta(replace(SMALL, mechanisms=("gqa",), options={"gqa": {"qk_norm": -1.0}})), ["qk_norm", "-1"]),
         (
             lambda: on_meta(replace(SMALL, mechanisms=("msla",), options={"msla": {"shipped": True}})),

@@ -7,7 +7,10 @@ only by code that computes.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing takes longer than all else here, and Ctrl-C is not heard before this is done
+    from typing import Any
 
 __version__ = "0.1.0"
 

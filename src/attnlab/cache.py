@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .files import write_bytes
+from .arguments import check_tensor, checked
+from .device import check_room
+from .errors import UserError, quoted
+from .files import regular, write_bytes
+from .ranges import Count, Size
 from .spec import CacheSpec
 
 
@@ -50,17 +53,19 @@ class Cache:
     ragged: bool = True  # False: a promise that all sequences advance together, without padding
 
     @classmethod
+    @checked
     def empty(
         cls,
         spec: CacheSpec,
-        batch: int,
-        max_len: int,
+        batch: Count,
+        max_len: Size,
         *,
         ragged: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cache:
         """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ."""
+        _check_memory(spec, batch, max_len, dtype, device)
         capacity = spec.slots(max_len)
         columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache
         return cls(
@@ -161,6 +166,14 @@ def extend(
     Without a cache, as in training, a call reads its own rows, and nothing is kept. Raises `UserError` where the cache
     is full.
     """
+    check_tensor("positions", positions, "B L", whole=True)
+    if cache is not None and (not isinstance(cache, Cache) or set(new) != set(cache.rows)):
+        named = sorted(cache.rows) if isinstance(cache, Cache) else "Cache.empty"
+        raise UserError(f"cache is {_shape(cache)} and the rows {sorted(new)}: give a Cache and all its rows, {named}")
+    for name, value in new.items():
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[:2] != positions.shape:
+            place = _shape(positions)
+            raise UserError(f"the rows {name} are {_shape(value)}: give a tensor B L ... for positions {place}")
     if (cache is None or cache.ragged) and positions.stride(0):  # one row expanded has no padding
         pad = positions < 0  # the values of a pad, which may be NaN, must not reach a sum
         new = {n: t.masked_fill(pad.view(*pad.shape, *[1] * (t.ndim - 2)), 0) for n, t in new.items()}
@@ -173,6 +186,18 @@ def extend(
     _check_room(cache, after, positions)
     _write(cache, cache.held, positions, positions, new)
     return _read(after), after
+
+
+def _check_memory(
+    spec: CacheSpec, batch: int, max_len: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> None:
+    """Raise `UserError` for a cache that is larger than the memory it would lie in; nothing is allocated."""
+    place = torch.get_default_device() if device is None else torch.device(device)
+    if place.type in ("cpu", "cuda"):
+        size = (torch.get_default_dtype() if dtype is None else dtype).itemsize
+        needed = size * batch * spec.floats(max_len)
+        what = f"a cache of {batch:,} sequences of {max_len:,} tokens"
+        check_room(what, needed, "ask for fewer or shorter ones", place)
 
 
 def _read(cache: Cache) -> Seen:
@@ -251,7 +276,7 @@ def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cac
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), "pt", device=str(device)) as file:
+        with safe_open(str(regular(path)), "pt", device=str(device)) as file:
             layers = json.loads((file.metadata() or {})["attnlab.cache"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
@@ -281,3 +306,9 @@ def _restore(layer: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: st
         tokens=layer["tokens"],
         ragged=layer["ragged"],
     )
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Cache):
+        return "a Cache"
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else quoted(value)

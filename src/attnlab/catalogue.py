@@ -32,7 +32,7 @@ def _record(name: str) -> dict[str, Any]:
         config: AttentionConfig = attention.config(name, **SHAPE)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in module.Attention(config).parameters())
-    except Exception as error:  # a broken mechanism must not hide the others
+    except (Exception, SystemExit) as error:  # a broken mechanism must not hide the others
         return {"name": name, "error": str(error) if isinstance(error, UserError) else f"it cannot be built: {error!r}"}
     spec = config.cache_spec
     return {

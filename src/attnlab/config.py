@@ -6,15 +6,30 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from .errors import UserError, choose
+from .errors import UserError, choose, quoted
+from .ranges import (
+    Count,
+    Fraction,
+    Layers,
+    NotNegative,
+    Part,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Share,
+    Size,
+    check_fields,
+)
 from .spec import UNSCALED, RopeScaling
 
 T = TypeVar("T")
+QUOTES = "'\""
+MOST_SEQUENCES = 1_000_000  # of one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,62 +37,51 @@ class ExpertsConfig:
     """The options of DeepSeek's experts beyond plain ones (arXiv 2401.06066, 2405.04434, 2412.19437)."""
 
     kind: Literal["gelu", "swiglu"] = "gelu"
-    width: int | None = None  # of one expert; None: ff_dim
-    shared: int = 0  # experts that every token passes, as one that is so many times as wide
-    dense_layers: int = 0  # the first layers have one feed-forward of ff_dim in their place
+    width: Count | None = None  # of one expert; None: ff_dim
+    shared: Size = 0  # experts that every token passes, as one that is so many times as wide
+    dense_layers: Size = 0  # the first layers have one feed-forward of ff_dim in their place
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True  # the weights of a token's experts sum to `scale`; else they are the scores times it
-    scale: float = 1.0
-    groups: int = 1  # a token's experts come from the best `groups_kept` of so many equal groups
-    groups_kept: int = 1
-    group_best: int = 1  # a group is as good as the sum of its so many best scores
+    scale: Annotated[float, Range()] = 1.0
+    groups: Count = 1  # a token's experts come from the best `groups_kept` of so many equal groups
+    groups_kept: Count = 1
+    group_best: Count = 1  # a group is as good as the sum of its so many best scores
 
     def __post_init__(self) -> None:
-        choose("model.experts.kind", self.kind, ("gelu", "swiglu"))
-        choose("model.experts.score", self.score, ("softmax", "sigmoid"))
-        if min(self.shared, self.dense_layers) < 0 or (self.width is not None and self.width < 1):
-            raise UserError(
-                f"model.experts has width {self.width}, shared {self.shared} and dense_layers {self.dense_layers}: "
-                "give a width of at least 1, and 0 or more of the others"
-            )
+        check_fields(self, "model.experts.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder. GPT-2 and Llama are values of this, not classes."""
 
-    vocab_size: int = 65
-    context: int = 256  # longest training sequence; a hard limit for learned positions only
-    n_layers: int = 4
-    d_model: int = 128
-    n_heads: int = 4
-    head_dim: int | None = None  # None: d_model / n_heads
+    vocab_size: Count = 65
+    context: Count = 256  # longest training sequence; a hard limit for learned positions only
+    n_layers: Layers = 4
+    d_model: Count = 128
+    n_heads: Count = 4
+    head_dim: Count | None = None  # None: d_model / n_heads
     mechanisms: tuple[str, ...] = ("mha",)  # one per layer, repeated: ("sliding", "sliding", "sliding", "mla")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # mechanism -> fields of its Config
     # "mla@3": fields of layer 3 (from 0) alone, on top of those of "mla"
     positions: Literal["learned", "rope"] = "rope"
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling = UNSCALED
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float | None = None  # None: 1e-5 of a LayerNorm, 1e-6 of an RMSNorm
+    norm_eps: NotNegative | None = None  # None: 1e-5 of a LayerNorm, 1e-6 of an RMSNorm
     ff: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "moe"] = "gelu"
-    ff_dim: int | None = None  # None: 4 d_model; swiglu: 8/3 d_model up to a multiple of 8
-    n_experts: int = 8
-    experts_per_token: int = 2
+    ff_dim: Count | None = None  # None: 4 d_model; swiglu: 8/3 d_model up to a multiple of 8
+    n_experts: Count = 8
+    experts_per_token: Count = 2
     experts: ExpertsConfig = ExpertsConfig()
     balance: Literal["loss", "bias"] = "loss"  # how the experts' load is evened out
     bias: bool = False
     tied: bool = True  # the output head is the token embedding
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     impl: str = "sdpa"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "n_layers", "d_model", "n_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        cls: Any = type(self)
-        for name in ("positions", "norm", "ff", "balance"):
-            choose(f"model.{name}", getattr(self, name), _allowed(cls, name))
+        check_fields(self, "model.")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise UserError(
                 f"model.d_model {self.d_model} does not divide into model.n_heads {self.n_heads}: "
@@ -94,9 +98,24 @@ class ModelConfig:
                 f"model.experts has {self.experts.groups_kept} of {self.experts.groups} groups of {self.n_experts} "
                 f"experts, {self.experts.group_best} of them counted: groups must be equal, and leave enough to choose"
             )
-        layers = {f"{name}@{i}" for i, name in enumerate(self.layers)}
-        if unused := set(self.options) - set(self.mechanisms) - layers:
-            raise UserError(f"model.options names {', '.join(sorted(unused))}, which no layer uses; remove it")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raise `UserError` where options do not say whose they are, or are of no layer."""
+        for name, given in self.options.items():
+            if not isinstance(given, Mapping):
+                raise UserError(
+                    f'model.options gives {name} {quoted(given)}: give it fields of its Config: {{"bias": true}}'
+                )
+            if name not in self.mechanisms and name not in self._numbered(name):
+                raise UserError(f"model.options names {quoted(name).strip(QUOTES)}, which no layer uses; remove it")
+
+    def _numbered(self, name: str) -> tuple[str, ...]:
+        """Return "mla@3" where that is `name` and layer 3, from 0, is an mla; else nothing."""
+        mechanism, _, number = name.partition("@")
+        at = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else self.n_layers
+        fits = at < self.n_layers and self.mechanisms[at % len(self.mechanisms)] == mechanism
+        return (f"{mechanism}@{at}",) if fits else ()
 
     @property
     def layers(self) -> list[str]:
@@ -145,61 +164,49 @@ class DataConfig:
     source: str = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
     tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
-    val_fraction: float = 0.1  # the last part of a text, never trained on
+    val_fraction: Fraction = 0.1  # the last part of a text, never trained on
 
     def __post_init__(self) -> None:
-        choose("data.pack", self.pack, ("stream", "documents"))
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"data.val_fraction is {self.val_fraction}: it must lie between 0 and 1")
+        check_fields(self, "data.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int = 2000
-    batch_size: int = 12  # sequences per step and accumulation part
-    accumulate: int = 1
+    steps: Count = 2000
+    batch_size: Count = 12  # sequences per step and accumulation part
+    accumulate: Count = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    min_lr: float = 1e-4
-    warmup: int = 100  # steps
+    lr: Positive = 1e-3
+    min_lr: NotNegative = 1e-4
+    warmup: Size = 100  # steps
     schedule: Literal["cosine", "wsd"] = "cosine"
-    decay: float = 0.2  # wsd: the share of steps, at the end, in which the rate falls
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1
-    clip: float = 1.0  # gradient norm; 0: none
+    decay: Part = 0.2  # wsd: the share of steps, at the end, in which the rate falls
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    weight_decay: NotNegative = 0.1
+    clip: NotNegative = 1.0  # gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     deterministic: bool = False  # only kernels that give the same bits every time, on a GPU too; an error where none is
     guard: Literal["stop", "skip", "rewind"] = (
         "stop"  # what a loss or gradient that is not finite, or a spike, leads to
     )
-    spike: float = 0.0  # nats above the median of the last 50 losses that make a spike; 0: none does
+    spike: NotNegative = 0.0  # nats above the median of the last 50 losses that make a spike; 0: none does
     train: Literal["all", "attention", "new"] = "all"  # which parameters; new: those that multi-head attention lacks
-    distill: float = 0.0  # the teacher's share of the objective, from 0 to 1
-    eval_every: int = 250
-    eval_batches: int = 20
-    save_every: int = 250
-    keep: int = 2  # the newest checkpoints that stay; 0: all
-    log_every: int = 10
+    distill: Share = 0.0  # the teacher's share of the objective, from 0 to 1
+    eval_every: Count = 250
+    eval_batches: Count = 20
+    save_every: Count = 250
+    keep: Size = 2  # the newest checkpoints that stay; 0: all
+    log_every: Count = 10
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.keep < 0:
-            raise UserError(f"train.keep is {self.keep}: give how many checkpoints stay, or 0 to keep all")
-        if self.lr <= 0:
-            raise UserError(f"train.lr is {self.lr}: it must be above 0")
-        if not 0 < self.decay <= 1:
-            raise UserError(f"train.decay is {self.decay}: it is a share of the steps, above 0 and at most 1")
-        if not 0 <= self.distill <= 1:
-            raise UserError(f"train.distill is {self.distill}: it is a share of the objective, from 0 to 1")
-        if self.spike < 0:
-            raise UserError(f"train.spike is {self.spike}: give nats above the usual loss, or 0 for none")
-        cls: Any = type(self)
-        for name in ("optimizer", "schedule", "precision", "guard", "train"):
-            choose(f"train.{name}", getattr(self, name), _allowed(cls, name))
+        check_fields(self, "train.")
+        if self.batch_size * self.accumulate > MOST_SEQUENCES:
+            raise UserError(
+                f"train.batch_size {self.batch_size} times train.accumulate {self.accumulate} is more than "
+                f"{MOST_SEQUENCES:,} sequences a step: make one of them smaller"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +215,12 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: Seed = 0
     init: str = ""  # the trained model whose weights it starts with: a folder or a hub name; none: random ones
     teacher: str = ""  # the trained model whose predictions it learns from, where train.distill is above 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if bool(self.teacher) != bool(self.train.distill):
             raise UserError(
                 f"the teacher is {self.teacher!r} and train.distill {self.train.distill}: give both, or neither"
@@ -238,7 +246,10 @@ class Execution:
     strategy: str = "auto"  # single, ddp, fsdp, deepspeed[:FILE.json]; auto: ddp where several processes were started
     recompute: bool = False  # keep only the inputs of layers, and compute the rest again: less memory, more work
     track: tuple[str, ...] = ()  # tensorboard, wandb, trackio
-    peak: float | None = None  # FLOPs per second of one device, of which use is a share; None: known or measured
+    peak: Positive | None = None  # FLOPs per second of one device, of which use is a share; None: known or measured
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -246,17 +257,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-@cache
-def _allowed(cls: type, name: str) -> tuple[str, ...]:
-    """The values of a `Literal` field; kept, because every command makes every preset."""
-    return typing.get_args(typing.get_type_hints(cls)[name])
-
-
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Return the `cls` of which `to_dict` made `data`. `UserError` for an unknown field names the nearest known one.
 
     `where` is the place of `data` in the whole, with a dot at its end, for that sentence.
     """
+    if not isinstance(data, Mapping):
+        raise UserError(
+            f"{where.removesuffix('.') or cls.__name__} is {quoted(data)}: it must be an object with fields"
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
@@ -274,3 +283,18 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
     return value
+
+
+def differing(held: RunConfig, given: RunConfig) -> str:
+    """Return the fields in which two configs differ, as the user would name them."""
+    pairs = zip(_named_fields(to_dict(held)), _named_fields(to_dict(given)), strict=False)
+    found = [f"{name} {old!r} there, {new!r} given" for (name, old), (_, new) in pairs if old != new and name != "name"]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _named_fields(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "options":
+            yield from _named_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

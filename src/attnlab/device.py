@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from .errors import UserError
+from .formatting import size
 
 
 def find_device(name: str) -> torch.device:
@@ -58,3 +62,32 @@ def wait_for(device: torch.device) -> None:
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def host_memory() -> int | None:
+    """Return the bytes of this machine's memory, what it swaps to included; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+        return sizes["MemTotal"] + sizes.get("SwapTotal", 0)
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_room(what: str, count: int, advice: str, device: torch.device | None = None) -> None:
+    """Raise `UserError` where `count` bytes are more than all the memory of a device; None: of this machine.
+
+    It is asked before anything is allocated. `what` needs them, and `advice` says how to need fewer.
+    """
+    if device is not None and device.type == "cuda":
+        there: int | None = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = host_memory()
+    if there is not None and count > there:
+        raise UserError(
+            f"{what} would take {size(count, 'terminal')}, and there are {size(there, 'terminal')}: {advice}"
+        )

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
+WORD = 100  # characters of a value that a sentence repeats
+
 
 class UserError(ValueError):
     """An error in what the user gave. One sentence: what was given, what is allowed, what to do."""
@@ -17,11 +19,23 @@ class UserError(ValueError):
 def choose(what: str, given: str, allowed: Iterable[str]) -> str:
     """Return `given` where it is one of `allowed`. Raise `UserError` else, with the list and the nearest of them."""
     allowed = list(allowed)
-    if given in allowed:
+    if isinstance(given, str) and given in allowed:
         return given
-    near = difflib.get_close_matches(given, allowed, 1)
+    near = difflib.get_close_matches(given, allowed, 1) if isinstance(given, str) and len(given) < WORD else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"unknown {what} {given!r}: expected one of {', '.join(allowed)}{hint}")
+    raise UserError(f"unknown {what} {quoted(given)}: expected one of {', '.join(allowed)}{hint}")
+
+
+def quoted(value: object) -> str:
+    """Return a value as it would stand in code, on one line and cut where it is long, for a sentence."""
+    if isinstance(value, int) and value.bit_length() > 400:  # Python refuses to write the longest ones
+        return f"a number of about {value.bit_length() * 3 // 10} digits"
+    try:
+        text = repr(value)
+    except Exception:  # whoever wrote the class
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= WORD else f"{text[:WORD]}…"
 
 
 def need(module: str, extra: str) -> ModuleType:

@@ -168,3 +168,8 @@ def _apart(angles: Sequence[Sequence[float]]) -> str:
     """Return the mean angle between the subspaces of different heads."""
     between = [angle for i, row in enumerate(angles) for angle in row[:i]]
     return f"{fmean(between):.0f}°" if between else ""
+
+
+def escaped(text: str) -> str:
+    """Return `text` with line breaks and other control characters written as escapes, as in names of files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -11,13 +11,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import attention
+from .arguments import check_tensor
 from .cache import Cache
 from .config import ModelConfig
+from .device import check_room
 from .documents import PLAIN, PackedRows
-from .errors import UserError
+from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
+from .ranges import check_value
 from .spec import CAUSAL, AttentionConfig, Mask
+
+FLOAT = 4  # bytes
 
 
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
@@ -89,12 +94,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_value("config", config, ModelConfig)
         self.config = config
+        mixers = attention_configs(config)
+        check_size(config, mixers)
         D = config.d_model
         self.embed = nn.Embedding(config.vocab_size, D)
         self.place: nn.Embedding | None = nn.Embedding(config.context, D) if config.positions == "learned" else None
         self.drop = Dropout(config.dropout)
-        layers = zip(attention_configs(config), config.layers, strict=True)
+        layers = zip(mixers, config.layers, strict=True)
         self.layers = nn.ModuleList(
             Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
         )
@@ -129,11 +137,10 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Cache] | None]:
         """Return the input of the head (B L D), and the caches. The arguments are those of `forward`."""
+        self._check_inputs(tokens, positions, cache, documents)
         mask = CAUSAL
         packed = None
         if documents is not None:
-            if positions is not None or cache:
-                raise UserError("packed documents have positions of their own and no cache: give documents alone")
             packed = PackedRows.of(documents)
             tokens = packed.packed(tokens)
             positions = packed.places
@@ -145,7 +152,11 @@ class Decoder(nn.Module):
             self._check_length(start + tokens.shape[1])
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             mask = PLAIN if not (cache and cache[0].ragged) else CAUSAL
-        x = self.embed(tokens)
+        try:
+            x = self.embed(tokens)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise UserError(f"tokens has ids outside 0 to {last}, which the model lacks") from None
         if self.place is not None:
             x = x + self.place(positions[:1] if mask.plain else positions.clamp(min=0))
         x = self.drop(x)
@@ -167,6 +178,18 @@ class Decoder(nn.Module):
         """Return all layers, with their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
+    def _check_inputs(self, tokens: Any, positions: Any, cache: Any, documents: Any) -> None:
+        """Raise `UserError` for arguments of `forward` of another kind than it takes, or that do not go together."""
+        for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
+            if value is not None or name == "tokens":
+                check_tensor(name, value, "B L", whole=True)
+        if cache and not (isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)):
+            raise UserError(f"cache is {quoted(cache)}: give a Cache for each of {len(self.layers)} layers, or None")
+        if cache and len(cache) != len(self.layers):
+            raise UserError(f"cache has {len(cache)} layers: give a Cache for each of {len(self.layers)}")
+        if documents is not None and (positions is not None or cache):
+            raise UserError("packed documents have positions of their own and no cache: give documents alone")
+
     def _check_length(self, length: int) -> None:
         if self.place is not None and length > self.config.context:
             raise UserError(
@@ -176,8 +199,13 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats per token. `targets`: B L; -1: it does not count."""
+        check_tensor("targets", targets, "B L", whole=True)
         logits, _ = self(tokens, documents=documents)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        try:
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise UserError(f"targets has ids outside 0 to {last}, which the model lacks; -1 does not count") from None
 
     def empty_cache(
         self,
@@ -202,6 +230,32 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Return the number of parameters, each counted once, positions and embeddings included."""
         return sum(p.numel() for p in self.parameters())
+
+
+def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
+    """Raise `UserError` where a model is larger than the memory of this machine, or than any; nothing is allocated.
+
+    `mixers`: the Config of each layer's attention. On the meta device, where tensors have no values, any size goes that
+    PyTorch can count.
+    """
+    wants = torch.get_default_device().type != "meta"
+    advice = "make it smaller (model.n_layers, model.d_model, model.vocab_size, model.context and the widths of layers)"
+    tables = config.vocab_size * (1 if config.tied else 2) + (config.context if config.positions == "learned" else 0)
+    try:
+        with torch.device("meta"):
+            kinds: list[tuple[tuple[Any, ...], int]] = []  # layers that are alike, and their parameters
+            total = tables * config.d_model
+            for i, (name, mixer) in enumerate(zip(config.layers, mixers, strict=True)):
+                kind = (name, mixer, config.has_experts(i))
+                found = next((count for known, count in kinds if known == kind), None)
+                if found is None:
+                    found = sum(p.numel() for p in Block(config, mixer, name, config.has_experts(i)).parameters())
+                    kinds.append((kind, found))
+                total += found
+    except (RuntimeError, OverflowError, TypeError, MemoryError):
+        raise UserError(f"a model of this size is more than PyTorch can count: {advice}") from None
+    if wants:
+        check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
 def init_weights(model: nn.Module, layers: int, std: float = 0.02) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import kernels, recording
+from .arguments import check_tensor, check_theta
+from .errors import UserError, quoted
 from .kernels import reference
 from .kernels.pairs import Pairs, one_row
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
@@ -28,8 +31,17 @@ def rope(
     Su et al. 2021 (arXiv 2104.09864), with the pairs of GPT-NeoX and Llama: i and i + H/2. Without `places` they are
     spread evenly, 2i/H, and slowed by `scaling`. Given places are used as they are.
     """
+    check_tensor("x", x, "B L N H")
+    check_tensor("positions", positions, "B L", whole=True)
     if theta is None:
         return x
+    check_theta(theta)
+    if x.shape[-1] % 2:
+        raise UserError(f"x has heads of size {x.shape[-1]}: rotary embedding turns pairs, so give an even one")
+    if not isinstance(places, tuple | list) or (places and len(places) != x.shape[-1] // 2):
+        raise UserError(f"places is {quoted(places)}: give a number for each of {x.shape[-1] // 2} pairs, or none")
+    if not isinstance(scaling, RopeScaling):
+        raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # bfloat16 angles are wrong after 256 tokens
     if places:
@@ -100,11 +112,37 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     `keep` (B|1 N|1 L S, bool) narrows what the mask allows. Raises `UserError` for an unknown `impl`, and where that
     kernel cannot do what is asked.
     """
+    check_call(q, k, v, q_pos, k_pos)
+    if not isinstance(mask, Mask):
+        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
+        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
     pairs = Pairs(mask, q_pos, k_pos, keep)
     if recording.wants_maps():
         recording.add_map(reference.weights(q, k, pairs, scale), q_pos, k_pos)
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
+
+
+def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
+    """Raise `UserError` where the arguments of `attend` are no tensors of these shapes, or do not fit together."""
+    for name, value, shape in (("q", q, "B L N H"), ("k", k, "B S K H"), ("v", v, "B S K V")):
+        check_tensor(name, value, shape)
+    check_tensor("q_pos", q_pos, "B L", whole=True)
+    check_tensor("k_pos", k_pos, "B S", whole=True)
+    B, L, N, H = q.shape
+    fits = k.shape[0] == B and k.shape[3] == H and k.shape[:3] == v.shape[:3]
+    placed = q_pos.shape[1] == L and k_pos.shape[1] == k.shape[1]
+    if not fits or not placed or k.shape[2] < 1 or N % k.shape[2]:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip("qkv", (q, k, v), strict=True))
+        raise UserError(
+            f"{shapes}, q_pos {tuple(q_pos.shape)} and k_pos {tuple(k_pos.shape)} do not fit together: give "
+            "q B L N H, k B S K H, v B S K V, q_pos B L and k_pos B S, with N a multiple of K"
+        )
 
 
 def attention_weights(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
+
+from .errors import UserError, quoted
+from .ranges import check_fields, kinds_in
 
 FORMAT = 1
 
@@ -23,9 +26,18 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Return the record that `to_dict` made `data` of; fields that are not known here are left out."""
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{k: v for k, v in data.items() if k in known})
+        """Return the record that `to_dict` made `data` of; fields that are not known here are left out.
+
+        Raises `UserError` for a field that is missing or of a wrong kind.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f"a {cls.__name__} is {quoted(data)}: it must be an object with fields")
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
+        if missing := sorted(needed - set(data)):
+            raise UserError(f"it lacks {', '.join(missing)}")
+        record = cls(**{name: data[name] for name, _, _ in kinds_in(cls) if name in data})  # type: ignore[arg-type]
+        check_fields(record)
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)

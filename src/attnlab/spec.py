@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from .errors import UserError, choose
+from .errors import UserError, choose, quoted
+from .ranges import Count, Positive, Probability, Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class Mask:
 
     window: int | None = None  # positions that a query sees, its own the last of them; None: all up to its own
     plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., and padding only after them
+
+    def __post_init__(self) -> None:
+        """Check the fields by plain comparisons, because a mask is made inside a forward pass."""
+        number = isinstance(self.window, int) and not isinstance(self.window, bool)
+        if self.window is not None and (not number or self.window < 1):
+            raise UserError(f"window is {quoted(self.window)}: it must be a whole number, at least 1, or None")
+        if not isinstance(self.plain, bool):
+            raise UserError(f"plain is {quoted(self.plain)}: it must be true or false")
 
     def __call__(self, q: Any, k: Any) -> Any:
         """Return whether queries at positions `q` see keys at `k`: arrays that broadcast, of NumPy, Torch or JAX."""
@@ -35,12 +44,15 @@ CAUSAL = Mask()
 class CacheSpec:
     """The shape of one layer's cache for one sequence."""
 
-    rows: Mapping[str, tuple[int, ...]]  # name -> shape of the row of one token
-    keep: int | None = None  # rows kept, the newest; None: all
-    state: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # name -> shape, whatever the number of tokens
-    every: int = 1  # tokens per row: a row is written when a group of so many is complete
+    rows: Mapping[str, tuple[Size, ...]]  # name -> shape of the row of one token
+    keep: Count | None = None  # rows kept, the newest; None: all
+    state: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)  # name -> shape, whatever the number of tokens
+    every: Count = 1  # tokens per row: a row is written when a group of so many is complete
     beside: Mapping[str, CacheSpec] = field(default_factory=dict)  # name -> a further memory with its own `every`
-    reads: Mapping[str, int] = field(default_factory=dict)  # name -> most rows that one step reads; not named: all
+    reads: Mapping[str, Size] = field(default_factory=dict)  # name -> most rows that one step reads; not named: all
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def floats(self, tokens: int) -> int:
         """Return the floats in the cache after `tokens` tokens. Benchmarks, report, docs and the size law read this."""
@@ -79,21 +91,18 @@ class RopeScaling:
     """
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original: int = 8192  # tokens
-    slow: float = 1.0
-    fast: float = 4.0
+    factor: Positive = 1.0
+    original: Count = 8192  # tokens
+    slow: Positive = 1.0
+    fast: Positive = 4.0
     whole: bool = True  # yarn: the ramp begins and ends at whole pairs
-    magnitude: float = 1.0  # of what has been turned
-    sharpness: float = 1.0  # of all scores, in mechanisms that turn only a part of each head (mla)
+    magnitude: Positive = 1.0  # of what has been turned
+    sharpness: Positive = 1.0  # of all scores, in mechanisms that turn only a part of each head (mla)
 
     def __post_init__(self) -> None:
-        choose("kind of rope scaling", self.kind, ("none", "linear", "llama3", "yarn"))
-        if self.factor <= 0 or self.original < 1 or not 0 < self.slow < self.fast:
-            raise UserError(
-                f"rope scaling has factor {self.factor}, original {self.original}, slow {self.slow} and fast "
-                f"{self.fast}: give a factor above 0, at least one token, and a slow above 0 and below fast"
-            )
+        check_fields(self, "rope_scaling.")
+        if self.slow >= self.fast:
+            raise UserError(f"rope_scaling.slow is {self.slow} and fast {self.fast}: give a slow below fast")
 
 
 UNSCALED = RopeScaling()
@@ -106,13 +115,13 @@ class AttentionConfig:
     The class variables describe the mechanism, so that no other module needs to know it by name.
     """
 
-    d_model: int = 64
-    n_heads: int = 4
-    head_dim: int = 16
-    rope_theta: float | None = 10_000.0  # base of the rotary frequencies; None: the model adds learned positions
+    d_model: Count = 64
+    n_heads: Count = 4
+    head_dim: Count = 16
+    rope_theta: Positive | None = 10_000.0  # base of the rotary frequencies; None: the model adds learned positions
     rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
-    dropout: float = 0.0  # on attention weights, while training
+    dropout: Probability = 0.0  # on attention weights, while training
     impl: str = "sdpa"  # the kernel; never changed silently
 
     summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
@@ -135,13 +144,9 @@ class AttentionConfig:
             cls.summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").partition("\n")[0]
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
         if self.rope_theta is not None and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so give an even number")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it is a probability from 0 up to, but not including, 1")
         choose("impl", self.impl, self.impls)
 
     def set(self, name: str, value: object) -> None:

@@ -190,7 +190,7 @@ def test_a_manifest_that_disagrees(copy: Path) -> None:
     with pytest.raises(UserError, match="says that train has"):
         Prepared.open(copy)
     change(copy, splits={"train": {"tokens": 0}})
-    with pytest.raises(UserError, match="lacks parts"):
+    with pytest.raises(UserError, match="train lacks documents; prepare it again"):
         Prepared.open(copy)
     change(copy, format=99)
     with pytest.raises(UserError, match="has format 99"):

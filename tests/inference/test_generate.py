@@ -159,7 +159,7 @@ def test_longer_than_trained():
         ([[1]], {"top_p": 0.0}, r"top_p is 0\.0"),
         ([[1]], {"top_p": 1.5}, r"top_p is 1\.5"),
         ([[1]], {"seed": -1}, "seed is -1"),
-        ([[1]], {"n": -1}, "-1 tokens"),
+        ([[1]], {"n": -1}, "n is -1"),
     ],
 )
 def test_bad_input(prompts, how, said):

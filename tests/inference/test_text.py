@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,11 +164,34 @@ def test_a_name_in_a_users_text_is_text(words):
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages[7].content }}",
+        "{{ 1 // 0 }}",
+        "{{ messages + 1 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ strftime_now(5) }}",
     ],
 )
 def test_a_template_that_does_not_work_is_refused(template):
     with pytest.raises(UserError, match="the chat template of this model"):
         chat.render_chat(template, [{"role": "user", "content": "x"}], {})
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0 seconds"),
+        ("{% for a in range(9) %}{{ 'ab' * 10**9 }}{% endfor %}", "too large"),
+        ("{{ 10000000 * 'abc' }}", "too large"),
+        ("{{ ([0] * 2000000)|length }}", "too large"),
+        ("{{ 9 ** 9 ** 9 }}", "too large"),
+    ],
+)
+def test_a_template_comes_to_an_end(template, said, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=f"the chat template of this model does not take these messages .*{said}"):
+        chat.render_chat(template, [{"role": "user", "content": "x"}], {})
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert chat.render_chat("{{ '-' * 3 }}{{ 2 * 3 }}", [], {}) == "---6"
 
 
 @pytest.mark.parametrize(

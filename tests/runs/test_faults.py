@@ -17,7 +17,8 @@ faults: ModuleType = importlib.import_module("faults")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with /proc and fork")
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="the fault is a signal to g++")
-LONG = ("kill -9", "compilation", "torchrun", "max-restarts", "workers")  # what starts processes, or many of them
+# what starts processes, or many of them
+LONG = ("kill -9", "compilation", "torchrun", "max-restarts", "workers", "two processes in one", "imports")
 
 
 @pytest.fixture(scope="module")

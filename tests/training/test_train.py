@@ -287,6 +287,42 @@ def test_a_loss_that_is_not_finite_stops(config, tmp_path, monkeypatch, at):
         assert all(tensor.isfinite().all() for tensor in folder.load().model.values())
 
 
+def test_a_run_whose_first_loss_is_not_finite_leaves_nothing(config, tmp_path, monkeypatch):
+    from attnlab.training import train as module
+
+    honest = module.train_step
+
+    def poisoned(trainer: Trainer, step: int, *rest):
+        done = honest(trainer, step, *rest)
+        return done._replace(loss=done.loss * math.inf)
+
+    monkeypatch.setattr(module, "train_step", poisoned)
+    with pytest.raises(Diverged, match="at step 1 of 12"):
+        train(config, tmp_path / "made")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(Diverged, match="at step 1 of 12"):
+        train(config, tmp_path / "mine")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+
+
+def test_another_number_of_threads_is_said_at_resume(config, tmp_path, monkeypatch):
+    said: list[str] = []
+    short = with_train(config, steps=6, save_every=3, keep=0)
+    train(short, tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    shutil.rmtree(tmp_path / "run/step-00000006")
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    assert about["threads"] == torch.get_num_threads()
+
+    def listen(event):
+        said.extend([event["say"]] if "say" in event else [])
+
+    (tmp_path / "run/run.json").write_text(json.dumps(about | {"threads": 37}))
+    train(short, tmp_path / "run", resume=True, progress=listen)
+    assert len(said) == 1 and "37 CPU threads" in said[0] and "OMP_NUM_THREADS=37" in said[0]
+
+
 def test_a_rate_that_is_too_high_is_found_out(config, tmp_path):
     with pytest.raises(Diverged, match=r"became (nan|inf) at step \d+ of 12"):
         train(with_train(config, lr=1e30, warmup=0, clip=0.0), tmp_path)

@@ -11,14 +11,15 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import UserError, choose
+from ..plugins import plugin, plugins
 from ..spec import AttentionConfig
 
 
@@ -35,13 +36,19 @@ def module(name: str) -> ModuleType:
     choose("mechanism", name, names())
     if name in _own():
         return importlib.import_module(f".{name}", __name__)
-    try:
-        return _others()[name].load()
-    except Exception as error:
-        origin = _others()[name].value
-        raise UserError(
-            f"mechanism {name!r} comes from {origin}, which cannot be imported ({error}): mend it"
-        ) from error
+    return plugin(name)
+
+
+def usable(tell: Callable[[str], None]) -> list[str]:
+    """Return `names`, but for those of packages that cannot be used; `tell` is called with a sentence about each."""
+    found = []
+    for name in names():
+        try:
+            module(name)
+            found.append(name)
+        except UserError as error:
+            tell(f"{error}; {name} is left out")
+    return found
 
 
 def config(name: str, **fields: Any) -> AttentionConfig:
@@ -70,7 +77,7 @@ def declared(name: str, variable: str) -> Any:
         tree = ast.Module([], []) if file is None else ast.parse(file.read_bytes())
         value = _assigned(tree, variable)
         return None if value is None else ast.literal_eval(value)
-    except (OSError, SyntaxError, ValueError, TypeError):  # no file, no Python, no literal
+    except (OSError, SyntaxError, ValueError, TypeError, ImportError, AttributeError):  # no file, no Python, no literal
         return None
 
 
@@ -108,4 +115,4 @@ def _own() -> frozenset[str]:
 
 @cache
 def _others() -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group="attnlab.attention") if point.name not in _own()}
+    return {name: point for name, point in plugins().items() if name not in _own()}

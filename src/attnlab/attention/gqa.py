@@ -19,13 +19,14 @@ from ..cache import Cache, Output, extend
 from ..errors import UserError
 from ..layers import Linear, RMSNorm
 from ..ops import attend, rope
+from ..ranges import DERIVED, Count, NotNegative
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
-    n_kv_heads: int = 0  # 0: n_heads / 4, at least 1
-    qk_norm: float = 0.0  # epsilon of an RMSNorm over each query and key head (Qwen3); 0: none
+    n_kv_heads: Count = DERIVED  # left out: n_heads / 4, at least 1
+    qk_norm: NotNegative = 0.0  # epsilon of an RMSNorm over each query and key head (Qwen3); 0: none
     o_bias: bool | None = None  # of the output projection; None: as `bias`
 
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
@@ -39,11 +40,9 @@ class Config(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.set("o_bias", self.bias if self.o_bias is None else self.o_bias)
-        if self.qk_norm < 0:
-            raise UserError(f"qk_norm is {self.qk_norm}: give a small number such as 1e-6, or 0 for no norm")
-        if not self.n_kv_heads:
+        if self.n_kv_heads is None:
             self.set("n_kv_heads", self.default_kv_heads)
-        if self.n_kv_heads < 0 or self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             allowed = ", ".join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)
             raise UserError(
                 f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}: give one of {allowed}"

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..cache import Cache, Output, extend
 from ..errors import UserError
 from ..layers import Linear
+from ..ranges import Count
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
-    n_latents: int = 256
-    top_k: int = 16
+    n_latents: Count = 256
+    top_k: Count = 16
 
     formula = "o[n] = topk-softmax(q[n] E[n]^T / sqrt(H)) E[n] + v[n]"
     source = "the published MSLA patch for GPT-2"
@@ -36,7 +37,7 @@ class Config(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.top_k <= self.n_latents:
+        if self.top_k > self.n_latents:
             raise UserError(f"top_k is {self.top_k}: it must be from 1 to n_latents, {self.n_latents}")
 
     @property

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..errors import UserError
 from ..layers import Linear, linear
 from ..ops import attend, chunk_sums, newest, spread
+from ..ranges import Count
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
@@ -28,9 +28,9 @@ from . import gqa
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    chunk: int = 16
-    recall: int = 2
-    window: int | None = None  # of M_1; None: all
+    chunk: Count = 16
+    recall: Count = 2
+    window: Count | None = None  # of M_1; None: all
 
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
@@ -39,13 +39,6 @@ class Config(gqa.Config):
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"
     variants = {"chunks of 3": {"chunk": 3}, "window": {"chunk": 4, "recall": 1, "window": 5, "n_kv_heads": 1}}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.chunk, self.recall, self.window or 1) < 1:
-            raise UserError(
-                f"chunk {self.chunk}, recall {self.recall} and window {self.window} must each be at least 1"
-            )
 
     @property
     def default_kv_heads(self) -> int:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
-from ..errors import UserError, choose
+from ..errors import UserError
 from ..layers import Linear, RMSNorm
 from ..ops import attend, rope
+from ..ranges import DERIVED, Count, NotNegative, Size
 from ..recording import note
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
@@ -31,11 +32,13 @@ NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
-    kv_rank: int = 0  # R; 0: 4 head_dim
-    rope_dim: int = -1  # -1: head_dim / 2 with rotary positions, 0 without
-    rope_places: tuple[float, ...] = ()  # pair i turns by position / theta^place[i]; (): evenly spread from 0 to 1
-    v_dim: int = 0  # 0: head_dim
-    q_rank: int = 0  # 0: queries straight from x
+    kv_rank: Count = DERIVED  # R; left out: 4 head_dim
+    rope_dim: Size = DERIVED  # left out: head_dim / 2 with rotary positions, 0 without
+    rope_places: tuple[
+        NotNegative, ...
+    ] = ()  # pair i turns by position / theta^place[i]; (): evenly spread from 0 to 1
+    v_dim: Count = DERIVED  # left out: head_dim
+    q_rank: Size = 0  # 0: queries straight from x
     norm: Literal["rms", "layer", "none"] = "rms"  # of the latents
     mode: Literal["auto", "expanded", "absorbed"] = "auto"
 
@@ -52,19 +55,14 @@ class Config(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.set("kv_rank", self.kv_rank or 4 * self.head_dim)
-        self.set("v_dim", self.v_dim or self.head_dim)
-        self.set("rope_places", tuple(self.rope_places))  # in JSON it is a list
+        self.set("kv_rank", 4 * self.head_dim if self.kv_rank is None else self.kv_rank)
+        self.set("v_dim", self.head_dim if self.v_dim is None else self.v_dim)
         if self.rope_places:
             self.set("rope_dim", 2 * len(self.rope_places))
-        elif self.rope_dim < 0:
+        elif self.rope_dim is None:
             self.set("rope_dim", 0 if self.rope_theta is None else self.head_dim // 4 * 2)
-        if self.kv_rank < 1 or self.v_dim < 1 or self.q_rank < 0:
-            raise UserError(f"kv_rank {self.kv_rank}, v_dim {self.v_dim} and q_rank {self.q_rank} must be positive")
         if self.rope_dim % 2 or (self.rope_dim and self.rope_theta is None):
             raise UserError(f"rope_dim is {self.rope_dim}: give an even number, and 0 where positions are learned")
-        choose("norm", self.norm, NORMS)
-        choose("mode", self.mode, ("auto", *self.modes))
 
     @property
     def cache_spec(self) -> CacheSpec:

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..kernels.pairs import one_row
 from ..layers import Linear
 from ..ops import attention_weights, index_scores, kl, newest, rope
+from ..ranges import Count, Size
 from ..recording import begins_step, with_loss
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import mla
@@ -30,12 +31,12 @@ from . import mla
 
 @dataclass(frozen=True, kw_only=True)
 class Config(mla.Config):
-    top_k: int = 32
-    local: int = 4  # the newest tokens, always selected
-    index_heads: int = 2
-    index_dim: int = 16
-    warmup: int = 100  # training calls with dense attention
-    learn_every: int = 8  # of this many queries, one teaches the indexer
+    top_k: Count = 32
+    local: Size = 4  # the newest tokens, always selected
+    index_heads: Count = 2
+    index_dim: Count = 16
+    warmup: Size = 100  # training calls with dense attention
+    learn_every: Count = 8  # of this many queries, one teaches the indexer
     shipped: bool = False
 
     formula = "o[t] = mla(x[t]) over top-k_s sum_j w[t,j] relu(qI[t,j] . kI[s])"
@@ -52,10 +53,10 @@ class Config(mla.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.local <= self.top_k or self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}, local {self.local}: give a top_k of 1 or more and local up to it")
-        if min(self.index_heads, self.index_dim, self.learn_every) < 1 or self.index_dim % 2:
-            raise UserError(f"index_heads {self.index_heads} must be positive, index_dim {self.index_dim} even")
+        if self.local > self.top_k:
+            raise UserError(f"top_k is {self.top_k}, local {self.local}: give a local up to top_k")
+        if self.index_dim % 2:
+            raise UserError(f"index_dim is {self.index_dim}: give an even number")
         if self.shipped and not (self.q_rank and self.rope_dim <= self.index_dim):
             raise UserError(f"shipped needs a q_rank, and an index_dim of at least rope_dim, {self.rope_dim}")
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..cache import Cache, Output
-from ..errors import UserError
+from ..ranges import Count
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    window: int = 32
+    window: Count = 32
 
     formula = "o[t] = softmax over t-w < s <= t of (q[t] k[s]^T / sqrt(H)) v[s]"
     source = "Beltagy et al. 2020, arXiv 2004.05150; Jiang et al. 2023, arXiv 2310.06825"
@@ -27,11 +27,6 @@ class Config(gqa.Config):
     swatch = (7, 7, 3)
     cache_width = "window"
     variants = {"narrow": {"window": 5}, "two": {"window": 2}}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 1:
-            raise UserError(f"window is {self.window}: a token sees at least itself, so give 1 or more")
 
     @property
     def default_kv_heads(self) -> int:

@@ -49,3 +49,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "heads": heads.heads,
     "report": report.report,
 }
+
+# Commands whose result is in files: they go on where nobody reads what they print.
+LASTING = ("demo", "prepare", "train", "patch", "export", "convert", "heal", "compare", "report")

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..presets import COMPARED
+from ..ranges import Count
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Fields, Json, options_of_mechanisms, split_commas, whole_number
+from .options import Fields, Json, options_of_mechanisms, split_commas, whole_numbers
 
 
 def bench(
@@ -21,8 +22,8 @@ def bench(
     mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(COMPARED),
     context: Annotated[str | None, arg(metavar="N,...")] = None,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
-    batch: Annotated[int | None, arg(metavar="INT")] = None,
-    repeats: int = 7,
+    batch: Annotated[Count | None, arg(metavar="INT")] = None,
+    repeats: Count = 7,
     json_: Json = False,
 ) -> int:
     """Measure speed, memory and FLOPs, side by side, after checking the outputs.
@@ -45,7 +46,7 @@ def bench(
     given = options_of_mechanisms("--options", options)
     for name in split_commas(mechanisms):
         parameters(variant(config, name, given).model)  # refuses what does not fit together before anything is measured
-    lengths = None if context is None else [whole_number("--context", word) for word in split_commas(context)]
+    lengths = whole_numbers("--context", context, Count)
     with working() as tell:
         records = bench_module.bench(
             kind,

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from .. import presets
 from ..comparison.engines import EngineOptions, Local, Ray, Share, Slurm
 from ..errors import UserError, choose
+from ..ranges import Count, Runs, Size, Threads
 from ..terminal import tables
 from .options import Fields, Flag, Json, Pack, options_of_mechanisms, progress, split_commas, this_command, with_choices
 
@@ -22,7 +23,7 @@ def compare(
     config: Fields,
     mechanisms: Annotated[str, arg(metavar="A,B,...")] = ",".join(presets.COMPARED),
     tasks: Annotated[str | None, arg(metavar="A,B,...")] = None,
-    seeds: int = 3,
+    seeds: Runs = 3,
     sizes: Annotated[str | None, arg(metavar="LxD,...")] = None,
     match: Literal["params", "cache", "none"] = "none",
     options: Annotated[str | None, arg(metavar="JSON")] = None,
@@ -30,9 +31,9 @@ def compare(
     pack: Pack | None = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     engine: Annotated[str, arg(metavar="local|ray|slurm")] = "local",
-    jobs: Annotated[int | None, arg(metavar="INT")] = None,
-    threads: Annotated[int | None, arg(metavar="INT")] = None,
-    gpus: Annotated[int | None, arg(metavar="INT")] = None,
+    jobs: Annotated[Count | None, arg(metavar="INT")] = None,
+    threads: Annotated[Threads | None, arg(metavar="INT")] = None,
+    gpus: Annotated[Size | None, arg(metavar="INT")] = None,
     ray_address: Annotated[str, arg(metavar="ADDRESS")] = "local",
     slurm: Slurm = Slurm(),  # noqa: B008
     dry_run: Flag = False,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ..errors import UserError
+from ..errors import UserError, quoted
+from ..ranges import Count, Seed
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import Flag, Json, json_object, split_commas, this_command
@@ -27,11 +28,11 @@ def convert(
     per_layer: Flag = False,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
-    calibrate: int = 16,
-    context: Annotated[int | None, arg(metavar="INT")] = None,
+    calibrate: Count = 16,
+    context: Annotated[Count | None, arg(metavar="INT")] = None,
     grid: Annotated[str | None, arg(metavar="SHARE,...")] = None,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     json_: Json = False,
 ) -> int:
     """Put another attention into a trained model, and certify what that did to it.
@@ -53,17 +54,21 @@ def convert(
         json_: Print the certificate as JSON.
     """
     from .. import pretrained
-    from ..files import write_json
+    from ..files import check_free, expanded, whole_folder, write_json
 
-    loaded = pretrained.load(source)
-    folder = out or Path("converted") / f"{Path(source).name}-{to}"
-    if folder.exists() and any(folder.iterdir()):
+    folder = expanded(out or Path("converted") / f"{Path(source).name}-{to}")
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
+    check_free(folder)
+    loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
+    shares = None if grid is None else [_rank("--grid", word) for word in split_commas(grid)]
+    if shares == []:
+        raise UserError(f"--grid is {quoted(grid)}: give shares of the cache, such as 0.5,0.25")
     with working() as tell:
         texts = _texts(loaded, data, calibrate, context, seed)
-        if grid is not None:
-            found = _grid(loaded, to, [_rank("--grid", word) for word in split_commas(grid)], {**texts, **wish}, tell)
+        if shares is not None:
+            found = _grid(loaded, to, shares, {**texts, **wish}, tell)
         else:
             from ..convert import convert as run
 
@@ -71,23 +76,25 @@ def convert(
                 loaded.model, to, rank=_rank("--rank", rank), method=method, tell=tell, **texts, **wish
             )
             found = [certificate.to_dict()]
-    if grid is None:
+    if shares is None:
         from dataclasses import replace
 
         results = {"held-out loss before conversion": certificate.loss_before, "after": certificate.loss_after}
-        pretrained.save(replace(loaded, model=model), folder, results=results)
-        write_json(folder / "certificate.json", found[0] | {"model": source, "command": this_command()})
+        told = found[0] | {"model": source, "command": this_command()}
+        pretrained.save(replace(loaded, model=model), folder, results=results, more={"certificate.json": told})
     else:
         from ..report.conversion import write_grid
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "certificates.json", found)
-        write_grid(folder / "report.html", found, this_command())
+        with whole_folder(folder) as half:
+            write_json(half / "certificates.json", found)
+            write_grid(half / "report.html", found, this_command())
     if json_:
-        print(json.dumps(found if grid else found[0], indent=1))
+        print(json.dumps(found[0] if shares is None else found, indent=1))
     else:
         tables.console().print(tables.certificates(found))
-    print(f"next: {folder / 'report.html' if grid else f'attnlab heal {folder} --data {data}'}", file=sys.stderr)
+    print(
+        f"next: {f'attnlab heal {folder} --data {data}' if shares is None else folder / 'report.html'}", file=sys.stderr
+    )
     return 0
 
 
@@ -111,7 +118,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
 
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer, so it can read no text: put its tokenizer.json beside it")
-    length, rows = context or min(loaded.model.config.context, 512), 8
+    length, rows = min(loaded.model.config.context, 512) if context is None else context, 8
     found = {}
     for name, split, count in (("calibration", "train", calibrate), ("held_out", "val", 8)):
         tokens, _ = in_tokens(DataConfig(source=data), split, loaded.tokenizer)

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from .. import presets
 from ..comparison.engines import Share
 from ..presets import COMPARED
+from ..ranges import Count
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import progress, this_command
@@ -26,7 +27,7 @@ DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
 def demo(
     *,
     out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
-    jobs: Annotated[int | None, arg(metavar="INT")] = None,
+    jobs: Annotated[Count | None, arg(metavar="INT")] = None,
 ) -> int:
     """Compare eight mechanisms on Shakespeare, and report: 6 to 10 minutes on 2 cores.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..ranges import Count, Size
 from ..terminal import tables
 from ..terminal.progress import working
 from .options import Flag, Json
@@ -19,10 +20,10 @@ def evaluate(
     *,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     split: Literal["val", "test", "train"] = "val",
-    context: Annotated[int | None, arg(metavar="INT")] = None,
-    stride: Annotated[int | None, arg(metavar="INT")] = None,
-    batch_size: int = 8,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    context: Annotated[Count | None, arg(metavar="INT")] = None,
+    stride: Annotated[Count | None, arg(metavar="INT")] = None,
+    batch_size: Count = 8,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     device: str = "auto",
     trust: Flag = False,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -44,8 +45,11 @@ def evaluate(
         out: A JSON file to write the result to as well.
         json_: Print one JSON object.
     """
+    from ..files import check_target, write_json
+
+    if out is not None:
+        check_target(out)
     from ..evaluation.perplexity import Rolling, evaluate_source
-    from ..files import write_json
 
     with working() as tell:
         found = evaluate_source(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..ranges import Size
 from ..terminal.progress import working
 from .options import Flag
 
@@ -16,7 +17,7 @@ def export(
     *,
     out: Annotated[Path, arg(metavar="DIR")],
     family: Annotated[str, arg(metavar="FAMILY")] = "attnlab",
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     results: Annotated[Path | None, arg(metavar="EVAL.JSON")] = None,
     trust: Flag = False,
 ) -> int:
@@ -31,12 +32,14 @@ def export(
         trust: Open a pickle, which can run code that it brings.
     """
     from .. import pretrained
-    from ..files import read_json
+    from ..files import check_free, expanded, read_json
 
+    check_free(expanded(out))
+    known = None if results is None else read_json(results, dict, "give what attnlab eval --out wrote")
     with working() as tell:
         tell(f"reading {source}", 0, 2)
         loaded = pretrained.load(source, checkpoint=checkpoint, trust=trust)
         tell(f"writing {out}", 1, 2)
-        pretrained.save(loaded, out, family=family, results=None if results is None else read_json(results))
+        pretrained.save(loaded, out, family=family, results=known)
     print(out)
     return 0

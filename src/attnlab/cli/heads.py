@@ -10,21 +10,22 @@ from tyro.conf import Positional, arg
 
 from .. import presets
 from ..errors import UserError
+from ..ranges import Count, Seed, Size
 from ..terminal import tables
 from ..terminal.progress import working
-from .options import Flag, Json, split_commas, whole_number
+from .options import Flag, Json, whole_numbers
 
 
 def heads(
     source: Annotated[Positional[str], arg(metavar="RUN|MODEL")],
     *,
-    sequences: int = 64,
+    sequences: Count = 64,
     segments: Annotated[str | None, arg(metavar="N,...")] = None,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     no_ablation: Flag = False,
     emergence: Flag = False,
     untrained: Flag = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str = "auto",
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     png: Annotated[Path | None, arg(metavar="DIR")] = None,
@@ -46,7 +47,7 @@ def heads(
         png: Write the figures as PNG files into this folder.
         json_: Print everything as one JSON object instead of tables.
     """
-    lengths = None if segments is None else [whole_number("--segments", word) for word in split_commas(segments)]
+    lengths = whole_numbers("--segments", segments, Count)
     if not untrained and source in presets.names() and not Path(source).exists():
         raise UserError(
             f"{source!r} is a preset, not a trained model: give a run folder, or add --untrained to look at its "
@@ -54,10 +55,13 @@ def heads(
         )
     if emergence and untrained:
         raise UserError("an untrained model has no checkpoints: leave out --emergence or --untrained")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
+    from ..files import check_target, write_json
+
+    if out is not None:
+        check_target(out)
+    if png is not None and png.exists() and not png.is_dir():
+        raise UserError(f"--png {png} is not a folder: name a new one, or one that there is")
     from ..device import find_device
-    from ..files import write_json
     from ..heads import whole
 
     model = (_fresh(source, seed) if untrained else _loaded(source, checkpoint)).to(find_device(device))

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
 from ..formatting import known
+from ..ranges import Count, Positive, Seed, Share, Size
+from ..runs.launcher import rank
 from ..terminal import tables
 from .options import Flag, Json, this_command, train_and_tell
+
+
+class Certified(TypedDict, total=False):
+    """The fields of a conversion's certificate that are read."""
+
+    model: str
+    loss_before: float | None
 
 
 def heal(
     source: Annotated[Positional[str], arg(metavar="DIR")],
     *,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
-    steps: int = 200,
+    steps: Count = 200,
     train: Literal["all", "attention", "new"] = "all",
-    distill: Annotated[float, arg(metavar="SHARE")] = 0.0,
+    distill: Annotated[Share, arg(metavar="SHARE")] = 0.0,
     teacher: Annotated[str | None, arg(metavar="SOURCE")] = None,
-    batch_size: int = 12,
-    context: Annotated[int | None, arg(metavar="INT")] = None,
-    lr: float = 3e-4,
-    warmup: int = 10,
-    eval_every: Annotated[int | None, arg(metavar="INT")] = None,
+    batch_size: Count = 12,
+    context: Annotated[Count | None, arg(metavar="INT")] = None,
+    lr: Positive = 3e-4,
+    warmup: Size = 10,
+    eval_every: Annotated[Count | None, arg(metavar="INT")] = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
     resume: Flag = False,
     json_: Json = False,
@@ -59,17 +68,18 @@ def heal(
 
     from .. import pretrained
     from ..config import DataConfig, Execution, RunConfig, TrainConfig
-    from ..files import read_json, write_json
+    from ..files import alone, expanded, read_json, write_json
     from ..report.conversion import write_recovery
     from ..runs.folder import RunFolder
 
-    folder = Path(source).expanduser()
-    certificate = read_json(folder / "certificate.json") if (folder / "certificate.json").is_file() else {}
+    folder = expanded(source)
+    proof = folder / "certificate.json"
+    certificate = read_json(proof, Certified, "convert the model again") if proof.is_file() else {}
     original = teacher or certificate.get("model", "")
     if distill and not original:
         raise UserError(f"{source} does not say which model it was made from: name it with --teacher")
     loaded = pretrained.load(source)
-    every = eval_every or max(steps // 10, 1)
+    every = max(steps // 10, 1) if eval_every is None else eval_every
     own = loaded.tokenizer is not None and not data.startswith("prepared:")
     name = f"{folder.name}-healed"
     config = RunConfig(
@@ -99,8 +109,10 @@ def heal(
         return 0
     curve = [[r["tokens"], r["val_loss"]] for r in RunFolder.open(out).metrics() if "val_loss" in r]
     found = {"name": name, "curve": curve, "original": certificate.get("loss_before"), "command": this_command()}
-    write_json(out / "recovery.json", found)
-    write_recovery(out / "recovery.html", found)
+    if rank() == 0:
+        with alone(out, "trains in"):
+            write_json(out / "recovery.json", found)
+            write_recovery(out / "recovery.html", found)
     if json_:
         print(json.dumps(found, indent=1))
     else:

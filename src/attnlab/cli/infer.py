@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from ..ranges import Count, NotNegative, Part, Seed, Size
 from .options import Flag, Json
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ def infer(
     prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
     chat: Flag = False,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: Annotated[int | None, arg(metavar="INT")] = None,
-    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    seed: int = 0,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    tokens: Count = 200,
+    temperature: NotNegative = 0.8,
+    top_k: Annotated[Count | None, arg(metavar="INT")] = None,
+    top_p: Annotated[Part | None, arg(metavar="FLOAT")] = None,
+    seed: Seed = 0,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     compile_: Compile = False,
     device: str = "auto",

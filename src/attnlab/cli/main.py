@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-import io
-import json
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, get_type_hints
-
-import tyro
+from collections.abc import Callable, Sequence
+from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
-from ..errors import UserError, choose
-from ..files import DISK_FULL
+from ..errors import UserError, choose, quoted
+from ..formatting import escaped
 from ..runs.launcher import launched, rank
-from . import COMMANDS
-from .options import Fields, options_of_mechanisms, with_choices
+from ..runs.signals import Program
+from . import COMMANDS, LASTING
+from .faults import explained
+from .options import Fields, with_choices
+from .reading import read
+from .streams import Patient, streams
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0; 1 for a bad result; 2 for bad input; 130 for Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0; 1 for a bad result, or a fault that is not the user's; 2 for bad input; 130 for Ctrl-C; 141 where nobody reads
+    what it prints.
+    """
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("ATTNLAB_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
     if given and given[0].startswith("--local_rank="):
         del given[0]  # the deepspeed launcher puts it first, and says the same by LOCAL_RANK
+    with streams(lasting=bool(given) and given[0] in LASTING) as out:
+        try:
+            code = run_command(given)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader has ended (`| head`): there is nothing more to print, also at exit
+            out.drop()
+            return 141
+        except KeyboardInterrupt as stop:
+            if debug:
+                raise
+            return stopped(str(stop))
+        except (Exception, SystemExit) as error:
+            if Program.asked and not debug:  # what an interrupted import or library made of it
+                return stopped()
+            if debug:
+                raise
+            return tell(error, out)
+
+
+def tell(error: Exception | SystemExit, out: Patient) -> int:
+    """Print an error in one sentence. Return the exit code."""
+    sentence, code = explained(error)
+    line = " ".join(sentence.split())
+    if launched() == 1:
+        print(f"attnlab: {escaped(line)}", file=sys.stderr)
+    elif rank() == 0 or not getattr(error, "shared", False):
+        print(f"attnlab, process {rank()} of {launched()}: {escaped(line)}", file=sys.stderr)
     try:
-        code = run_command(given)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader has ended (`| head`): there is nothing more to print, also at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt as stop:
-        if debug:
-            raise
-        print(f"\nattnlab: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        if launched() == 1:
-            print(f"attnlab: {sentence(error)}", file=sys.stderr)
-        elif rank() == 0 or not getattr(error, "shared", False):
-            print(f"attnlab, process {rank()} of {launched()}: {sentence(error)}", file=sys.stderr)
-        return 2
+        out.stream.flush()
+    except (OSError, ValueError):  # this may be the very error
+        out.drop()
+    return code
+
+
+def stopped(words: str = "") -> int:
+    """Say that Ctrl-C ended the program, in `words`. Return the exit code."""
+    Program.told = True
+    print(f"\nattnlab: {escaped(words) or 'stopped'}", file=sys.stderr)
+    return 130
 
 
 def run() -> NoReturn:
@@ -59,6 +82,9 @@ def run() -> NoReturn:
     group, as DeepSpeed's do, sometimes abort while they are torn down.
     """
     code = main()
+    Program.code = code
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what libraries do at the exit has no use for an exception
     if launched() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -85,33 +111,14 @@ def run_command(given: Sequence[str]) -> int:
 
 def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
     """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
-    command = COMMANDS[name]
-    calls: list[functools.partial[int]] = []  # one; none where only help is shown
-
-    @functools.wraps(command)
-    def keep(*args: Any, **kwargs: Any) -> None:
-        calls.append(functools.partial(command, *args, **kwargs))
-
     preset = preset_of(name, rest)
     defaults = {}
     if preset:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message), json_fields():
-            tyro.cli(functools.partial(keep, **defaults), prog=f"attnlab {name}", args=list(rest))
-    except SystemExit as stop:
-        error: BaseException | None = stop
-        while error is not None:
-            if isinstance(error, UserError):
-                raise error from None
-            error = error.__context__
-        print(message.getvalue(), end="", file=sys.stderr)
-        code = stop.code if isinstance(stop.code, int) else 2
-        return lambda: code
-    (ready,) = calls
-    if preset and ready.keywords["preset"] != preset:
-        raise UserError(f"the preset {ready.keywords['preset']!r} comes too late: put it right after attnlab {name}")
+    ready = read(COMMANDS[name], name, rest, defaults)
+    given = getattr(ready, "keywords", {}).get("preset", preset)
+    if preset and given != preset:
+        raise UserError(f"the preset {quoted(given)} comes too late: put it right after attnlab {name}")
     return ready
 
 
@@ -145,25 +152,6 @@ def value_of(option: str, rest: Sequence[str]) -> str | None:
     return found
 
 
-def json_fields() -> Any:
-    """Return a context in which mappings are given as JSON: --model.options '{"mla": {"kv_rank": 32}}'."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def mapping(info: Any) -> Any:
-        if getattr(info.type, "__origin__", None) is not Mapping:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: options_of_mechanisms("model.options", words[0]),
-            is_instance=lambda value: isinstance(value, Mapping),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    return registry
-
-
 def overview() -> str:
     """Return the text of `attnlab --help`."""
     width = max(map(len, COMMANDS))
@@ -182,13 +170,3 @@ def overview() -> str:
             "",
         ]
     )
-
-
-def sentence(error: UserError | OSError) -> str:
-    """Return an error in one sentence."""
-    if isinstance(error, UserError):
-        return str(error)
-    if error.errno in DISK_FULL:
-        return "the disk is full: free space and run the same command again; nothing half-written was kept"
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; --debug shows where"

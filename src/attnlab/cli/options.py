@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 import sys
 from dataclasses import replace
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from ..config import Execution, RunConfig
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
+from ..files import parse_json
+from ..ranges import Long, check_value
 from ..results import RunResult
 from ..runs.launcher import rank
 
@@ -30,7 +31,9 @@ def options_of_mechanisms(option: str, text: str | None) -> dict[str, dict[str, 
     """Return Config fields by mechanism, from JSON. Raises `UserError` for anything else."""
     value = json_object(option, text) or {}
     if not all(isinstance(fields, dict) for fields in value.values()):
-        raise UserError(f'{option} {text!r} does not say whose options they are: give {{"mla": {{"kv_rank": 32}}}}')
+        raise UserError(
+            f'{option} {quoted(text)} does not say whose options they are: give {{"mla": {{"bias": true}}}}'
+        )
     return value
 
 
@@ -89,24 +92,32 @@ def split_commas(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def whole_number(option: str, text: str) -> int:
-    """Return a whole number. Raises `UserError`, which names the option, for anything else."""
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{option} has {text!r}: give whole numbers, with commas between them") from None
+def whole_numbers(option: str, text: str | None, kind: Any) -> list[int] | None:
+    """Return whole numbers between commas, each in the range of the annotation `kind`; None: it was not given.
+
+    Raises `UserError`, which names the option, for anything else, and where there is none.
+    """
+    if text is None:
+        return None
+    found = []
+    for word in split_commas(text):
+        try:
+            found.append(check_value(option, int(word), kind))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{option} has {quoted(word)}: give whole numbers, with commas between them") from None
+    if not found:
+        raise UserError(f"{option} is {quoted(text)}: give whole numbers, with commas between them, or leave it out")
+    return found
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:
     """Return the JSON object that an option gives; None: it was not given. Raises `UserError` for anything else."""
     if text is None:
         return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{option} {text!r} is not JSON ({error}): give an object such as {{"width": 64}}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{option} {text!r} is not a JSON object: give one such as {{"width": 64}}')
+    remedy = 'give an object such as {"width": 64}'
+    value: dict[str, Any] = parse_json(f"{option} {quoted(text)}", text, dict, remedy)
     return value
 
 
@@ -117,6 +128,8 @@ def tokens_of(option: str, text: str) -> int:
     """Return a number of tokens: 1500000, 100M, 1.5B. `UserError` for anything else."""
     number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
     try:
-        return round(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
-        raise UserError(f"{option} has {text!r}: give a number such as 1500000, 100M or 1.5B") from None
+        return check_value(option, round(float(number) * UNITS[unit]), Long)
+    except UserError as error:
+        raise UserError(f"{error}, such as 1500000, 100M or 1.5B") from None
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"{option} has {quoted(text)}: give a number such as 1500000, 100M or 1.5B") from None

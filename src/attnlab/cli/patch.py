@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError, choose
+from ..ranges import Seed, Size
 from ..terminal.progress import working
-from .options import Flag, json_object, split_commas, whole_number
+from .options import Flag, json_object, whole_numbers
 
 
 def patch(
@@ -22,7 +23,7 @@ def patch(
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     keep_output: Flag = False,
     train: Literal["all", "attention", "new"] = "all",
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     dry_run: Flag = False,
 ) -> int:
@@ -42,19 +43,20 @@ def patch(
         out: The folder to write.
         dry_run: Only count, on shapes without weights.
     """
-    from ..hf import folder
     from ..presets import PATCHES
 
     if (mechanism is None) == (preset is None):
         raise UserError("give a --mechanism or a --preset, one of the two")
     settings: dict[str, Any] = {"seed": seed}
     if layers is not None:
-        settings["layers"] = [whole_number("--layers", word) for word in split_commas(layers)]
+        settings["layers"] = whole_numbers("--layers", layers, Size)
     if preset is not None:
         settings |= PATCHES[choose("preset", preset, PATCHES)]
     else:
         given = json_object("--options", options)
         settings |= {"mechanism": mechanism, "options": given, "keep_output": keep_output, "train": train}
+    from ..hf import folder  # only now: transformers takes seconds to import
+
     if dry_run:
         folder.dry_run(source, **settings)
         return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..ranges import Count, Part, Positive
 from ..terminal import tables
 from ..terminal.plan import table
 from ..terminal.progress import working
@@ -21,14 +23,14 @@ def plan(
     mechanism: Annotated[str | None, arg(metavar="NAME[,NAME]")] = None,
     mechanisms: Annotated[str | None, arg(metavar="A,B,...")] = None,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
-    gpus: Annotated[int, arg(metavar="N")] = 1,
+    gpus: Annotated[Count, arg(metavar="N")] = 1,
     gpu: Annotated[str, arg(metavar="NAME")] = "h100",
     strategy: Annotated[str, arg(metavar="NAME")] = "ddp",
-    batch: Annotated[int | None, arg(metavar="N")] = None,
+    batch: Annotated[Count | None, arg(metavar="N")] = None,
     recompute: Flag = False,
-    tokens: Annotated[float | None, arg(metavar="N")] = None,
-    mfu: Annotated[float | None, arg(metavar="SHARE")] = None,
-    context: Annotated[int | None, arg(metavar="N")] = None,
+    tokens: Annotated[Positive | None, arg(metavar="N")] = None,
+    mfu: Annotated[Part | None, arg(metavar="SHARE")] = None,
+    context: Annotated[Count | None, arg(metavar="N")] = None,
     json_: Json = False,
 ) -> int:
     """Say what training and decoding will take on GPUs that are not here.
@@ -60,7 +62,8 @@ def plan(
     machine = Machine(find_gpu(gpu if numbers is None else numbers), gpus, strategy, batch, recompute)
     config = with_choices(config, mechanism, None)
     given = options_of_mechanisms("--options", options)
-    labels = attention.names() if mechanisms is None else split_commas(mechanisms)
+    left_out = partial(print, "attnlab:", file=sys.stderr)
+    labels = attention.usable(left_out) if mechanisms is None else split_commas(mechanisms)
     foresee = partial(plans, machine=machine, tokens=tokens, mfu=MFU if mfu is None else mfu, context=context)
     with working() as tell:
         tell(config.mechanism, 0, 1 + len(labels))

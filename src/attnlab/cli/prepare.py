@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..ranges import Fraction, Long, Threads
 from .options import this_command, tokens_of
 
 
@@ -20,15 +21,15 @@ def prepare(
     tokenizer: Annotated[str | None, arg(metavar="NAME")] = None,
     val: Annotated[str | None, arg(metavar="SOURCE")] = None,
     test: Annotated[str | None, arg(metavar="SOURCE")] = None,
-    val_fraction: Annotated[float | None, arg(metavar="SHARE")] = None,
+    val_fraction: Annotated[Fraction | None, arg(metavar="SHARE")] = None,
     documents: Annotated[str | None, arg(metavar="RULE")] = None,
     tokens: Annotated[str | None, arg(metavar="COUNT")] = None,
-    max_documents: Annotated[int | None, arg(metavar="COUNT")] = None,
+    max_documents: Annotated[Long | None, arg(metavar="COUNT")] = None,
     end: bool = True,
     format: Literal["shards", "nanogpt"] = "shards",
     shard_tokens: Annotated[str, arg(metavar="COUNT")] = "100M",
     revision: Annotated[str | None, arg(metavar="REV")] = None,
-    workers: Annotated[int | None, arg(metavar="COUNT")] = None,
+    workers: Annotated[Threads | None, arg(metavar="COUNT")] = None,
 ) -> int:
     """Turn text into a folder of token ids to train on: --data prepared:DIR.
 
@@ -60,8 +61,6 @@ def prepare(
         if source not in NAMES:
             raise UserError(f"--out is needed for {source}: name the folder to make, such as --out data/mine")
         out = Path("data") / source
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}: it must be at least 1")
     recipe = preparing.Recipe(
         source=source,
         val=val,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,5 +17,5 @@ def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> int:
     """
     from ..report import write_report
 
-    print(write_report(folder))
+    print(write_report(folder, lambda sentence: print(f"attnlab: left out: {sentence}", file=sys.stderr)))
     return 0

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from ..ranges import Count, NotNegative, Part, Seed, Size
 from .infer import show, stream
 from .options import Json
 
@@ -15,12 +16,12 @@ def sample(
     run: Annotated[Positional[Path], arg(metavar="RUN")],
     *,
     prompt: UseAppendAction[list[str]] = [],  # noqa: B006 (tyro reads the default, nobody changes it)
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: Annotated[int | None, arg(metavar="INT")] = None,
-    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    seed: int = 0,
-    checkpoint: Annotated[int | None, arg(metavar="STEP")] = None,
+    tokens: Count = 200,
+    temperature: NotNegative = 0.8,
+    top_k: Annotated[Count | None, arg(metavar="INT")] = None,
+    top_p: Annotated[Part | None, arg(metavar="FLOAT")] = None,
+    seed: Seed = 0,
+    checkpoint: Annotated[Size | None, arg(metavar="STEP")] = None,
     device: str = "auto",
     json_: Json = False,
 ) -> int:

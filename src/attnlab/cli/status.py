@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ..errors import UserError
 from ..formatting import known
+from ..ranges import Positive
 from ..terminal import tables
 from .options import Json
 
@@ -25,7 +25,7 @@ SILENT = "no sign of life"
 def status(
     run: Annotated[Positional[Path], arg(metavar="RUN")],
     *,
-    after: Annotated[float, arg(metavar="SECONDS")] = 60.0,
+    after: Annotated[Positive, arg(metavar="SECONDS")] = 60.0,
     json_: Json = False,
 ) -> int:
     """Show how far a run is, and when each of its processes was last heard from.
@@ -37,8 +37,6 @@ def status(
         after: How long a process may be silent. One that compiles or validates for longer needs more.
         json_: Print one JSON object.
     """
-    if not 0 < after < float("inf"):
-        raise UserError(f"--after is {after}: give seconds, above 0, such as 60")
     found = status_of(run, after)
     if json_:
         print(json.dumps(asdict(found), indent=1))

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
+from ..ranges import Count, Long
 from .options import Json, split_commas
 from .prepare import described, show, told
 
@@ -17,11 +18,11 @@ def tokenizer(
     action: Annotated[Positional[Literal["train", "show"]], arg(metavar="train|show")],
     name: Annotated[Positional[str], arg(metavar="SOURCE|TOKENIZER")],
     *,
-    vocab_size: int = 4096,
+    vocab_size: Count = 4096,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     special: Annotated[str, arg(metavar="NAME[,NAME]")] = "",
     documents: Annotated[str | None, arg(metavar="RULE")] = None,
-    max_documents: Annotated[int | None, arg(metavar="COUNT")] = None,
+    max_documents: Annotated[Long | None, arg(metavar="COUNT")] = None,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     json_: Json = False,
 ) -> int:
@@ -40,6 +41,7 @@ def tokenizer(
         json_: For show: print JSON.
     """
     from .. import data
+    from ..files import check_target, write_json
 
     if action == "show":
         return show(data.tokenizer(name), text, json_)
@@ -47,10 +49,10 @@ def tokenizer(
         raise UserError("attnlab tokenizer train needs --out FILE: where to write the tokenizer, such as bpe.json")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out} is not a file in a folder that exists; name one such as bpe.json")
+    check_target(out)
     from ..data import bpe, sources
     from ..data.document_rules import first_documents
     from ..data.encoding import pieces_of
-    from ..files import write_json
     from ..terminal.progress import Progress
 
     split = sources.open_source(name, documents).splits["train"]

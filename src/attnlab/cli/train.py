@@ -12,6 +12,7 @@ from .. import presets
 from ..config import Execution, RunConfig
 from ..errors import UserError
 from ..formatting import known
+from ..ranges import Positive
 from ..runs.launcher import rank
 from ..terminal import tables
 from .options import Fields, Flag, Pack, split_commas, train_and_tell, with_choices
@@ -29,9 +30,9 @@ def train(
     strategy: str = "auto",
     recompute: Flag = False,
     track: Annotated[str | None, arg(metavar="A,B,...")] = None,
-    peak: Annotated[float | None, arg(metavar="RATE")] = None,
+    peak: Annotated[Positive | None, arg(metavar="RATE")] = None,
     dry_run: Flag = False,
-    flops: Annotated[float | None, arg(metavar="RATE")] = None,
+    flops: Annotated[Positive | None, arg(metavar="RATE")] = None,
 ) -> int:
     """Train one model and keep it in a run folder.
 
@@ -77,8 +78,6 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     from ..costs.dry_run import forecast
     from ..training.train import resolve
 
-    if rate is not None and not 0 < rate < float("inf"):
-        raise UserError(f"--flops is {rate}: give FLOPs per second, such as 100e12")
     try:
         presets.check_corpus(config)
         config = resolve(config)[0]  # the vocabulary grows to that of the text, where it is there

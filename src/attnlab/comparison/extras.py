@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from .. import data
+from ..errors import UserError
 from ..files import read_json, write_bytes
 from ..heads import value_sizes, watch, whole
 from ..inference.generate import Sampling
@@ -65,8 +66,20 @@ def write_extras(
         write_bytes(out / f"{file}.json", (json.dumps(found, allow_nan=False) + "\n").encode())
 
 
+class Entry(TypedDict):
+    """One entry of a file of extras, as far as it is looked at here."""
+
+    mechanism: str
+
+
 def _fresh(path: Path, newest: float, mechanisms: Sequence[str]) -> bool:
-    return _changed(path) > newest and {entry["mechanism"] for entry in read_json(path)} <= set(mechanisms)
+    """Whether a file is newer than the runs and speaks of these mechanisms alone; one that is damaged is made anew."""
+    if _changed(path) <= newest:
+        return False
+    try:
+        return {entry["mechanism"] for entry in read_json(path, list[Entry])} <= set(mechanisms)
+    except UserError:
+        return False
 
 
 def _changed(path: Path) -> float:

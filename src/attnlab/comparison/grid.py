@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..data.tasks import Task, task_of
 from ..errors import UserError
 from ..evaluation.exam import examine
-from ..files import alone, read_json, write_json
+from ..files import PATIENCE, alone, naming, read_json, write_json
 from ..model import parameters
 from ..presets import BASELINE, Options, variant
 from ..results import RunResult, TaskResult
@@ -81,7 +81,8 @@ class Cell:
     def answers(self, known: RunResult) -> TaskResult:
         """The result of the exam of a run on a task, or why there is none."""
         if known.status == "done" and self.exam.exists():
-            return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
+            with naming(self.exam):
+                return replace(TaskResult.from_dict(read_json(self.exam)), mechanism=self.label)
         assert self.task is not None
         return TaskResult(
             task=self.task.name,
@@ -104,9 +105,10 @@ class Cell:
 
     def write_attempts(self, attempts: int) -> None:
         """Write into the run's result how many attempts it took."""
-        run = RunFolder.open(self.folder)
-        if (found := run.result()) is not None:
-            run.write_result(replace(found, attempts=attempts))
+        with alone(self.folder, "trains in"):
+            run = RunFolder.open(self.folder)
+            if (found := run.result()) is not None:
+                run.write_result(replace(found, attempts=attempts))
 
 
 @dataclass(frozen=True)
@@ -212,10 +214,11 @@ def with_device(config: RunConfig, device: str) -> RunConfig:
 
 def train_cell(config: RunConfig, folder: Path, report: Any) -> None:
     """Train a run into `folder`, and examine it where its data is a task; `report` is told of its events."""
-    with alone(folder, "trains into"):
-        train(config, folder, resume=True, progress=report)
-        if task_of(config.data):
-            write_json(folder / "task.json", examine(folder).to_dict())
+    train(config, folder, resume=True, progress=report, patience=PATIENCE)
+    if task_of(config.data):
+        found = examine(folder).to_dict()
+        with alone(folder, "trains in"):
+            write_json(folder / "task.json", found)
 
 
 def default_command(work: Sweep, out: Path) -> str:

@@ -19,6 +19,7 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
 from ..results import Tell
+from ..runs.tensors import computing
 from ..spec import AttentionConfig
 from . import low_rank, targets
 from .calibration import Statistics, gather
@@ -58,7 +59,7 @@ def convert(
     request = Request(**settings)
     target = targets.module(mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
-    source = copy.deepcopy(model).cpu().eval()
+    source = computing(copy.deepcopy(model).cpu().eval())
     layers = [Dense.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)

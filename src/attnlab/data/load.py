@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import expanded
 from .corpus import Corpus
 from .endless import Endless
 from .mixture import Mixture
@@ -82,7 +83,7 @@ def _path(source: str) -> Path:
     path = source.partition(":")[2]
     if not path:
         raise _unknown(source)
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 # one function per kind

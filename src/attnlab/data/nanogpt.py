@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import regular, unreadable
 from .bpe import BPETokenizer, gpt2
 from .tokenizer import CharTokenizer, Tokenizer, tokenizer
 
@@ -51,6 +52,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 def read_meta(path: Path) -> str:
     """Return the characters of nanoGPT's meta.pkl, in the order of their ids. Nothing in the file is run."""
+    regular(path)
     try:
         if path.stat().st_size > META_BYTES:
             raise UserError("is larger than such a file can be")
@@ -61,6 +63,8 @@ def read_meta(path: Path) -> str:
             raise UserError("has an alphabet that is not in order")
     except UserError as error:
         raise UserError(f"{path} {error}: only nanoGPT's own layout is read; put a tokenizer.json beside it") from None
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except Exception:  # a pickle can fail in any way
         raise UserError(
             f"{path} is not nanoGPT's meta.pkl (vocab_size, itos, stoi); put a tokenizer.json beside it"

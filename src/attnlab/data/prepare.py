@@ -11,7 +11,6 @@ validate, or of the tokens where there is one document. The manifest says which 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +23,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import checksum, full_disk, locked, read_json, write_json
+from ..files import LOCK, check_free, checksum, expanded, full_disk, locked, naming, read_json, write_json
 from ..results import environment
+from ..unfinished import clean, sync_folder
 from .document_rules import TextBlock, first_documents
 from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
 from .nanogpt import write_meta
+from .schemas import PreparedState
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Source, Split, open_source
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
+from .unfinished_folder import check_own, remove_prepared
 
 EVERY = 10.0  # seconds between two states on the disk
 COPY = 1 << 20  # tokens that are copied at a time
@@ -81,27 +83,40 @@ def prepare(
     command: kept in the manifest. workers: threads that encode; None: one for each core. progress: gets Events.
     UserError where the text cannot be read, or where `out` is made by another recipe.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     if (out / "manifest.json").exists():
         return _again(recipe, out, progress)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a prepared corpus; name a new or an empty folder")
+    check_free(out)
     folder = out.with_name(out.name + UNFINISHED)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_own(folder)
     busy = f"another attnlab prepare is at work in {folder}; wait for it, or end it first"
     full = f"the disk is full: free space and run the same command again, which goes on from what {folder} holds"
     with locked(folder, busy, patience=0.0), full_disk(full):
+        check_own(folder)  # now that no other process works in it
+        clean(folder)
         if not (folder / "manifest.json").exists():
-            try:
-                _Work(folder, recipe, workers or os.cpu_count() or 1, progress).run(command)
-            except UserError:
-                if not (folder / "state.json").exists():  # nothing was done that is worth going on from
-                    shutil.rmtree(folder)
-                raise
-        for rest in (folder / "state.json", *folder.glob(".*")):  # the lock, and temporary files of an interruption
-            rest.unlink(missing_ok=True)
+            _make(folder, recipe, command, workers or os.cpu_count() or 1, progress)
+        elif read_json(folder / "manifest.json")["plan"] != asdict(recipe):
+            raise UserError(f"{folder} holds another corpus, which is whole; give it another name, or delete it")
+        for rest in ("state.json", LOCK):
+            (folder / rest).unlink(missing_ok=True)
         os.replace(folder, out)
+        sync_folder(out.parent)
     return Prepared.open(out)
+
+
+def _make(folder: Path, recipe: Recipe, command: str, workers: int, progress: Callable[[Event], None]) -> None:
+    """Write what is still missing in a folder. A UserError before anything is done that is worth going on from leaves
+    nothing of ours in it."""
+    work = _Work(folder, recipe, workers, progress)
+    try:
+        work.run(command)
+    except UserError:
+        if not work.state["splits"]:
+            remove_prepared(folder)
+        raise
 
 
 def _again(recipe: Recipe, out: Path, progress: Callable[[Event], None]) -> Prepared:
@@ -151,7 +166,7 @@ class _Work:
         self.progress = progress
         self.state: dict[str, Any] = {"plan": asdict(recipe), "splits": {}}
         if (folder / "state.json").exists():
-            self.state = read_json(folder / "state.json")
+            self.state = read_json(folder / "state.json", PreparedState, "delete the folder to begin again")
             if self.state["plan"] != asdict(recipe):
                 raise UserError(
                     f"{folder} was begun by another command ({self.state['command']}); run that one again to go on, or "
@@ -161,6 +176,7 @@ class _Work:
     def run(self, command: str) -> None:
         """Write all that is still missing, the manifest last."""
         self.state["command"] = self.state.get("command", command)
+        write_json(self.folder / "state.json", self.state)  # says whose folder this is
         source, splits, rules = self.open_sources()
         self.tokenizer = self.make_tokenizer(source, splits)
         self.dtype = dtype_of(self.tokenizer.vocab_size)
@@ -208,7 +224,8 @@ class _Work:
         path = self.folder / "tokenizer.json"
         name = self.recipe.tokenizer or source.tokenizer
         if path.exists() and self.state["splits"]:
-            held = from_json(read_json(path))
+            with naming(path, "delete the folder to begin again"):
+                held = from_json(read_json(path))
             _compare(self.recipe, held, self.folder)
             return held
         made: Tokenizer = self.alphabet(splits) if name == CharTokenizer.kind else tokenizer(name)

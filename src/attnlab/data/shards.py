@@ -22,14 +22,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import UserError, choose
-from ..files import checksum, read_json
+from ..errors import UserError, choose, quoted
+from ..files import checksum, expanded, path_within, read_json, regular
+from ..ranges import check_value
 from ..results import Tell
 from . import nanogpt
+from .schemas import Manifest
 from .tokenizer import Tokenizer, tokenizer
 from .tokens import Tokens
 
 FORMAT = 1
+AGAIN = "prepare it again"
 SPLITS = ("train", "val", "test")
 UNFINISHED = ".unfinished"  # after the folder's name, until it is whole
 CHUNK = 1 << 20  # bytes or tokens that are read at a time
@@ -58,22 +61,24 @@ class Prepared:
     @classmethod
     def open(cls, folder: str | Path) -> Prepared:
         """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
-        path = Path(folder).expanduser()
+        path = expanded(folder)
         if not (path / "manifest.json").exists():
             if path.with_name(path.name + UNFINISHED).exists():
                 raise UserError(
                     f"{path} is not finished: run the attnlab prepare that began it again, and it will go on"
                 )
             return cls(path, nanogpt.manifest(path))
-        manifest = read_json(path / "manifest.json")
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+        file = path / "manifest.json"
+        manifest = read_json(file, dict, AGAIN)
+        found = manifest.get("format")
         if found != FORMAT:
-            raise UserError(f"{path} has format {found}, but this version reads format {FORMAT}; prepare it again")
-        opened = cls(path, manifest)
+            raise UserError(f"{path} has format {quoted(found)}, but this version reads format {FORMAT}; {AGAIN}")
         try:
-            opened._compare()
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path / 'manifest.json'} lacks parts; prepare the folder again") from None
+            check_value(str(file), manifest, Manifest)
+        except UserError as error:
+            raise UserError(f"{error}; {AGAIN}") from None
+        opened = cls(path, manifest)
+        opened._compare()
         return opened
 
     @property
@@ -134,10 +139,11 @@ class Prepared:
                 )
             sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
             for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
-                held = (self.path / file).stat().st_size if (self.path / file).exists() else None
+                path = regular(path_within(self.path, file, self.path / "manifest.json"))
+                held = path.stat().st_size if path.exists() else None
                 if held != expected:
                     why = "is missing" if held is None else f"has {held} bytes, and the manifest says {expected}"
-                    raise UserError(f"{self.path / file} {why}; bring the whole file back, or prepare the folder again")
+                    raise UserError(f"{path} {why}; bring the whole file back, or prepare the folder again")
         self.tokenizer  # noqa: B018
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, choose, need
+from ..files import expanded, regular
 from .document_rules import EACH, RULES, TextBlock, Texts, documents_of, documents_of_records, without_first_documents
 from .texts import shakespeare, visible_files
 
@@ -103,8 +104,8 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
 
 
 def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], about: Mapping[str, Any]) -> Source:
-    path = path.expanduser()
-    if not path.exists():
+    path = expanded(path)
+    if not regular(path).exists():
         raise UserError(f"{path} does not exist; {kind}:PATH needs a file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
     files = [file for file in found if kind == "text" or path.is_file() or file.suffix == f".{kind}"]
@@ -213,7 +214,7 @@ def _field(record: Any, field: str, where: str) -> str:
 
 def _id_and_config(name: str) -> tuple[str, str | None]:
     """Return a data set's name and config. A folder's path is a name; on the hub, it is OWNER/NAME[/CONFIG]."""
-    if Path(name).expanduser().is_dir():
+    if expanded(name).is_dir():
         return name, None
     parts = name.split("/", 2)
     config = parts[2] if len(parts) > 2 else None
@@ -222,7 +223,7 @@ def _id_and_config(name: str) -> tuple[str, str | None]:
 
 def _hub(known: HubDataSet, rule: str, revision: str | None) -> Source:
     datasets = need("datasets", "data")
-    folder = Path(known.id).expanduser()
+    folder = expanded(known.id)
     licence = known.licence
     try:
         if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):

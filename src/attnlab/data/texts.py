@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..files import regular
 from .corpus import Corpus
 from .tokenizer import CharTokenizer, Tokenizer
 from .tokens import Tokens
@@ -59,7 +60,7 @@ def read_text(path: Path) -> str:
 
 def read_texts(path: Path) -> list[str]:
     """Return the same, file by file."""
-    if not path.exists():
+    if not regular(path).exists():
         raise UserError(f"{path} does not exist; text:PATH needs a UTF-8 text file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
     texts = [text for text in map(_read_file, found) if text]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from ..errors import UserError
-from ..files import read_json
+from ..errors import UserError, quoted
+from ..files import expanded, naming, read_json
+from ..ranges import Size, check_value
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
 
 ANYWHERE = re.compile("")
@@ -140,21 +141,63 @@ class ByteTokenizer:
         return fingerprint_of(self.to_json())
 
 
+class Added(TypedDict):
+    """One token that is besides the model's own."""
+
+    id: Size
+    content: str
+    special: bool
+
+
+class Model(TypedDict):
+    """The model of a tokenizer.json."""
+
+    type: str
+    vocab: dict[str, Size] | list[Any]
+    merges: NotRequired[list[Any]]
+
+
+class TokenizerFile(TypedDict, total=False):
+    """The content of a tokenizer.json, as far as it is read here; our own kinds have `kind`, all others a `model`."""
+
+    kind: str
+    chars: str
+    model: Model
+    added_tokens: list[Added] | None
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    post_processor: dict[str, Any] | None
+    decoder: dict[str, Any] | None
+
+
 def from_json(data: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
 
     UserError where it is neither.
     """
-    if data.get("kind") == CharTokenizer.kind and isinstance(data.get("chars"), str):
-        return CharTokenizer(data["chars"])
+    check_value("a tokenizer", data, TokenizerFile)
+    if data.get("kind") == CharTokenizer.kind and "chars" in data:
+        chars = data["chars"]
+        if list(chars) != sorted(set(chars)):
+            raise UserError("the characters of a tokenizer are not distinct and in ascending order")
+        return CharTokenizer(chars)
     if data.get("kind") == ByteTokenizer.kind:
         return ByteTokenizer()
-    if isinstance(data.get("model"), Mapping) and {"type", "vocab"} <= set(data["model"]):
+    if "model" in data:
+        pieces = data["model"]["vocab"]
+        paired = isinstance(pieces, Mapping) or all(isinstance(each, list) and len(each) == 2 for each in pieces)
+        if not pieces or not paired or not all(isinstance(each, str) for each in names_of(pieces)):
+            raise UserError("the vocabulary of a tokenizer is empty, or not one of pieces of text")
         return BPETokenizer(data)
     raise UserError(
-        f"tokenizer kind {data.get('kind')!r} is unknown; this version reads 'char', 'byte' and the tokenizer.json of "
-        "Hugging Face's tokenizers"
+        f"tokenizer kind {quoted(data.get('kind'))} is unknown; this version reads 'char', 'byte' and the "
+        "tokenizer.json of Hugging Face's tokenizers"
     )
+
+
+def names_of(pieces: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+    """Return the pieces of a vocabulary: the names of an object, or the first of each pair in a list."""
+    return list(pieces) if isinstance(pieces, Mapping) else [each[0] for each in pieces]
 
 
 def tokenizer(name: str | Path) -> Tokenizer:
@@ -166,15 +209,15 @@ def tokenizer(name: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if name == "gpt2":
         return gpt2()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         path /= "tokenizer.json"
     if not path.is_file():
         raise UserError(f"tokenizer {str(name)!r} is neither 'byte', 'gpt2', nor a tokenizer.json or a folder with one")
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a tokenizer: give a tokenizer.json of attnlab or of Hugging Face's tokenizers")
-    return from_json(data)
+    remedy = "give a tokenizer.json of attnlab or of Hugging Face's tokenizers"
+    data = read_json(path, dict, remedy)
+    with naming(path, remedy):
+        return from_json(data)
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -36,10 +36,12 @@ from ..data.tokenizer import Tokenizer
 from ..data.tokens import Tokens
 from ..device import find_device
 from ..errors import UserError, choose
+from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
 from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
+from ..runs.tensors import computed
 from .overlap import seen_share
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
@@ -184,7 +186,7 @@ class LossSums:
         """Predict the tokens of a batch of windows, and add their losses."""
         tokens, positions, targets = padded(documents, part, model)
         rows, columns = (at.numpy() for at in (targets >= 0).nonzero(as_tuple=True))
-        losses = token_losses(model, tokens, targets, positions).numpy()
+        losses = computed(token_losses(model, tokens, targets, positions)).numpy()
         np.add.at(self.by_document, np.array([window.document for window in part])[rows], losses)
         np.add.at(self.by_seen[0], columns, losses)
         np.add.at(self.by_seen[1], columns, 1)
@@ -368,7 +370,7 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
     if whole and kind == "text":
         if split != "val":
             raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
-        return encoded(read_texts(Path(path).expanduser()), tokenizer), "all"
+        return encoded(read_texts(expanded(path)), tokenizer), "all"
     corpus: Prepared | data.Corpus = Prepared.open(path) if kind == "prepared" else data.load(config)
     if isinstance(corpus, data.Corpus):
         choose(f"split of {config.source}", split, ("val", "train"))

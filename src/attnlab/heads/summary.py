@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model import Decoder
 from ..results import HeadScores, Tell
+from ..runs.tensors import computing
 from .ablation import ablate
 from .capture import watch
 from .emergence import scores_over_training
@@ -34,7 +35,7 @@ def whole(
 
     `run`: the folder whose checkpoints are scored too; None: none. See `head_scores` for the rest.
     """
-    scores = head_scores(model, sequences=sequences, segments=segments, seed=seed, tell=tell)
+    scores = head_scores(computing(model), sequences=sequences, segments=segments, seed=seed, tell=tell)
     longest = scores.segments[-1]
     found: dict[str, Any] = {"mechanisms": list(model.config.mechanisms), "scores": scores.to_dict()}
     if causal:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .. import attention
+from ..arguments import checked
 from ..config import to_dict
 from ..errors import UserError, choose
 from ..laws.interface import separate
 from ..laws.state import seeded, unchanged
 from ..laws.subject import Broken, movement, moves_by, scale
 from ..pretrained.rope_config import rotary
+from ..ranges import Seed
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze_host, install
 
@@ -35,6 +37,7 @@ class Counts(NamedTuple):
         return f"{self.trainable:,}/{self.total:,} ({100 * self.trainable / self.total:.2f} %)"
 
 
+@checked
 def patch(
     model: Any,
     mechanism: str,
@@ -43,7 +46,7 @@ def patch(
     options: Mapping[str, Any] | None = None,
     keep_output: bool = False,
     train: str = "all",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Counts:
     """Replace the attention of a transformers model (GPT-2, Llama, Mistral, Qwen2, Qwen3) in place.
 

@@ -7,16 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..cache import Cache
-from ..device import check_compiler, wait_for
-from ..errors import UserError
-from ..model import Decoder
+from ..device import check_compiler, check_room, wait_for
+from ..errors import UserError, quoted
+from ..model import FLOAT, Decoder, cache_floats
+from ..ranges import Count, NotNegative, Part, Range, Size, check_fields
+from ..runs.tensors import computed
 
+NUMBER = 8  # bytes of a random number
 VARIANTS = 64  # kinds of blocks that one process may compile
 
 
@@ -43,37 +49,27 @@ def step(
 class Sampling:
     """The number of tokens that follow a prompt, and the choice of each from the model's probabilities."""
 
-    n: int = 200  # tokens
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int | None = None  # choose among this many likeliest tokens only; None: among all
-    top_p: float | None = None  # choose among the likeliest tokens that together have this probability; None: among all
-    seed: int = 0
+    n: Size = 200  # tokens
+    temperature: NotNegative = 0.8  # 0: always the likeliest token
+    top_k: Count | None = None  # choose among this many likeliest tokens only; None: among all
+    top_p: Part | None = None  # choose among the likeliest tokens that together have this probability; None: among all
+    seed: Annotated[int, Range(0)] = 0
 
     def check(self) -> None:
         """Raise `UserError` where a number means nothing."""
-        if self.seed < 0:
-            raise UserError(f"the seed is {self.seed}; give a whole number from 0 up")
-        if self.n < 0:
-            raise UserError(f"{self.n} tokens were asked for; give 0 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"temperature is {self.temperature}; give 0 (always the likeliest token) or a number above it"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; give 1 or more, or leave it out")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; give a share above 0 and at most 1, or leave it out")
+        check_fields(self)
 
 
+@checked
 @torch.inference_mode()
 def generate(  # noqa: PLR0913  # the public function takes the fields of Sampling one by one
     model: Decoder,
     prompts: Sequence[Sequence[int]],
-    n: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    n: Size,
+    temperature: NotNegative = 1.0,
+    top_k: Count | None = None,
+    top_p: Part | None = None,
+    seed: Annotated[int, Range(0)] = 0,
     on_token: Callable[[int, int], None] | None = None,
     *,
     stop: Collection[int] = (),
@@ -206,8 +202,9 @@ def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
 def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:
     """Return tokens [B]: where the cumulative probability of logits [B V], likeliest first, passes `draw` [B].
 
-    `draw`: numbers in [0, 1); None: the likeliest token.
+    `draw`: numbers in [0, 1); None: the likeliest token. Raises `UserError` for logits that are not finite.
     """
+    computed(logits.amax(-1))
     if draw is None or sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
@@ -227,6 +224,10 @@ def check_request(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sa
     """Raise `UserError` where `generate` could not do what is asked."""
     sampling.check()
     config = model.config
+    check_prompts(prompts)
+    longest = max(map(len, prompts), default=0) + sampling.n
+    needed = len(prompts) * (FLOAT * cache_floats(config, longest) + NUMBER * sampling.n)
+    check_room(f"the cache of {longest:,} tokens", needed, "ask for fewer tokens, or fewer prompts at once")
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} is empty; give at least one token to go on from, such as a line break")
@@ -237,3 +238,13 @@ def check_request(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sa
                 f"prompt {number} has {len(prompt)} tokens and {sampling.n} are to follow, but this model has learned "
                 f"positions for {config.context}; ask for fewer tokens, or shorten the prompt"
             )
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raise `UserError` for anything but sequences of token ids."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray | Tensor):
+        raise UserError(f"prompts is {quoted(prompts)}: give a list of lists of token ids")
+    for number, prompt in enumerate(prompts, 1):
+        whole = isinstance(prompt, Sequence | np.ndarray | Tensor) and not isinstance(prompt, str | bytes)
+        if not whole or not all(isinstance(token, Integral | Tensor) for token in prompt):
+            raise UserError(f"prompt {number} is {quoted(prompt)}: give a list of token ids")

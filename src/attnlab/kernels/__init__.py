@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from ..errors import choose
+from ..errors import UserError, choose
 from .pairs import Pairs
 
 NAMES = ("reference", "sdpa", "flex")
@@ -28,4 +29,14 @@ def get(impl: str) -> Callable[[Tensor, Tensor, Tensor, Pairs, float, float], Te
     return kernel.attend
 
 
-__all__ = ["NAMES", "get"]
+def check_training(impl: str, device: torch.device, dropout: float) -> None:
+    """Raise `UserError` where a kernel cannot train on a device, or not with dropout."""
+    if impl != "flex":
+        return
+    if dropout:
+        raise UserError(f"impl 'flex' has no dropout and {dropout} was given: set dropout 0 or impl 'sdpa'")
+    if device.type == "cpu":
+        raise UserError("impl 'flex' has no gradients on a CPU: train with impl 'sdpa' or 'reference', or on a GPU")
+
+
+__all__ = ["NAMES", "check_training", "get"]

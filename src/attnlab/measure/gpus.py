@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
+from ..ranges import Positive, check_value
 from .counters import matrix_rate, matrix_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +62,10 @@ def find_gpu(given: str | Mapping[str, Any]) -> Gpu:
     if isinstance(given, str):
         return GPUS[choose("GPU", given, [gpu.name for gpu in GPUS.values() if gpu.planned])]
     numbers = [given.get(name) for name in PLANNED]
-    known = not set(given) - {"name", *PLANNED}
-    if not known or not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
-        raise UserError(f"the GPU {dict(given)} is not known: give a number above 0 for each of {', '.join(PLANNED)}")
+    if set(given) - {"name", *PLANNED} or None in numbers:
+        raise UserError(f"the GPU {quoted(dict(given))} is not known: give each of {', '.join(PLANNED)}, and no more")
+    for name, value in zip(PLANNED, numbers, strict=True):
+        check_value(f"{name} of the GPU", value, Positive)
     return Gpu(str(given.get("name", "own")), *map(float, numbers))  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ import torch
 from .. import data
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
+from ..files import expanded, regular
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
 from . import families, folders, model_card, tensor_names
@@ -64,7 +65,7 @@ def load(
     `UserError` for a type of model that no family reads, and for tensors that are missing, left over or of a wrong
     shape.
     """
-    path = Path(source).expanduser()
+    path = regular(expanded(source))
     if (path / "run.json").is_file():
         return _load_run(path, str(source), checkpoint, dtype, device)
     if checkpoint is not None:
@@ -108,12 +109,14 @@ def build(
         model = empty(family.to_model_config(hf))
     except KeyError as missing:
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
-    except TypeError as error:
+    except UserError as error:
+        raise UserError(f"the config.json of {source} is of no model that there can be ({error}); mend it") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
     stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
-    model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes), strict=False, assign=True)
+    model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes, source), strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model.eval()
@@ -126,13 +129,19 @@ def empty(config: ModelConfig) -> Decoder:
 
 
 def save(
-    loaded: Loaded, folder: str | Path, *, family: str = "attnlab", results: Mapping[str, Any] | None = None
+    loaded: Loaded,
+    folder: str | Path,
+    *,
+    family: str = "attnlab",
+    results: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model in the form of `family`, and return the folder.
 
     It gets safetensors, config.json, the tokenizer's files and a model card; all of them or none. transformers reads
-    the forms of its own families. `results`: numbers for the model card; None: those of the source. Raises `UserError`
-    where the family cannot express the model, saying which fields differ, and where `folder` is not empty.
+    the forms of its own families. `results`: numbers for the model card; None: those of the source. `more`: further
+    JSON files, by name. Raises `UserError` where the family cannot express the model, saying which fields differ, and
+    where `folder` is not empty.
     """
     theirs = module(family)
     hf = {**express(theirs, family, loaded.model.config), **_tokens(loaded), "dtype": _dtype(loaded.model)}
@@ -140,7 +149,7 @@ def save(
     results = loaded.about.get("results") if results is None else results
     source = Path(loaded.source)
     text = model_card.card(loaded.model, family, source.name if source.exists() else loaded.source, results)
-    return folders.write_folder(Path(folder).expanduser(), hf, state, text, loaded.tokenizer, loaded.about)
+    return folders.write_folder(expanded(folder), hf, state, text, loaded.tokenizer, loaded.about, more)
 
 
 def express(theirs: ModuleType, family: str, config: ModelConfig) -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +16,9 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError, need
-from ..files import read_json, write_bytes, write_json
+from ..files import naming, path_within, read_json, regular, unreadable, whole_folder, write_bytes, write_json
 from . import tokenizer_json
+from .schemas import ORIGINAL, ModelFile, TokenizerSettings
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
@@ -31,6 +29,7 @@ class LazyTensor(NamedTuple):
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    floating: bool = True  # whether it holds floating-point numbers
 
 
 def download(name: str) -> Path:
@@ -58,13 +57,11 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither run.json nor config.json; give the folder of a run or of a model")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is not a JSON object; take the file that came with the model")
+    config = read_json(folder / "config.json", ModelFile, ORIGINAL)
     found: dict[str, Any] = {"config": config}
     template = None
     if (folder / "tokenizer_config.json").is_file():
-        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json")
+        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json", TokenizerSettings, ORIGINAL)
         template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -76,7 +73,11 @@ def describe(folder: Path) -> dict[str, Any]:
 def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
     """Return the tokenizer in `folder`, None where there is none."""
     path = folder / "tokenizer.json"
-    return tokenizer_json.parse_tokenizer(read_json(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    held = read_json(path, dict, ORIGINAL)
+    with naming(path, ORIGINAL):
+        return tokenizer_json.parse_tokenizer(held)
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
@@ -89,20 +90,36 @@ def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
             return open_file(folder / name, trust)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            parts = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: each for part in parts for key, each in open_file(folder / part, trust).items()}
+            parts = indexed(index)
+            return {key: each for part in parts for key, each in open_file(part, trust).items()}
     raise UserError(f"{folder} has a config.json but no model.safetensors; bring the weights there")
+
+
+def indexed(index: Path) -> list[Path]:
+    """Return the files that an index of tensors names. Raises `UserError` for an index that is none, and for a file in
+    another folder."""
+    held = read_json(index)
+    places = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(
+            f"{index} has no weight_map of tensor names and their files; take the file that came with the model"
+        )
+    return [regular(path_within(index.parent, name, index)) for name in sorted(set(places.values()))]
 
 
 def _safe(path: Path, trust: bool) -> dict[str, LazyTensor]:
     try:
         file = safe_open(str(path), "pt")
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); fetch or export it again") from None
 
     def stored(name: str) -> LazyTensor:
         # opened anew: an open file keeps in memory all that was read from it
-        return LazyTensor(tuple(file.get_slice(name).get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name))
+        held = file.get_slice(name)
+        floating = "F" in held.get_dtype()  # F32, BF16, F8_E4M3
+        return LazyTensor(tuple(held.get_shape()), lambda: safe_open(str(path), "pt").get_tensor(name), floating)
 
     return {name: stored(name) for name in file.keys()}
 
@@ -130,10 +147,12 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
     held = unpickle(path, trust)
     if not isinstance(held, dict) or not {"model", "model_args"} <= set(held):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; give a model's folder")
+    if not isinstance(held["model_args"], dict):
+        raise UserError(f"{path} has model_args that name no fields; fetch it again")
     about: dict[str, Any] = {"config": {**held["model_args"], "model_type": "nanogpt"}}
-    if "iter_num" in held:
-        about["step"] = int(held["iter_num"])
-    if "best_val_loss" in held:
+    if isinstance(held.get("iter_num"), int):
+        about["step"] = held["iter_num"]
+    if isinstance(held.get("best_val_loss"), int | float | Tensor):
         about["results"] = {"best validation loss, nats per token": float(held["best_val_loss"])}
     state = stored(held["model"], path)
     return about, {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
@@ -145,9 +164,11 @@ def unpickle(path: Path, trust: bool) -> Any:
     Raises `UserError` for a file that is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        return torch.load(regular(path), map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; fetch it again") from None
+    except PermissionError as error:
+        raise UserError(unreadable(path, error)) from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a plain archive of tensors: opening it could run code that it brings; "
@@ -165,14 +186,17 @@ def write_folder(
     card: str,
     tokenizer: data.Tokenizer | None,
     about: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
     `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
-    chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
+    chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where `folder` is not empty,
+    or cannot be written.
     """
-    with atomic(folder) as half:
-        save_file(state, half / "model.safetensors", {"format": "pt"})
+    with whole_folder(folder) as half:
+        with tensor_errors():
+            save_file(state, half / "model.safetensors", {"format": "pt"})
         write_json(half / "config.json", config)
         write_bytes(half / "README.md", card.encode())
         if tokenizer is not None:
@@ -181,39 +205,15 @@ def write_folder(
             write_json(half / "tokenizer_config.json", settings)
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
+        for name, content in (more or {}).items():
+            write_json(half / name, content)
     return folder
 
 
 @contextmanager
-def atomic(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder`, which gets that name at the end; after an error it is removed.
-
-    Raises `UserError` where `folder` is not empty, or cannot be written.
-    """
-    check_free(folder)
+def tensor_errors() -> Iterator[None]:
+    """Raise `OSError` where safetensors cannot write a file: it has an error of its own for a full disk."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder that you may write to") from None
-    try:
-        half.chmod(0o777 & ~_umask())
-        yield half
-        os.replace(half, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder} ({error}); free space or choose another folder") from None
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def check_free(folder: Path) -> None:
-    """Raise `UserError` where `folder` holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; name a new or an empty folder")
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from None

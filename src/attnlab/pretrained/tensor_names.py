@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder
+from ..runs.tensors import finite_weights
 from .folders import LazyTensor
 
 
@@ -139,18 +140,23 @@ def check_tensors(
 
 
 def read_tensors(
-    rows: Iterable[Row], found: Mapping[str, LazyTensor], dtypes: Mapping[str, torch.dtype]
+    rows: Iterable[Row], found: Mapping[str, LazyTensor], dtypes: Mapping[str, torch.dtype], source: str = "the model"
 ) -> dict[str, Tensor]:
     """Return our tensors by name, in `dtypes`, or as they are stored where it does not name them.
+
+    Raises `UserError` for one that is not finite, and for one of whole numbers where `dtypes` names what it becomes.
+    `source` is the name for messages.
 
     They are made row by row, so that only one row is held twice. They are copies, because a tensor of a mapped file is
     not aligned, and changes with the file.
     """
-    return {
-        name: torch.empty(tensor.shape, dtype=dtypes.get(name, tensor.dtype)).copy_(tensor)
-        for row in rows
-        for name, tensor in zip(row.ours, row.read(*(found[name].load() for name in row.theirs)), strict=True)
-    }
+    read = {}
+    for row in rows:
+        floating = any(name in dtypes for name in row.ours)
+        theirs = [finite_weights(name, found[name].load(), source, floating) for name in row.theirs]
+        for name, tensor in zip(row.ours, row.read(*theirs), strict=True):
+            read[name] = torch.empty(tensor.shape, dtype=dtypes.get(name, tensor.dtype)).copy_(tensor)
+    return read
 
 
 def write_tensors(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from .. import data
 from ..data.bpe import END, byte_letters, byte_level
-from ..data.tokenizer import ByteTokenizer, CharTokenizer
+from ..data.tokenizer import ByteTokenizer, CharTokenizer, TokenizerFile, names_of
 from ..errors import UserError
+from ..ranges import check_value
 
 
 def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def parse_tokenizer(held: Any) -> data.Tokenizer:
     """
     if not isinstance(held, Mapping):
         raise UserError("tokenizer.json is not a JSON object; take the file that came with the model")
-    pieces = (held.get("model") or {}).get("vocab", ())
+    check_value("tokenizer.json", held, TokenizerFile)
+    pieces = names_of((held.get("model") or {}).get("vocab", ()))
     letters = [piece for piece in pieces if isinstance(piece, str) and len(piece) == 1]
     own: tuple[data.Tokenizer, ...] = ByteTokenizer(), CharTokenizer("".join(sorted(letters)))
     return next((tokenizer for tokenizer in own if written(tokenizer) == held), None) or data.from_json(held)

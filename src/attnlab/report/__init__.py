@@ -6,6 +6,7 @@ the rest. Imports neither torch nor jax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..files import write_bytes
@@ -15,15 +16,22 @@ from .results_folder import read_results
 __all__ = ["render", "write_report"]
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html, whole or not at all, and return its path. `UserError` as in `render`."""
-    return write_bytes(Path(folder) / "report.html", render(folder).encode("utf-8", "replace"))
+def write_report(folder: str | Path, tell: Callable[[str], None] = lambda sentence: None) -> Path:
+    """Write `folder`/report.html, whole or not at all, and return its path. `UserError` as in `render`.
+
+    `tell` gets a sentence about each damaged file, which is left out; the page says the same.
+    """
+    found = read_results(Path(folder))
+    for sentence in found.damaged:
+        tell(sentence)
+    return write_bytes(Path(folder) / "report.html", page(found, plotly_script()).encode("utf-8", "replace"))
 
 
 def render(folder: str | Path) -> str:
     """Return the report as one HTML document.
 
-    `UserError` where the folder is missing, has no results or a damaged file, or where plotly is not installed.
+    A damaged file is left out, and named on the page. `UserError` where the folder is missing or has no results that
+    are whole, or where plotly is not installed.
     """
     found = read_results(Path(folder))
     return page(found, plotly_script()).encode("utf-8", "replace").decode()

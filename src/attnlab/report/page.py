@@ -70,6 +70,7 @@ def header(found: Findings) -> Html:
         tag("h1", title),
         tag("div", [tag("p", sentence) for sentence in details], class_="lede"),
         tag("p", " · ".join(filter(None, facts)), class_="facts"),
+        *(tag("p", "Left out: ", sentence, ".", class_="facts") for sentence in found.damaged),
     )
 
 

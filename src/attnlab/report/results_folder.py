@@ -1,10 +1,10 @@
-"""Findings of a results folder. Every file in it is optional; every file that is there must be whole."""
+"""Findings of a results folder. Every file in it is optional; one that is damaged is left out, and named."""
 
 from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -72,6 +72,7 @@ class Findings:
     samples: list[dict[str, Any]] = field(default_factory=list)
     attention: list[AttentionMaps] = field(default_factory=list)
     heads: list[dict[str, Any]] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # a sentence about each file that was left out
 
     @property
     def baseline(self) -> str:
@@ -116,17 +117,24 @@ def finite_number(value: Any) -> float | None:
 
 
 def read_results(path: Path) -> Findings:
-    """Return what the folder `path` holds. `UserError` where it is missing, has no results, or a file is damaged."""
+    """Return what the folder `path` holds. `UserError` where it is missing, or has no results that are whole."""
     if not path.exists():
         raise UserError(f"there is no folder {path}: give the folder that attnlab compare or attnlab demo wrote")
     if not path.is_dir():
         raise UserError(f"{path} is a file: give the folder that attnlab compare or attnlab demo wrote")
 
+    damaged: list[str] = []
+
     def load(name: str, parse: Callable[[Any], Any]) -> Any:
-        return guarded(path / name, parse) if (path / name).exists() else None
+        try:
+            return guarded(path / name, parse) if (path / name).exists() else None
+        except UserError as error:
+            damaged.append(str(error))
+            return None
 
     compare = load("compare.json", _compare)
-    cells = compare.pop("cells") if compare else list(_runs(path))
+    runs = [] if compare else [load(str(file.relative_to(path)), _cell) for file in _runs(path)]
+    cells = compare.pop("cells") if compare else [cell for cell in runs if cell is not None]
     standings = compare.pop("summary") if compare else _means(cells)
     found = Findings(
         folder=path.resolve().name,
@@ -140,7 +148,10 @@ def read_results(path: Path) -> Findings:
         samples=load("samples.json", lambda data: [dict(x) | {"text": str(x["text"])} for x in data]) or [],
         attention=load("attention.json", lambda data: [_maps(x) for x in data]) or [],
         heads=load("heads.json", lambda data: [_heads(x) for x in data]) or [],
+        damaged=damaged,
     )
+    if not found.mechanisms and damaged:
+        raise UserError(damaged[0])
     if not found.mechanisms:
         files = ", ".join(FILES)
         raise UserError(f"{path} holds no results (no run, none of {files}): give a folder that attnlab compare wrote")
@@ -154,7 +165,7 @@ def guarded(file: Path, parse: Callable[[Any], Any]) -> Any:
         return parse(data)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{file} does not hold what this version reads ({error}): delete it and run its command again"
         ) from None
@@ -207,11 +218,9 @@ def _cell(data: dict[str, Any]) -> RunResult:
     return cell
 
 
-def _runs(path: Path) -> Iterator[RunResult]:
-    """Yield the finished runs of a comparison that was stopped, or of a single run."""
-    for file in (path / "result.json", *sorted(path.glob("runs/*/result.json"))):
-        if file.exists():
-            yield guarded(file, _cell)
+def _runs(path: Path) -> list[Path]:
+    """The results of the finished runs of a comparison that was stopped, or of a single run."""
+    return [file for file in (path / "result.json", *sorted(path.glob("runs/*/result.json"))) if file.exists()]
 
 
 def _means(cells: list[RunResult]) -> list[Standing]:

@@ -14,19 +14,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import checksum
+from ..files import checksum, parse_json, regular
+from ..ranges import LARGEST, Range, Size
+from ..unfinished import sync_folder
 from .processes import Processes
 from .tensors import Piece, on_host
 
 COMMIT = "commit.json"
+PLACE = re.compile(r"\.?step-[0-9]{8,}")  # the name of a checkpoint's folder; with a dot while it is being written
+OURS = re.compile(r"(model|optimizer)(\.rank-[0-9]{5,})?\.safetensors|state\.json|commit\.json")  # the files in it
 FileFacts = dict[str, Any]  # what the commit says of a file: bytes and sha256
 
 
@@ -40,9 +46,46 @@ class Checkpoint(NamedTuple):
 
 
 def make_anew(folder: Path) -> None:
-    """Make an empty folder, in place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Make an empty folder, in place of what a killed run left there."""
+    remove_own(folder)
     folder.mkdir()
+
+
+def remove_own(folder: Path) -> None:
+    """Remove a folder of a checkpoint that is none, but nothing in it that no run writes, and then not the folder."""
+    with suppress(OSError):
+        for file in folder.iterdir():
+            if OURS.fullmatch(file.name):
+                file.unlink()
+        folder.rmdir()
+
+
+class Facts(TypedDict):
+    """The words of commit.json on a file."""
+
+    bytes: Annotated[int, Range(0, LARGEST)]
+    sha256: str
+
+
+class Commit(TypedDict):
+    """The content of commit.json."""
+
+    step: Size
+    files: dict[str, Facts]
+
+
+def committed(path: Path, step: int) -> dict[str, FileFacts]:
+    """Return the files that the commit.json at `path` lists. Raises `ValueError` where it is not that of `step`, and
+    where it names files that no run writes, or not all that a checkpoint needs."""
+    held = parse_json("it", regular(path).read_bytes(), Commit, "it was changed")
+    if held["step"] != step:
+        raise ValueError(f"it is of step {held['step']}")
+    files: dict[str, FileFacts] = held["files"]
+    needed = {"model.safetensors", "optimizer.safetensors", "state.json"}
+    foreign = sorted(name for name in files if not OURS.fullmatch(name))
+    if foreign or not needed <= set(files):
+        raise ValueError(f"it names {foreign[0]!r}" if foreign else "it does not name all files")
+    return files
 
 
 def write_pieces(
@@ -68,10 +111,10 @@ def commit(half: Path, place: Path, step: int, state: Mapping[str, Any], files: 
     """Add state.json and commit.json to the folder `half`, then give it the name `place`. Both reach the disk."""
     files["state.json"] = write_file(half / "state.json", _line({"step": step, **state}))
     write_file(half / COMMIT, _line({"step": step, "files": files}))
-    _sync(half)
+    sync_folder(half)
     drop(place)
     os.replace(half, place)
-    _sync(place.parent)
+    sync_folder(place.parent)
 
 
 def drop(place: Path) -> None:
@@ -100,13 +143,3 @@ def check_file(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _line(value: Any) -> bytes:
     return (json.dumps(value) + "\n").encode()
-
-
-def _sync(folder: Path) -> None:
-    """Write a folder's names to the disk, a rename among them; only POSIX lets a folder be opened for that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

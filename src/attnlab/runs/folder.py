@@ -14,10 +14,11 @@ read the lines that are added to metrics.jsonl.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,16 +28,33 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import data
-from ..config import RunConfig, from_dict, to_dict
+from ..arguments import checked
+from ..config import RunConfig, differing, from_dict, to_dict
+from ..device import find_device
 from ..errors import UserError
-from ..files import disk_errors, read_json, write_bytes, write_json
+from ..files import disk_errors, naming, parse_json, read_json, regular, unreadable, write_bytes, write_json
 from ..model import Decoder
+from ..ranges import Size, check_value
 from ..results import FORMAT, RunResult, environment
-from .checkpoint import COMMIT, Checkpoint, check_file, commit, drop, make_anew, write_pieces
+from ..unfinished import clean
+from .checkpoint import (
+    COMMIT,
+    PLACE,
+    Checkpoint,
+    check_file,
+    commit,
+    committed,
+    drop,
+    make_anew,
+    remove_own,
+    write_pieces,
+)
 from .processes import ONE_PROCESS, Processes
+from .schemas import About, CheckpointState, Metrics
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
+OTHER = "name another checkpoint with --checkpoint"  # what to do about one that cannot be read
 
 
 class RunFolder:
@@ -66,11 +84,13 @@ class RunFolder:
             if held.config.key == config.key:
                 raise UserError(f"{path} already holds this run; add --resume to go on with it, or name another folder")
             raise UserError(
-                f"{path} holds another run ({_difference(held.config, config)}); delete this one or name another"
+                f"{path} holds another run ({differing(held.config, config)}); delete this one or name another"
             )
-        if path.is_file() or (path.is_dir() and any(map(_foreign, path.iterdir()))):
+        tokenizer = (json.dumps(corpus.tokenizer.to_json()) + "\n").encode()
+        if path.is_file() or (path.is_dir() and any(_foreign(file, tokenizer) for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; name a new or an empty folder")
         made = not path.exists()
+        own = not (path / "tokenizer.json").exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,12 +101,14 @@ class RunFolder:
             "config": to_dict(config),
             "data": {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
             "environment": environment(),
+            "threads": torch.get_num_threads(),
         }
         try:
-            write_json(path / "tokenizer.json", corpus.tokenizer.to_json(), indent=None)
+            write_bytes(path / "tokenizer.json", tokenizer)
             write_json(path / "run.json", about)  # last: a folder that has it is complete
         except BaseException:
-            (path / "tokenizer.json").unlink(missing_ok=True)
+            if own:
+                (path / "tokenizer.json").unlink(missing_ok=True)
             if made:
                 path.rmdir()
             raise
@@ -98,17 +120,16 @@ class RunFolder:
         if not (path / "run.json").is_file():
             why = "has no run.json" if path.is_dir() else "does not exist"
             raise UserError(f"{path} {why}, so it is not a run folder; give the --out folder of 'attnlab train'")
-        about = read_json(path / "run.json")
-        found = about.get("format") if isinstance(about, dict) else None
-        if found != FORMAT:
+        about = read_json(path / "run.json", dict, "take the file that was there, or train again into another folder")
+        found = about.get("format")
+        if found != FORMAT or isinstance(found, bool):
             raise UserError(
                 f"{path} is a run folder of format {found}, but this version reads format {FORMAT}; "
                 "use the attnlab that wrote it, or train again into another folder"
             )
-        try:
+        with naming(path / "run.json", "train again into another folder"):
+            check_value("it", about, About)
             config = from_dict(RunConfig, about["config"])
-        except (KeyError, TypeError):
-            raise UserError(f"{path / 'run.json'} lacks parts of the config; train again into another folder") from None
         return cls(path, config, about, processes)
 
     @classmethod
@@ -121,7 +142,7 @@ class RunFolder:
         folder = cls.open(path, processes)
         if folder.config.key != config.key:
             raise UserError(
-                f"{path} holds another run ({_difference(folder.config, config)}); "
+                f"{path} holds another run ({differing(folder.config, config)}); "
                 "resume with the config it began with, or name another folder"
             )
         if folder.about["data"]["fingerprint"] != corpus.fingerprint:
@@ -133,29 +154,29 @@ class RunFolder:
 
     def tokenizer(self) -> data.Tokenizer:
         """Return the tokenizer of the run's text."""
-        return data.from_json(read_json(self.path / "tokenizer.json"))
+        path = self.path / "tokenizer.json"
+        with naming(path, "take the one that was there, or train again into another folder"):
+            return data.from_json(read_json(path))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; a number that is not finite becomes null. Only the first process writes."""
         if not self.processes.first:
             return
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
-        path = self.path / "metrics.jsonl"
+        path = regular(self.path / "metrics.jsonl")
         with disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every whole record; a last line that a crash cut short is left out."""
-        path = self.path / "metrics.jsonl"
+        path = regular(self.path / "metrics.jsonl")
         if not path.exists():
             return []
         lines = path.read_text("utf-8").split("\n")[
             :-1
         ]  # after the last newline: nothing, or a line that was cut short
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
-            raise UserError(f"{path} has a line that is not JSON; delete it and run again") from None
+        name = f"a line of {path}"
+        return [parse_json(name, line, Metrics, "delete this line or the file, and run again") for line in lines]
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run makes again.
@@ -167,9 +188,10 @@ class RunFolder:
         self.processes.wait()
 
     def _forget_after(self, step: int) -> None:
-        half_gone = (folder for folder in self.path.glob("step-*") if not (folder / COMMIT).exists())
-        for rest in (*self.path.glob(".step-*"), *self.path.glob(".*.json*.*"), *half_gone):
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        clean(self.path)
+        for folder in sorted(self.path.iterdir()):
+            if PLACE.fullmatch(folder.name) and folder.is_dir() and not (folder / COMMIT).exists():
+                remove_own(folder)
         self._tidy()
         if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
@@ -203,8 +225,8 @@ class RunFolder:
                 files = {name: about for each in processes.gather(own) for name, about in each.items()}
                 processes.agree(lambda: commit(half, place, step, state, files) if processes.first else None)
         finally:
-            if processes.first:
-                shutil.rmtree(half, ignore_errors=True)
+            if processes.first and half.exists():
+                remove_own(half)
         if processes.first:
             self._tidy()
         return place
@@ -226,9 +248,18 @@ class RunFolder:
         )
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints, in ascending order."""
-        names = (found.parent.name.removeprefix("step-") for found in self.path.glob(f"step-*/{COMMIT}"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        """Return the steps of the checkpoints, in ascending order. `UserError` where one may not be looked into."""
+        found = []
+        for place in self.path.iterdir() if self.path.is_dir() else ():
+            if PLACE.fullmatch(place.name) and not place.name.startswith("."):
+                try:
+                    (place / COMMIT).lstat()
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        continue
+                    raise UserError(unreadable(place, error, OTHER)) from None
+                found.append(int(place.name.removeprefix("step-")))
+        return sorted(found)
 
     def newest(self) -> int | None:
         """Return the step of the newest checkpoint; None without one."""
@@ -250,7 +281,8 @@ class RunFolder:
         step = self._known(step)
         path = self._place(step) / "state.json"
         self._check(step, [path.name])
-        return self._whole(step, path, lambda: json.loads(path.read_bytes()))
+        read = partial(parse_json, "it", kind=CheckpointState, remedy="it was changed")
+        return self._whole(step, path, lambda: read(regular(path).read_bytes()))
 
     def stored(
         self, step: int | None = None, what: Literal["model", "optimizer"] = "model", processes: Processes = ONE_PROCESS
@@ -264,7 +296,7 @@ class RunFolder:
 
     def _files(self, step: int) -> dict[str, dict[str, Any]]:
         path = self._place(step) / COMMIT
-        return self._whole(step, path, lambda: json.loads(path.read_bytes())["files"])
+        return self._whole(step, path, lambda: committed(path, step))
 
     def _check(self, step: int, names: Iterable[str]) -> None:
         files = self._files(step)
@@ -277,10 +309,26 @@ class RunFolder:
         if self.processes.first:
             write_json(self.path / "result.json", result.to_dict())
 
+    def discard(self) -> None:
+        """Remove the files of a run that came to nothing, and the folder where nothing else is in it."""
+        if self.processes.first:
+            for name in ("result.json", "metrics.jsonl", "tokenizer.json", "run.json"):
+                (self.path / name).unlink(missing_ok=True)
+            for beat in self.path.glob("heartbeat/rank-*.json"):
+                beat.unlink(missing_ok=True)
+            for place in (self.path / "heartbeat", self.path):
+                with suppress(OSError):
+                    place.rmdir()
+        self.processes.wait()
+
     def result(self) -> RunResult | None:
         """Return the result of the run; None before there is one."""
         path = self.path / "result.json"
-        return RunResult.from_dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_json(path)
+        with naming(path, "delete it, and add --resume to the command that made it"):
+            return RunResult.from_dict(found)
 
     def _place(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
@@ -298,8 +346,13 @@ class RunFolder:
         """Return what `read` returns. `UserError` when it finds that the file `path` is damaged."""
         try:
             return read()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
+        except UserError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                raise UserError(unreadable(path, error, OTHER)) from None
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            why = "it is missing" if isinstance(error, FileNotFoundError) else why
             earlier = [other for other in self.steps() if other < step]
             way = (
                 f"delete the folder {path.parent.name} to go on from step {earlier[-1]}, which is there"
@@ -309,39 +362,31 @@ class RunFolder:
             raise UserError(f"the checkpoint file {path} is damaged ({why}); {way}") from None
 
 
+@checked
 def load_model(
-    path: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+    path: str | Path, step: Size | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, RunConfig]:
     """Return the trained model of a run folder and the config of its run.
 
     The model is in evaluation mode, with float32 weights. `step` None: of the newest checkpoint.
     """
+    place = find_device(device) if isinstance(device, str) else device
     folder = RunFolder.open(path)
     with torch.random.fork_rng([]):  # initial weights are overwritten; the caller's random state stays as it was
         model = Decoder(folder.config.model)
-    load_weights(model, folder.load_weights(step))
-    return model.to(device).eval(), folder.config
+    load_weights(model, folder.load_weights(step), folder.path)
+    return model.to(place).eval(), folder.config
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _foreign(file: Path) -> bool:
-    """Return whether a file is of no run, so that the folder cannot become one; a killed run may leave the others."""
-    return not file.name.startswith(".") and file.name != "tokenizer.json"
+def _foreign(file: Path, tokenizer: bytes) -> bool:
+    """Return whether a file is of no run, so that the folder cannot become one.
 
-
-def _difference(held: RunConfig, given: RunConfig) -> str:
-    """Return the fields in which two configs differ, as the user would name them."""
-    pairs = zip(_leaves(to_dict(held)), _leaves(to_dict(given)), strict=False)
-    found = [f"{name} {old!r} there, {new!r} given" for (name, old), (_, new) in pairs if old != new and name != "name"]
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict) and name != "options":
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    A run that was killed while it began may leave hidden files, and the `tokenizer` that is to be written.
+    """
+    if file.name == "tokenizer.json" and regular(file).is_file():
+        return file.read_bytes() not in (b"", tokenizer)
+    return not file.name.startswith(".")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_json, write_json
+from .schemas import Beat
 
 FOLDER = "heartbeat"
 
@@ -45,7 +46,7 @@ def beats(run: str | Path) -> list[dict[str, Any] | None]:
 
     The number of ranks is that of the newest heartbeat, because a run may go on with fewer processes.
     """
-    found = [read_json(path) for path in sorted((Path(run) / FOLDER).glob("rank-*.json"))]
+    found = [read_json(path, Beat) for path in sorted((Path(run) / FOLDER).glob("rank-*.json"))]
     if not found:
         return []
     by_rank = {beat["rank"]: beat for beat in found}

@@ -6,6 +6,7 @@ processes, and PyTorch sends between them.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from torch import distributed as dist
 
 from ..errors import UserError, need
 from .launcher import lasting_store, launched, rank
-from .signals import on_stop_signal
+from .signals import GRACE, on_stop_signal
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds until processes that were started together must have found each other
@@ -182,19 +183,45 @@ def _sent(send: Callable[[], Any]) -> None:
         raise (peer_lost(error) if unreachable(error) else error) from None
 
 
+class StopRequest(threading.Event):
+    """An event that is set once the run is asked to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()  # numbers of the signals that came
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt inside GRACE seconds after the request: for what takes long and saves nothing."""
+        over = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            threading.Thread(target=self._hurry, args=(over,), daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _hurry(self, over: threading.Event) -> None:
+        while not self.wait(0.2):
+            if over.is_set():
+                return
+        if not over.wait(GRACE):
+            self.seen.add(signal.SIGINT)
+            _thread.interrupt_main()  # as a second Ctrl-C
+
+
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[StopRequest]:
     """Yield an event that the first Ctrl-C or SIGTERM sets; it stays unset outside the main thread.
 
     A second signal of the same kind raises KeyboardInterrupt: a launcher may add its SIGTERM to a terminal's Ctrl-C.
     """
-    asked = threading.Event()
-    seen: set[int] = set()
+    asked = StopRequest()
 
     def ask(number: int) -> None:
-        if number in seen:
+        if number in asked.seen:
             raise KeyboardInterrupt
-        seen.add(number)
+        asked.seen.add(number)
         asked.set()
 
     with on_stop_signal(ask) as before:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -121,15 +121,56 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: on_host(state[name]) for name in first.values()}
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `weights` returned. `UserError` when names or shapes are not this model's."""
+def finite_weights(name: str, tensor: Tensor, source: str | Path, floating: bool = True) -> Tensor:
+    """Return `tensor`, whose name is `name` in `source`. `UserError` where it is not finite.
+
+    `floating`: it must be of floating-point numbers, as weights are; counters are not.
+    """
+    if floating and not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{source} has {name} in {kind}, and weights are floating-point numbers: bring it as float32")
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return tensor
+    whole = tensor.float() if tensor.element_size() == 1 else tensor  # few operations know numbers of 8 bits
+    if not all(end.isfinite() for end in whole.aminmax()):
+        raise UserError(
+            f"{source} has NaN or infinity in {name}, so it computes nothing: take weights from before that"
+        )
+    return tensor
+
+
+def computed(values: Tensor) -> Tensor:
+    """Return what a model computed. `UserError` where that is not finite, as where its weights are too large."""
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            "the model computes NaN or infinity: its weights are damaged, or too large for its numbers; take other "
+            "weights"
+        )
+    return values
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def computing(model: Model) -> Model:
+    """Return a decoder that computes finite numbers from two tokens. `UserError` where it does not."""
+    computed(model(torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))[0])
+    return model
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path = "the checkpoint") -> None:
+    """Load what `weights` returned. `UserError` when names or shapes are not this model's, or numbers are not finite;
+    `source` is the name for messages."""
     expected = weights(model)
     wrong = sorted(set(expected) ^ set(tensors)) or [n for n, t in tensors.items() if t.shape != expected[n].shape]
     if wrong:
         raise UserError(
-            f"the checkpoint does not fit the model: names or shapes differ at {', '.join(wrong[:3])}; "
+            f"{source} does not fit the model: names or shapes differ at {', '.join(wrong[:3])}; "
             "load it with the version and the mechanisms it was trained with"
         )
+    for name, tensor in tensors.items():
+        finite_weights(name, tensor, source, expected[name].is_floating_point())
     model.load_state_dict(dict(tensors), strict=False)
 
 

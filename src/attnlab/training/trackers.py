@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, to_dict
-from ..errors import choose, need
+from ..errors import UserError, choose, need
 from ..files import read_json, write_json
 
 PROJECT = "attnlab"
@@ -111,7 +111,11 @@ def open_trackers(
     if not (place / "ids.json").exists():
         id = secrets.token_hex(4)
         write_json(place / "ids.json", {"id": id, "name": f"{config.name}-{config.mechanism}-{id}"})
-    ids = read_json(place / "ids.json")
+    ids = read_json(place / "ids.json", dict[str, str])
+    if missing := {"id", "name"} - set(ids):
+        raise UserError(
+            f"{place / 'ids.json'} lacks {', '.join(sorted(missing))}; delete it, and the run is tracked anew"
+        )
     for name in dict.fromkeys(names):
         trackers.begin(name, TrackerRun(place / name, ids["id"], ids["name"], to_dict(config), progress_step))
     try:

@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .. import data
 from ..config import Execution, RunConfig
 from ..device import find_device, find_precision
 from ..errors import UserError
+from ..files import alone
 from ..measure.counters import reset_peak
 from ..measure.gpus import Peak, find_peak
 from ..recording import record_losses
@@ -30,14 +31,24 @@ from ..results import RunResult
 from ..runs.folder import RunFolder
 from ..runs.heartbeat import Heartbeat
 from ..runs.launcher import restarted
-from ..runs.processes import LocalError, Processes, join_processes, leave, peer_lost, stop_requests, unreachable
+from ..runs.processes import (
+    LocalError,
+    Processes,
+    StopRequest,
+    join_processes,
+    leave,
+    peer_lost,
+    stop_requests,
+    unreachable,
+)
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
+from .limits import check_run, keep_failure, other_threads
 from .log import Log
 from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
-from .step import HOW, Step, Trainer, part_sizes, train_step
+from .step import HOW, Step, Trainer, train_step
 from .summary import summary
 from .throughput import Account, Laggards, combine
 from .trackers import Trackers, check_trackers, open_trackers
@@ -57,8 +68,11 @@ def train(
     resume: bool = False,
     progress: Listener | None = None,
     how: Execution = HOW,
+    patience: float = 2.0,
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
+
+    The folder is locked. Another process that trains in it is waited for `patience` seconds, then refused.
 
     `progress` gets {"step", "loss", "val_loss", "tokens_per_s", ...}, some of these fields at a time. After Ctrl-C or
     SIGTERM the step is finished and saved, and `Stopped`, a KeyboardInterrupt, is raised; a second one does not wait.
@@ -68,8 +82,13 @@ def train(
     kind, _ = strategies.find(how.strategy)
     check_trackers(how.track)
     processes = join_processes(find_device(config.train.device), kind.grouped)
+    lock = alone(Path(out), "trains in", patience)
     try:
-        with own_random_state(), stop_requests() as stop, deterministic(config.train.deterministic):
+        with ExitStack() as held:
+            processes.agree(lambda: held.enter_context(lock) if processes.first else None)
+            held.enter_context(own_random_state())
+            stop = held.enter_context(stop_requests())
+            held.enter_context(deterministic(config.train.deterministic))
             try:
                 return _train(config, Path(out), resume or restarted(), progress, how, processes, stop)
             except RuntimeError as error:
@@ -87,10 +106,11 @@ def _train(
     progress: Listener | None,
     how: Execution,
     processes: Processes,
-    stop: threading.Event,
+    stop: StopRequest,
 ) -> RunResult:
-    config, corpus = processes.agree(lambda: resolve(config))
-    part_sizes(config.train, processes.size)
+    with stop.at_once():
+        config, corpus = processes.agree(lambda: resolve(config))
+    check_run(config, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
         folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
@@ -107,8 +127,8 @@ def _train(
     run = Run(trainer, folder, log, stop, tell, peak, how)
     del trainer  # a rewind replaces it, and its memory must then be free
     names = how.track if processes.first else ()
-    if names:
-        run.say(f"opening {', '.join(names)}")
+    for words in (*other_threads(folder, device), *(f"opening {name}" for name in names)):
+        run.say(words)
     saved = -1 if log.saved is None else log.saved
     with open_trackers(names, out, config, saved, run.say) as run.trackers:
         finished = run.to_end()
@@ -153,8 +173,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
 
     Raises `UserError` for a seed, a source or a context that cannot be used.
     """
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"the seed is {config.seed}; give a whole number from 0 up")
     corpus = data.load(config.data)
     corpus.check(config.model.context)
     if config.model.vocab_size < corpus.vocab_size:
@@ -194,7 +212,7 @@ class Run:
             except Rewind as back:
                 self.rewind(back)
             except Diverged as error:
-                self.folder.write_result(self.summary("failed", str(error)))
+                keep_failure(self.folder, self.log, self.summary("failed", str(error)))
                 raise
             except (UserError, OSError) as error:
                 if self.trainer.processes.first or isinstance(error, LocalError):

@@ -126,4 +126,13 @@ class Tail:
             return []
         whole = added[: added.rfind(b"\n") + 1]
         self.read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [record for line in whole.splitlines() if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl; None where a file system shows a line before it has all of it."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

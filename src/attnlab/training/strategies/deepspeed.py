@@ -60,9 +60,7 @@ def settings_of(path: str) -> dict[str, Any]:
         return {"zero_optimization": {"stage": 1}}
     if not Path(path).is_file():
         raise UserError(f"deepspeed:{path}: there is no such file; give a DeepSpeed config in JSON, or deepspeed alone")
-    found = read_json(Path(path))
-    if not isinstance(found, dict):
-        raise UserError(f'{path} is not a JSON object: give one such as {{"zero_optimization": {{"stage": 2}}}}')
+    found: dict[str, Any] = read_json(Path(path), dict, 'give an object such as {"zero_optimization": {"stage": 2}}')
     if taken := [name for name in OURS if name in found]:
         raise UserError(f"{path} sets {taken[0]}, which is --{OURS[taken[0]]} here: remove it from the file")
     zero = found.get("zero_optimization", {})

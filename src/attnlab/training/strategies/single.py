@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import TrainConfig
+from ...errors import UserError
 from ...model import Decoder
 from ...runs.processes import Processes
 from ...runs.tensors import Piece, Stored, optimizer_tensors, weights, whole_piece
@@ -146,7 +147,12 @@ class Strategy:
             self.optimizers[label].state[parameter][field] = self.placed(stored, key, parameter)
 
     def placed(self, stored: Stored, key: str, parameter: nn.Parameter) -> Tensor:
-        """Return one stored state, as the optimizer of this process holds it."""
+        """Return one stored state, as the optimizer of this process holds it. `UserError` for a wrong shape."""
+        if stored.shape(key) not in ((), tuple(parameter.shape)):
+            raise UserError(
+                f"the checkpoint's optimizer state {key} has the shape {[*stored.shape(key)]} and its parameter "
+                f"{[*parameter.shape]}: it is not of this run; train again into another folder"
+            )
         return stored.read(key).to(parameter.device)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
