@@ -79,7 +79,11 @@ class RunFolder:
             "format": FORMAT,
             "key": config.key,
             "config": to_dict(config),
-            "data": {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
+            "data": {
+                "fingerprint": corpus.fingerprint,
+                "vocab_size": corpus.vocab_size,
+                "order": corpus.order,
+            },
             "environment": environment(),
         }
         try:
@@ -128,6 +132,11 @@ class RunFolder:
             raise UserError(
                 f"the text of {corpus.source!r} is not what {path} was trained on; bring the old text back, or name "
                 "another folder"
+            )
+        if folder.about["data"].get("order", 1) != corpus.order:
+            raise UserError(
+                f"{path} was begun by an attnlab that reads its text in another order, so going on would read some of "
+                f"it twice and some never: go on with that attnlab, or begin another folder with --init {path}"
             )
         return folder
 
