@@ -162,7 +162,7 @@ class TrainConfig:
     lr: float = 1e-3
     min_lr: float = 1e-4
     warmup: int = 100  # steps
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay: float = 0.2  # wsd: the share of steps, at the end, in which the rate falls
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1

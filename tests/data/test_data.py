@@ -109,6 +109,8 @@ def test_an_epoch_reads_every_token_once_and_the_next_one_in_other_windows():
     parts = [corpus.batch(5, step, 4, 10) for step in range(33)]
     x = torch.cat([part.x for part in parts])
     y = torch.cat([part.y for part in parts])
+    alone = [corpus.batch(5, sample, 1, 10) for sample in range(132)]
+    assert torch.equal(torch.cat([part.x for part in alone]), x) and torch.equal(torch.cat([p.y for p in alone]), y)
     firsts = x[:, 0].tolist()
     for at in range(0, 132, 22):
         short = (y[at : at + 22] < 0).any(1)  # the one that ends where the text does

@@ -75,6 +75,7 @@ def train(
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     """Print what `attnlab train --dry-run` does. Return the exit code."""
     from ..costs.dry_run import forecast
+    from ..training.schedule import cautions
     from ..training.train import resolve
 
     if rate is not None and not 0 < rate < float("inf"):
@@ -87,5 +88,7 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
         missing = f"\nTraining would stop here: {error}"
     print(f"{presets.about(preset)}\n")
     tables.console().print(tables.forecast_table(forecast(config, rate)))
+    for caution in cautions(config.train):
+        print(f"\nNote: {caution}.")
     print(missing, end="\n" if missing else "")
     return 0

@@ -137,8 +137,8 @@ class Corpus:
             return Batch(*map(torch.from_numpy, rows))
         begins = np.minimum(where, len(tokens) - context - 1)
         both = tokens.gather(begins, context + 1)
-        x = both[:, :-1].contiguous()
-        y = both[:, 1:].contiguous()
+        x = both[:, :-1].clone()  # contiguous() would leave two views of a single row
+        y = both[:, 1:].clone()
         for row in np.flatnonzero(where > begins):  # a last window, which ends where the split does
             missing = int((where - begins)[row])
             x[row] = F.pad(x[row, missing:], (0, missing))

@@ -35,8 +35,8 @@ from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
 from .log import Log
-from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
+from .schedule import check_rates, goes_on, learning_rate
 from .step import HOW, Step, Trainer, part_sizes, train_step
 from .summary import summary
 from .throughput import Account, Laggards, combine
@@ -59,6 +59,8 @@ def train(
     how: Execution = HOW,
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
+
+    It may go on with other `train.steps` than it began with, where the rates of the steps that are done stay the same.
 
     `progress` gets {"step", "loss", "val_loss", "tokens_per_s", ...}, some of these fields at a time. After Ctrl-C or
     SIGTERM the step is finished and saved, and `Stopped`, a KeyboardInterrupt, is raised; a second one does not wait.
@@ -93,9 +95,12 @@ def _train(
     part_sizes(config.train, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
+        if resume:
+            folder = RunFolder.resume(out, config, corpus, processes, goes_on)
+        else:
+            folder = RunFolder.create(out, config, corpus, processes)
         result = folder.result()
-        if result is not None and result.status == "done":
+        if result is not None and result.status == "done" and result.steps >= config.train.steps:
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
@@ -151,7 +156,7 @@ def ready(
 def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     """Return the config as it will be run, and its corpus. A vocabulary that is too small for the text grows to fit it.
 
-    Raises `UserError` for a seed, a source or a context that cannot be used.
+    Raises `UserError` for a seed, a source, a context or a learning rate that cannot be used.
     """
     if not 0 <= config.seed < 2**63:
         raise UserError(f"the seed is {config.seed}; give a whole number from 0 up")
@@ -159,6 +164,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     corpus.check(config.model.context)
     if config.model.vocab_size < corpus.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
+    check_rates(config.train)
     return config, corpus
 
 
@@ -362,7 +368,8 @@ class Run:
             **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
         }
         self.note(record if log.warm else record | {"warm_up": True})
-        log.interval = []
+        if log.step % self.trainer.config.train.log_every == 0:  # else a longer run goes on with the interval
+            log.interval = []
         log.working = 0.0
         log.warm = True
         self.tell({"step": log.step, **record})
