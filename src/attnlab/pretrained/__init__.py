@@ -22,7 +22,7 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
-from . import families, folders, model_card, tensor_names
+from . import extras, families, folders, model_card, tensor_names
 
 INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # fields that change no logit of a trained model
 RUN = "run"  # the family of a run folder
@@ -105,13 +105,19 @@ def build(
     if hf.get("quantization_config"):
         raise UserError(f"{source} is quantized; bring it as float32, float16 or bfloat16")
     try:
-        model = empty(family.to_model_config(hf))
+        config = family.to_model_config(hf)
+        if config.tied:
+            config, found = extras.tied_or_not(config, family, tensor_names.full_names(found, family.PREFIX), source)
+        model = empty(config)
     except KeyError as missing:
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
     except TypeError as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
-    stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
+    wanted = tensor_names.expected(rows, tensor_names.ours(model))
+    found = tensor_names.full_names(found, family.PREFIX)
+    found = extras.left_out(family, (model, hf), found, wanted, source)
+    stored = tensor_names.check_tensors(wanted, found, source)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
     model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes), strict=False, assign=True)
     if model.config.tied:

@@ -136,7 +136,11 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
     if "best_val_loss" in held:
         about["results"] = {"best validation loss, nats per token": float(held["best_val_loss"])}
     state = stored(held["model"], path)
-    return about, {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in state.items():
+        if found.setdefault(name.removeprefix("_orig_mod."), tensor) is not tensor:
+            raise UserError(f"{path} has the tensor {name.removeprefix('_orig_mod.')} twice; save it again")
+    return about, found
 
 
 def unpickle(path: Path, trust: bool) -> Any:

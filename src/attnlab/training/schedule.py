@@ -47,7 +47,7 @@ def cautions(config: TrainConfig) -> list[str]:
         most = learning_rate(config, config.steps - 1)
         return [
             f"the warm-up of {config.warmup} steps (train.warmup) is as long as the run of {config.steps} or longer: "
-            f"the rate ends at {most:.3g} and never reaches train.lr {config.lr:g}; give fewer, or more steps"
+            f"the rate ends at {most:.3g} and never reaches train.lr {config.lr:g}; give a shorter one, or more"
         ]
     fall = config.decay * config.steps
     if config.schedule == "wsd" and fall > left:

@@ -13,7 +13,7 @@ from ..tensor_names import Row, ours, same
 MODEL_TYPES = ("attnlab",)
 MECHANISMS: tuple[str, ...] = ()  # any
 PREFIX = "model."
-EXTRA = r"(?!)"  # matches no name
+EXTRA = ()
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
