@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .compressed import opened
 from .corpus import Corpus
 from .tokenizer import CharTokenizer, Tokenizer
 from .tokens import Tokens
@@ -80,10 +81,8 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); text:PATH needs readable UTF-8 text") from None
+    with opened(path) as (stream, _):
+        content = stream.read()
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import read_json
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
+from .declared import ends_of
 
 ANYWHERE = re.compile("")
 BYTES = {**{byte: bytes([byte]) for byte in range(256)}, 256: b""}
@@ -34,6 +36,14 @@ class Tokenizer(Protocol):
         """The id that ends a document; text never encodes to it."""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids at which a text ends, `end` the first of them."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the ids of a text always say all of it."""
+
+    @property
     def seam(self) -> re.Pattern[str] | None:
         """A pattern: where it matches, text may be cut in two without changing its ids. None: nowhere is known."""
 
@@ -50,15 +60,29 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, the inverse of `encode`; what is not whole text reads as U+FFFD."""
 
+    def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Return the characters of `text` that its `ids` do not say, and how many of each; spaces do not count."""
+
     def to_json(self) -> dict[str, Any]:
         """Return the tokenizer as JSON, which `from_json` reads."""
 
 
-class CharTokenizer:
+class Complete:
+    """A tokenizer whose ids say all of a text."""
+
+    complete = True
+
+    def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Return nothing: no character is lost."""
+        return Counter()
+
+
+class CharTokenizer(Complete):
     """A tokenizer with one token per character: id i is the i-th smallest code point of the text it was made from."""
 
     kind = "char"
     end = None
+    ends = ()
     seam = ANYWHERE
 
     def __init__(self, chars: str):
@@ -107,12 +131,13 @@ class CharTokenizer:
         return fingerprint_of(self.to_json())
 
 
-class ByteTokenizer:
+class ByteTokenizer(Complete):
     """A tokenizer with one token per byte of UTF-8, and one that ends a document."""
 
     kind = "byte"
     vocab_size = 257
     end = 256
+    ends = (256,)
     seam = ANYWHERE
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -140,17 +165,17 @@ class ByteTokenizer:
         return fingerprint_of(self.to_json())
 
 
-def from_json(data: Mapping[str, Any]) -> Tokenizer:
+def from_json(data: Mapping[str, Any], ends: Sequence[str | int] = ()) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
 
-    UserError where it is neither.
+    ends: the tokens that end a text, where `data` itself does not say. UserError where it is neither.
     """
     if data.get("kind") == CharTokenizer.kind and isinstance(data.get("chars"), str):
         return CharTokenizer(data["chars"])
     if data.get("kind") == ByteTokenizer.kind:
         return ByteTokenizer()
     if isinstance(data.get("model"), Mapping) and {"type", "vocab"} <= set(data["model"]):
-        return BPETokenizer(data)
+        return BPETokenizer(data, ends)
     raise UserError(
         f"tokenizer kind {data.get('kind')!r} is unknown; this version reads 'char', 'byte' and the tokenizer.json of "
         "Hugging Face's tokenizers"
@@ -160,7 +185,8 @@ def from_json(data: Mapping[str, Any]) -> Tokenizer:
 def tokenizer(name: str | Path) -> Tokenizer:
     """Return a tokenizer by name: "byte", "gpt2", a tokenizer.json, or a folder that has one.
 
-    Such folders are those of a run, of a corpus and of Hugging Face's. UserError where there is none.
+    Such folders are those of a run, of a corpus and of Hugging Face's; the files in it say which tokens end a text.
+    UserError where there is none.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -174,7 +200,7 @@ def tokenizer(name: str | Path) -> Tokenizer:
     data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a tokenizer: give a tokenizer.json of attnlab or of Hugging Face's tokenizers")
-    return from_json(data)
+    return from_json(data, ends_of(path.parent))
 
 
 def _code_points(text: str) -> np.ndarray:

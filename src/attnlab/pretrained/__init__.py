@@ -202,7 +202,9 @@ def _dtype(model: Decoder) -> str:
 
 
 def _tokens(loaded: Loaded) -> dict[str, Any]:
-    """Return the ids of `TOKENS`: those of the source's config, else the tokenizer's own end."""
-    end = loaded.tokenizer.end if loaded.tokenizer is not None else None
+    """Return the ids of `TOKENS`: those of the source's config, else the tokenizer's own end, or ends."""
+    ends = loaded.tokenizer.ends if loaded.tokenizer is not None else ()
+    end = list(ends) if len(ends) > 1 else next(iter(ends), None)
+    first = next(iter(ends), None)
     given = loaded.about.get("config", {})
-    return {name: given.get(name, default) for name, default in zip(TOKENS, (end, end, None), strict=True)}
+    return {name: given.get(name, default) for name, default in zip(TOKENS, (first, end, None), strict=True)}

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import data
+from ..data.declared import ends_of
 from ..errors import UserError, need
 from ..files import read_json, write_bytes, write_json
 from . import tokenizer_json
@@ -52,7 +53,9 @@ def download(name: str) -> Path:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return a folder's "config", and where it has them "tokenizer_config" and "chat_template".
+    """Return a folder's "config", and where it has them "generation_config", "tokenizer_config" and "chat_template".
+
+    Special tokens that only special_tokens_map.json names are added to the tokenizer_config.
 
     Raises `UserError` where there is no config.json, or one that is no JSON object.
     """
@@ -63,8 +66,15 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'config.json'} is not a JSON object; take the file that came with the model")
     found: dict[str, Any] = {"config": config}
     template = None
-    if (folder / "tokenizer_config.json").is_file():
-        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json")
+    for name, file in (("generation_config", "generation_config.json"), ("tokenizer_config", "tokenizer_config.json")):
+        if (folder / file).is_file():
+            found[name] = read_json(folder / file)
+            if not isinstance(found[name], dict):
+                raise UserError(f"{folder / file} is not a JSON object; take the file that came with the model")
+    if (folder / "special_tokens_map.json").is_file():
+        named = read_json(folder / "special_tokens_map.json")
+        found["tokenizer_config"] = {**named, **_without_nulls(found.get("tokenizer_config", {}))}
+    if "tokenizer_config" in found:
         template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -73,10 +83,14 @@ def describe(folder: Path) -> dict[str, Any]:
     return found if template is None else {**found, "chat_template": template}
 
 
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
     """Return the tokenizer in `folder`, None where there is none."""
     path = folder / "tokenizer.json"
-    return tokenizer_json.parse_tokenizer(read_json(path)) if path.is_file() else None
+    return tokenizer_json.parse_tokenizer(read_json(path), ends_of(folder)) if path.is_file() else None
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
@@ -172,8 +186,8 @@ def write_folder(
 ) -> Path:
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
-    `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
-    chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
+    `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its generation_config,
+    tokenizer_config and chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
     """
     with atomic(folder) as half:
         save_file(state, half / "model.safetensors", {"format": "pt"})
@@ -183,6 +197,8 @@ def write_folder(
             write_json(half / "tokenizer.json", tokenizer_json.written(tokenizer), indent=None)
             settings = about.get("tokenizer_config") or tokenizer_json.config(tokenizer)
             write_json(half / "tokenizer_config.json", settings)
+        if "generation_config" in about:
+            write_json(half / "generation_config.json", about["generation_config"])
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
     return folder
