@@ -21,7 +21,8 @@ from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
 from attnlab.evaluation.overlap import seen_share
-from attnlab.evaluation.perplexity import binned, evaluate, evaluate_source, ratio_error, text_bytes, windows
+from attnlab.evaluation.perplexity import binned, evaluate, evaluate_source, ratio_error, windows
+from attnlab.evaluation.text_size import text_bytes
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
 from attnlab.runs.folder import RunFolder
@@ -199,7 +200,7 @@ def test_bytes_are_those_of_the_predicted_text() -> None:
 
 
 def test_bytes_are_counted_in_pieces_that_cut_no_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnlab.evaluation.perplexity.PIECE", 5)
+    monkeypatch.setattr("attnlab.evaluation.text_size.PIECE", 5)
     tokenizer, text = ByteTokenizer(), "ab日本語🙂🙂é\ufffd\ufffd\ufffd end"
     ids = tokenizer.encode(text)
     assert text_bytes(tokenizer, Tokens.of(np.array(ids)), 0, len(ids)) == len(text.encode())

@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, choose, need
+from ..errors import UserError, need
 from .compressed import chunks, kind_of, lines, opened
-from .document_rules import EACH, RULES, TextBlock, Texts, documents_of, documents_of_records, without_first_documents
+from .document_rules import (
+    EACH,
+    TextBlock,
+    Texts,
+    checked_rule,
+    documents_of,
+    documents_of_records,
+    without_first_documents,
+)
 from .texts import shakespeare, visible_files
 
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -80,7 +88,7 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
     None: the newest commit. UserError where the source or the rule is unknown, or cannot be read.
     """
     if documents is not None:
-        choose("rule for --documents", documents, [EACH, *RULES])
+        documents = checked_rule(documents)
     if name in PACKAGED:
         return _packaged(name, documents or EACH)
     if name in KNOWN:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .bpe import BPETokenizer
 from .compressed import opened
 from .corpus import Corpus
 from .tokenizer import CharTokenizer, Tokenizer
@@ -45,9 +46,20 @@ def from_texts(
     ids = np.concatenate(documents)
     starts = np.cumsum([0, *map(len, documents[:-1])])
     cut = int(len(ids) * (1 - val_fraction))
-    train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)])
-    val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])))
+    lossy = isinstance(made, BPETokenizer) and not made.complete
+    first, rest = _text_bytes(texts, starts, made, cut) if lossy else (None, None)
+    train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)], first)
+    val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])), rest)
     return Corpus(source, made, train, val, pack)
+
+
+def _text_bytes(texts: Sequence[str], starts: np.ndarray, tokenizer: BPETokenizer, cut: int) -> tuple[int, int]:
+    """Return the bytes of the text before the token `cut`, and from it on. starts: the first token of each text."""
+    sizes = [len(text.encode()) for text in texts]
+    number = int(np.searchsorted(starts, cut, "right")) - 1  # of the text that is cut
+    place = tokenizer.place_of(texts[number], cut - int(starts[number]))
+    before = sum(sizes[:number]) + len(texts[number][:place].encode())
+    return before, sum(sizes) - before
 
 
 def read_text(path: Path) -> str:

@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """The ids at which a text ends, `end` the first of them."""
 
     @property
+    def unknown(self) -> int | None:
+        """The id that stands for what has none; None: there is none."""
+
+    @property
     def complete(self) -> bool:
         """Whether the ids of a text always say all of it."""
 
@@ -71,6 +75,7 @@ class Complete:
     """A tokenizer whose ids say all of a text."""
 
     complete = True
+    unknown = None
 
     def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
         """Return nothing: no character is lost."""

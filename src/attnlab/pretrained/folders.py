@@ -187,7 +187,8 @@ def write_folder(
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
     `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its generation_config,
-    tokenizer_config and chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be written.
+    tokenizer_config and chat_template are written too. Raises `UserError` where `folder` is not empty, or cannot be
+    written.
     """
     with atomic(folder) as half:
         save_file(state, half / "model.safetensors", {"format": "pt"})
