@@ -22,7 +22,7 @@ FILES = (  # file, field: whatever comes first says what ends a document
 
 def ends_of(folder: Path) -> list[str | int]:
     """Return the tokens that end a text, the one that ends a document first; empty where nothing declares one."""
-    found = []
+    found: list[str | int] = []
     for file, field in FILES:
         if (folder / file).is_file():
             held = read_json(folder / file)

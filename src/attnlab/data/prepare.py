@@ -302,7 +302,8 @@ class _Work:
     def check_delimiter(self, name: str, documents: int) -> None:
         """Raise UserError where documents are what stands between delimiters, and the text to train on has none."""
         rule = self.recipe.documents
-        if name == "train" and documents == 1 and rule is not None and is_delimiter(rule):
+        limited = self.recipe.max_documents or self.recipe.max_tokens
+        if name == "train" and documents == 1 and not limited and rule is not None and is_delimiter(rule):
             raise UserError(
                 f"{rule!r} is nowhere in {self.recipe.source}: give --documents a delimiter that is in it, or one of "
                 f"{', '.join([EACH, *RULES])}"

@@ -46,8 +46,10 @@ def from_texts(
     ids = np.concatenate(documents)
     starts = np.cumsum([0, *map(len, documents[:-1])])
     cut = int(len(ids) * (1 - val_fraction))
-    lossy = isinstance(made, BPETokenizer) and not made.complete
-    first, rest = _text_bytes(texts, starts, made, cut) if lossy else (None, None)
+    first: int | None = None
+    rest: int | None = None
+    if isinstance(made, BPETokenizer) and not made.complete:
+        first, rest = _text_bytes(texts, starts, made, cut)
     train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)], first)
     val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])), rest)
     return Corpus(source, made, train, val, pack)

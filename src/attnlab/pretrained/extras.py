@@ -125,7 +125,7 @@ def tied_or_not(
     if found[head].shape == found[embed].shape and torch.equal(found[head].load(), found[embed].load()):
         return config, rest
     print(
-        f"attnlab: the config.json of {source} says that the head is the embedding, and {head} is another matrix: "
+        f"attnlab: the config of {source} says that the head is the embedding, and {head} is another matrix: "
         "that is the head",
         file=sys.stderr,
     )

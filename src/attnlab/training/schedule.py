@@ -34,9 +34,10 @@ def check_rates(config: TrainConfig) -> None:
     if not 0 < config.lr < math.inf:
         raise UserError(f"train.lr is {config.lr}: give a number above 0")
     if not 0 <= config.min_lr <= config.lr:
+        how = "above" if config.min_lr > config.lr else "no rate below"
         raise UserError(
-            f"train.min_lr {config.min_lr:g} is not from 0 to train.lr {config.lr:g}, and the rate would rise to it: "
-            f"give --train.min-lr {config.lr / 10:g}, a tenth, or another one of at most {config.lr:g}"
+            f"train.min_lr {config.min_lr:g} is {how} train.lr {config.lr:g}, from which the rate falls to it: give "
+            f"--train.min-lr {config.lr / 10:g}, a tenth, or another one from 0 to {config.lr:g}"
         )
 
 
@@ -45,8 +46,9 @@ def cautions(config: TrainConfig) -> list[str]:
     left = config.steps - config.warmup
     if left <= 0:
         most = learning_rate(config, config.steps - 1)
+        long = "longer than" if left else "as long as"
         return [
-            f"the warm-up of {config.warmup} steps (train.warmup) is as long as the run of {config.steps} or longer: "
+            f"the warm-up of {config.warmup} steps (train.warmup) is {long} the run of {config.steps}: "
             f"the rate ends at {most:.3g} and never reaches train.lr {config.lr:g}; give a shorter one, or more"
         ]
     fall = config.decay * config.steps
