@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from attnlab.data.order import GOLDEN, key_of, mix, shares, shuffled, spread, units, window_starts
+from attnlab.data.order import GOLDEN, key_of, mix, shares, shuffled, spread_places, units, window_starts
 
 PINNED = {
     "mix": [0, 6238072747940578789, 2720858781877447050],
@@ -46,7 +46,7 @@ def test_the_order_is_pinned():
     assert order(10**9, 5, count=3).tolist() == PINNED["billion"]
     samples = np.array([0, 1, 97, 98, 10**6])
     assert window_starts(samples, 1000, 10, key_of(1).repeat(5)).tolist() == PINNED["windows"]
-    assert spread(5, 1000).tolist() == PINNED["places"]
+    assert spread_places(5, 1000).tolist() == PINNED["places"]
 
 
 def test_the_hash_is_splitmix64s():
@@ -118,8 +118,8 @@ def test_windows_begin_at_every_place_of_a_period(size, context, rest):
 
 def test_the_places_of_a_validation_are_spread_and_have_no_period():
     for count, size in ((1, 1), (1, 50), (7, 3), (240, 59_959), (240, 239 * 250 + 1), (24, 24 * 10 * 2**17), (50, 50)):
-        places = spread(count, size)
-        assert places.tolist() == spread(count, size).tolist() and 0 <= places.min() <= places.max() < size
+        places = spread_places(count, size)
+        assert places.tolist() == spread_places(count, size).tolist() and 0 <= places.min() <= places.max() < size
         parts = places * count // size if size >= count else np.arange(count)
         assert np.abs(parts - np.arange(count)).max() <= (size < 1000)  # one from each part
         if size > 10 * count:

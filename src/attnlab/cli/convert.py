@@ -107,7 +107,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
     import torch
 
     from ..config import DataConfig
-    from ..data.order import spread
+    from ..data.order import spread_places
     from ..evaluation.perplexity import in_tokens
 
     if loaded.tokenizer is None:
@@ -120,7 +120,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
         if room < 1:
             raise UserError(f"{data} has {len(tokens)} tokens to use as {name} text, fewer than {length}: give more")
         numbers = np.random.Generator(np.random.Philox(seed))
-        even = spread(count * rows, room + 1)
+        even = spread_places(count * rows, room + 1)
         starts = even if split == "val" else numbers.integers(0, room, count * rows)
         found[name] = list(torch.as_tensor(tokens.gather(starts, length)).split(rows))
     return found

@@ -32,7 +32,7 @@ OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
 }
 
 
-def kind_of(path: Path) -> str:
+def kind_inside(path: Path) -> str:
     """Return the ending of a file's name that says what is in it: .jsonl of a.jsonl and of a.jsonl.gz."""
     return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
@@ -60,7 +60,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             ) from None
 
 
-def chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+def read_chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
     """Yield what `stream` holds, `size` bytes at a time or fewer; the last one is empty."""
     while chunk := stream.read(size):
         yield chunk
@@ -70,7 +70,7 @@ def chunks(stream: BinaryIO, size: int) -> Iterator[bytes]:
 def lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
     """Yield the lines of `stream`, each with its line feed."""
     held: list[bytes] = []
-    for chunk in chunks(stream, size):
+    for chunk in read_chunks(stream, size):
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             yield b"".join([*held, line, b"\n"])

@@ -103,7 +103,7 @@ class Corpus:
     def windows(self, count: int, context: int, split: str = "val") -> Batch:
         """Return `count` rows, always the same, spread over all of a split: one from each of so many equal parts."""
         self.check(context)
-        return self._rows(order.spread(count, self._size(split, context)), context, split)
+        return self._rows(order.spread_places(count, self._size(split, context)), context, split)
 
     def split(self, name: str) -> Tokens:
         """Return "train" or "val"."""

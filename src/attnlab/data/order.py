@@ -100,7 +100,7 @@ def stratified(unit: np.ndarray, size: np.ndarray | int, room: int, key: np.ndar
     return ((unit << fine) + within) * np.uint64(room) // (np.asarray(size, np.uint64) << fine)
 
 
-def spread(count: int, size: int) -> np.ndarray:
+def spread_places(count: int, size: int) -> np.ndarray:
     """Return `count` places of 0 .. size - 1, always the same, ascending: int64 [count].
 
     One is drawn from each of `count` equal parts: even steps could be whole periods of a text that has one.

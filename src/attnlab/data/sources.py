@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, need
-from .compressed import chunks, kind_of, lines, opened
+from .compressed import kind_inside, lines, opened, read_chunks
 from .document_rules import (
     EACH,
     TextBlock,
@@ -116,7 +116,7 @@ def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], abou
     if not path.exists():
         raise UserError(f"{path} does not exist; {kind}:PATH needs a file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
-    files = [file for file in found if kind == "text" or path.is_file() or kind_of(file) == f".{kind}"]
+    files = [file for file in found if kind == "text" or path.is_file() or kind_inside(file) == f".{kind}"]
     if not files:
         raise UserError(f"{path} holds no {'' if kind == 'text' else f'.{kind} '}file; name another folder or a file")
     cut = documents_of if kind == "text" else documents_of_records
@@ -139,7 +139,7 @@ def _text_of(file: Path) -> Texts:
     line = 1
     first = True
     with opened(file) as (stream, raw):
-        for chunk in chunks(stream, BLOCK):
+        for chunk in read_chunks(stream, BLOCK):
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:

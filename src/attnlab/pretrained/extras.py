@@ -29,7 +29,7 @@ NEAR = 5e-3  # relative difference of a number that was stored as bfloat16
 MASKED = -9e3  # the score of what is masked, or less; -10,000 as bfloat16 is a little more
 
 
-class Place(NamedTuple):
+class ExtraPlace(NamedTuple):
     """The place of an extra tensor: its name as `Extra.pattern` matched it, and the model it came with."""
 
     name: re.Match[str]
@@ -41,10 +41,10 @@ class Extra(NamedTuple):
     """A kind of extra tensor."""
 
     pattern: str  # of its name
-    agrees: Callable[[LazyTensor, Place], bool]  # whether it says what the config says
+    agrees: Callable[[LazyTensor, ExtraPlace], bool]  # whether it says what the config says
 
 
-def causal(tensor: LazyTensor, place: Place) -> bool:
+def causal(tensor: LazyTensor, place: ExtraPlace) -> bool:
     """Return whether a mask is the causal one."""
     size = tensor.shape[-1] if tensor.shape else 0
     if size < 1 or tensor.shape != (*[1] * (len(tensor.shape) - 2), size, size):
@@ -52,13 +52,13 @@ def causal(tensor: LazyTensor, place: Place) -> bool:
     return torch.equal(tensor.load().reshape(size, size) != 0, torch.ones(size, size).tril() != 0)
 
 
-def masking(tensor: LazyTensor, place: Place) -> bool:
+def masking(tensor: LazyTensor, place: ExtraPlace) -> bool:
     """Return whether a number is the score of what is masked."""
     value = tensor.load()
     return value.numel() == 1 and value.item() <= MASKED
 
 
-def rotating(tensor: LazyTensor, place: Place) -> bool:
+def rotating(tensor: LazyTensor, place: ExtraPlace) -> bool:
     """Return whether rotary frequencies are those of the config, before or after they are scaled."""
     config = place.model.config
     found = tensor.load().double().flatten()
@@ -71,7 +71,7 @@ def rotating(tensor: LazyTensor, place: Place) -> bool:
     return fits and any(torch.allclose(found, each, rtol=NEAR, atol=1e-7) for each in ours)
 
 
-def further_layer(tensor: LazyTensor, place: Place) -> bool:
+def further_layer(tensor: LazyTensor, place: ExtraPlace) -> bool:
     """Return whether a layer comes after those of the model: DeepSeek's that predict further tokens."""
     count = place.hf.get("num_nextn_predict_layers", 1)
     return int(place.name[1]) - place.model.config.n_layers in range(count or 0)
@@ -95,7 +95,7 @@ def left_out(
         kinds = [(extra, match) for extra, match in matches if match is not None]
         if name in wanted or not kinds:
             kept[name] = tensor
-        elif not any(extra.agrees(tensor, Place(match, *place)) for extra, match in kinds):
+        elif not any(extra.agrees(tensor, ExtraPlace(match, *place)) for extra, match in kinds):
             raise UserError(
                 f"{source} has {name}, which is not what its config.json makes of it, so that attnlab would compute "
                 "another model: bring the config.json that belongs to these weights"
