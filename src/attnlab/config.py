@@ -179,7 +179,7 @@ class TrainConfig:
     lr: Positive = 1e-3
     min_lr: NotNegative = 1e-4
     warmup: Size = 100  # steps
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay: Part = 0.2  # wsd: the share of steps, at the end, in which the rate falls
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     weight_decay: NotNegative = 0.1

@@ -8,14 +8,15 @@ from math import factorial
 import numpy as np
 import pytest
 
-from attnlab.data.order import GOLDEN, key_of, mix, shares, shuffled, units, window_starts
+from attnlab.data.order import GOLDEN, key_of, mix, shares, shuffled, spread_places, units, window_starts
 
 PINNED = {
     "mix": [0, 6238072747940578789, 2720858781877447050],
     "key": [16294208416658607535, 2875738036014693257],
     "ten": [0, 2, 3, 6, 8, 9, 4, 1, 5, 7],
     "billion": [316483045, 135748343, 985353007],
-    "windows": [222, 502, 182, 982, 852],
+    "windows": [224, 507, 183, 991, 860],
+    "places": [176, 286, 405, 794, 821],
 }
 
 
@@ -45,6 +46,7 @@ def test_the_order_is_pinned():
     assert order(10**9, 5, count=3).tolist() == PINNED["billion"]
     samples = np.array([0, 1, 97, 98, 10**6])
     assert window_starts(samples, 1000, 10, key_of(1).repeat(5)).tolist() == PINNED["windows"]
+    assert spread_places(5, 1000).tolist() == PINNED["places"]
 
 
 def test_the_hash_is_splitmix64s():
@@ -77,20 +79,51 @@ def test_an_order_looks_random():
     assert abs((one[: size // 10] < size // 2).mean() - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("tokens, context", [(11, 10), (19, 10), (20, 10), (21, 10), (1000, 7), (977, 16)])
-def test_windows_of_an_epoch_lie_side_by_side(tokens, context):
+@pytest.mark.parametrize(
+    "tokens, context", [(11, 10), (19, 10), (20, 10), (29, 10), (30, 10), (31, 10), (1000, 7), (977, 16), (5280, 40)]
+)
+def test_an_epoch_reads_each_token_once_but_for_less_than_two_windows(tokens, context):
     size = max(1, tokens // context - 1)
-    samples = np.arange(40 * size)
+    samples = np.arange(200 * size)
     starts = window_starts(samples, tokens, context, key_of(4).repeat(len(samples)))
-    assert starts.min() >= 0 and starts.max() + context + 1 <= tokens
-    offsets = set()
-    for epoch in starts.reshape(40, size):
-        first = epoch.min()
-        assert sorted(epoch.tolist()) == list(range(first, first + size * context, context))
-        offsets.add(int(first))
-    assert len(offsets) > min(10, (tokens - size * context) // 2)  # its edges move
+    assert starts.min() >= 0 and starts.max() + 1 < tokens  # each has something to predict
+    read = np.zeros((200, tokens), int)
+    for epoch, row in zip(read, starts.reshape(200, size), strict=True):
+        for start in row.tolist():
+            epoch[start : min(start + context, tokens - 1)] += 1
+    assert read.max() == 1
+    assert (tokens - 1 - read.sum(1)).max() < 2 * context - (size > 1)
+    assert (read[:, :-1].sum(0) > 0).all()  # and what one leaves out, others read
+    assert len(set(starts.reshape(200, size).min(1).tolist())) > min(5, (tokens - context) // 2)  # its edges move
     alone = [window_starts(np.array([i]), tokens, context, key_of(4))[0] for i in samples[-5:]]
     assert alone == starts[-5:].tolist()  # and what is asked together does not matter
+
+
+@pytest.mark.parametrize("size, context", [(1500, 40), (90, 40), (60, 40), (40, 40), (27, 40), (8, 40), (5000, 17)])
+@pytest.mark.parametrize("rest", [0, 1, 23])
+def test_windows_begin_at_every_place_of_a_period(size, context, rest):
+    """In every epoch as often as its length allows, whether the period divides the context or not."""
+    tokens = (size + 1) * context + min(rest, context - 1)
+    epochs = 50
+    samples = np.arange(epochs * size)
+    starts = window_starts(samples, tokens, context, key_of(9).repeat(len(samples)))
+    for period in (2, 3, 4, 5, 8, 10, 20, context):
+        seen = np.bincount(starts % period, minlength=period)
+        want = epochs * size / period
+        assert ((seen - want) ** 2 / want).sum() < period + 6 * (2 * period) ** 0.5, period
+        if size > 10 * context:  # already in one epoch, and nearly in any part of it
+            one = np.bincount(starts[:size] % period, minlength=period)
+            assert np.abs(one - size / period).max() < 3 + size / 20 / period
+
+
+def test_the_places_of_a_validation_are_spread_and_have_no_period():
+    for count, size in ((1, 1), (1, 50), (7, 3), (240, 59_959), (240, 239 * 250 + 1), (24, 24 * 10 * 2**17), (50, 50)):
+        places = spread_places(count, size)
+        assert places.tolist() == spread_places(count, size).tolist() and 0 <= places.min() <= places.max() < size
+        parts = places * count // size if size >= count else np.arange(count)
+        assert np.abs(parts - np.arange(count)).max() <= (size < 1000)  # one from each part
+        if size > 10 * count:
+            assert count < 10 or len(set((places % 10).tolist())) > 7
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (0.7, 0.3), (1.0, 1.0, 1.0), (5.0, 0.1, 2.0), (1e-3, 1.0)])

@@ -46,6 +46,7 @@ def some_corpus(seed: int) -> tuple[data.Tokens, int]:
 @pytest.mark.parametrize("seed", range(30))
 def test_rows_hold_whole_documents_in_their_order(seed, front, monkeypatch):
     monkeypatch.setattr(packing, "BLOCK", 1 + seed % 7)  # a row may go on where a block of documents ends
+    monkeypatch.setattr(packing, "LONG", 1000)  # no document is
     tokens, context = some_corpus(seed)
     want = by_hand(tokens.documents.tolist(), len(tokens), context, front)
     begun = packing.row_starts(tokens.documents, len(tokens), context, front)
@@ -77,6 +78,24 @@ def test_an_epoch_predicts_every_token_once_but_a_first_that_nothing_announces(t
         pairs = [(parts[n // 2].x[n % 2], parts[n // 2].y[n % 2]) for n in taken]
         assert sorted((a, b) for x, y in pairs for a, b in zip(x.tolist(), y.tolist(), strict=True) if b >= 0) == want
     assert sum(part.counted() for part in parts[: rows // 2]) > 0
+
+
+@pytest.mark.parametrize("front", [0, 1])
+@pytest.mark.parametrize("places", [60 * 24, 60 * 24 + 1, 60 * 24 + 23, 60 * 24 - 1, 17 * 24 + 5, 15 * 24 + 1])
+def test_a_long_document_is_cut_at_every_place_of_a_period(places, front):
+    """Nothing of it is lost or read twice, and it takes one row more at most."""
+    before = 30
+    tokens = data.Tokens.of(np.arange(before + places + 1 - front), np.array([0, before]))
+    begun = packing.row_starts(tokens.documents, len(tokens), 24, front)
+    rows = packing.read_rows(tokens, begun, np.arange(len(begun)), 24, front)
+    read = rows.x[rows.y >= 0]
+    assert sorted(read.tolist()) == sorted({*range(len(tokens) - 1)} - ({before - 1} if not front else set()))
+    assert (rows.y[rows.y >= 0] == read + 1).all()
+    assert len(begun) <= -(-places // 24) + 1 + 2
+    if places > 50 * 24:
+        for period in (2, 3, 4, 6, 8, 12, 24):
+            seen = np.bincount((begun[2:] - before) % period, minlength=period)
+            assert seen.min() > 0 and seen.max() < 2.2 * len(begun) / period + 2
 
 
 # -- that none sees another ------------------------------------------------------------------------------------------

@@ -142,9 +142,9 @@ def test_pieces_change_no_id(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(units) > 10 and sum(len(unit.pieces) for unit in units) > 100
     expected = [[*made.encode(one), *([] if made.end is None else [made.end])] for one in long if one]
     results = [encode_unit(made, made.end, unit) for unit in units]
-    assert np.concatenate([ids for _, ids, _ in results]).tolist() == [i for ids in expected for i in ids]
-    offsets = np.cumsum([0, *(len(ids) for _, ids, _ in results)])
-    starts = [int(start + at) for (_, _, begin), at in zip(results, offsets, strict=False) for start in begin]
+    assert np.concatenate([found.ids for found in results]).tolist() == [i for ids in expected for i in ids]
+    offsets = np.cumsum([0, *(len(found.ids) for found in results)])
+    starts = [int(start + at) for found, at in zip(results, offsets, strict=False) for start in found.starts]
     assert starts == np.cumsum([0, *map(len, expected)])[:-1].tolist()
     ends = [-1, *(at for at, block in enumerate(blocks) if block.last)]
     for number, (documents, characters) in enumerate(unit.at for unit in units):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_model, tiny_training
 
 from attnlab import UserError, data, load_model, pretrained
 from attnlab.cli import main as cli
@@ -21,10 +22,12 @@ from attnlab.data.prepare import Recipe, prepare
 from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.data.tokens import Tokens
 from attnlab.evaluation.overlap import seen_share
-from attnlab.evaluation.perplexity import binned, evaluate, evaluate_source, ratio_error, text_bytes, windows
+from attnlab.evaluation.perplexity import binned, evaluate, evaluate_source, ratio_error, windows
+from attnlab.evaluation.text_size import text_bytes
 from attnlab.model import Decoder
 from attnlab.results import EvalResult
 from attnlab.runs.folder import RunFolder
+from attnlab.training.train import train
 
 VOCABULARY = 257  # of bytes, and the end of a document
 CONTEXT = 12
@@ -199,7 +202,7 @@ def test_bytes_are_those_of_the_predicted_text() -> None:
 
 
 def test_bytes_are_counted_in_pieces_that_cut_no_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnlab.evaluation.perplexity.PIECE", 5)
+    monkeypatch.setattr("attnlab.evaluation.text_size.PIECE", 5)
     tokenizer, text = ByteTokenizer(), "ab日本語🙂🙂é\ufffd\ufffd\ufffd end"
     ids = tokenizer.encode(text)
     assert text_bytes(tokenizer, Tokens.of(np.array(ids)), 0, len(ids)) == len(text.encode())
@@ -436,3 +439,39 @@ def test_a_corpus_in_other_tokens_is_read_as_text(prepared: Path) -> None:
     assert found.documents == 20
     assert found.tokens == len(text) - 20  # characters, and of each document all but the first
     assert found.bytes == len(text.encode()) - 20
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_bits_per_byte_are_over_the_text_and_not_over_what_a_tokenizer_leaves_of_it(tmp_path, end):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'attnlab[data]'")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "</s>"] if end else ["<unk>"]
+    made.train_from_iterator(["the mouse met a cat"], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "train.txt").write_text("the mouse met a cat\n" * 30)
+    (tmp_path / "held.txt").write_text("the 🐭 met a Кошка\n" * 7)
+    recipe = Recipe(
+        source=f"text:{tmp_path / 'train.txt'}",
+        val=f"text:{tmp_path / 'held.txt'}",
+        documents="line",
+        tokenizer=str(tmp_path / "tokenizer.json"),
+    )
+    prepare(recipe, tmp_path / "out")
+    whole = len((tmp_path / "held.txt").read_bytes())
+    config = RunConfig(
+        model=tiny_model(), data=DataConfig(source=f"prepared:{tmp_path / 'out'}"), train=tiny_training(steps=2)
+    )
+    train(config, tmp_path / "run")
+    found = evaluate_source(tmp_path / "run")
+    first = 0 if end else 7 * len("t")  # without an end of document, the first token is not predicted
+    assert whole - 7 * len("the") <= found.bytes <= whole - first and (found.bytes == whole or not end)
+    assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / found.bytes)
+    other = evaluate_source(tmp_path / "run", f"text:{tmp_path / 'held.txt'}")
+    assert other.documents == 1 and whole - 3 <= other.bytes <= whole
+    corpus = data.load(config.data)
+    ids = corpus.val.read(0, len(corpus.val)).tolist()
+    alone = evaluate(pretrained.load(tmp_path / "run").model, [ids], tokenizer=corpus.tokenizer)
+    assert alone.bytes is None and alone.bits_per_byte is None  # of bare ids, nobody knows what <unk> was

@@ -22,6 +22,7 @@ from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate
 from attnlab.hf.memory import Memory
 from attnlab.inference import generate as decoding
+from attnlab.pretrained.families import attnlab as attnlab_form
 
 NAMES = attention.names()
 OPTIONS = {"msla": {"top_k": 6}, "sliding": {"window": 7}, "mka": {"chunk": 4}}
@@ -183,6 +184,32 @@ def test_a_larger_vocabulary_survives_a_round_trip(pair, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
     assert again.config.model_config.vocab_size == 53
+    written = json.loads((tmp_path / "resized" / "config.json").read_text())
+    assert written["vocab_size"] == 53 and not set(written["attnlab"]) & {*attnlab_form.NAMES}
+    read = pretrained.load(tmp_path / "resized").model
+    assert read.config == again.config.model_config
+    with torch.no_grad():
+        torch.testing.assert_close(read(tokens)[0], again.eval()(tokens).logits)
+
+
+def test_fields_that_stood_in_two_places(tmp_path):
+    """Exports of earlier versions: what agrees is read, what transformers resized too, and what contradicts is not."""
+    folder = exported(decoder(replace(EVERY, vocab_size=41)), tmp_path / "export")
+    path = folder / "config.json"
+    now = json.loads(path.read_text())
+    twice = {name: now[theirs] for name, theirs in attnlab_form.NAMES.items()}
+    path.write_text(json.dumps({**now, "attnlab": {**now["attnlab"], **twice}}))
+    assert pretrained.load(folder).model.config.vocab_size == 41
+    assert AutoConfig.from_pretrained(folder).model_config.vocab_size == 41
+    path.write_text(json.dumps({**now, "attnlab": {**now["attnlab"], **twice, "vocab_size": 39}}))
+    assert pretrained.load(folder).model.config.vocab_size == 41
+    assert AutoConfig.from_pretrained(folder).model_config.vocab_size == 41
+    for name, wrong in (("n_layers", 3), ("d_model", 64), ("context", 99), ("n_heads", 2), ("tied", False)):
+        path.write_text(json.dumps({**now, "attnlab": {**now["attnlab"], **twice, name: wrong}}))
+        with pytest.raises(UserError, match=rf"attnlab\.{name} = {wrong} is another"):
+            pretrained.load(folder)
+    changed = AutoConfig.from_pretrained(exported(decoder(EVERY), tmp_path / "other"), tie_word_embeddings=False)
+    assert not changed.model_config.tied
 
 
 def test_half_precision(tmp_path):

@@ -30,7 +30,8 @@ from attnlab.runs.folder import RunFolder
 from attnlab.runs.processes import Processes
 from attnlab.runs.tensors import optimizer_tensors
 from attnlab.training.gradient_scale import Scale
-from attnlab.training.optimizers import learning_rate, make_optimizers
+from attnlab.training.optimizers import make_optimizers
+from attnlab.training.schedule import learning_rate
 from attnlab.training.step import Trainer, seed_dropout, train_step
 from attnlab.training.train import Diverged, resolve, train
 from attnlab.training.validation import validate

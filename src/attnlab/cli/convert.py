@@ -114,6 +114,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
     import torch
 
     from ..config import DataConfig
+    from ..data.order import spread_places
     from ..evaluation.perplexity import in_tokens
 
     if loaded.tokenizer is None:
@@ -126,7 +127,7 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
         if room < 1:
             raise UserError(f"{data} has {len(tokens)} tokens to use as {name} text, fewer than {length}: give more")
         numbers = np.random.Generator(np.random.Philox(seed))
-        even = np.linspace(0, room, count * rows).astype(np.int64)
+        even = spread_places(count * rows, room + 1)
         starts = even if split == "val" else numbers.integers(0, room, count * rows)
         found[name] = list(torch.as_tensor(tokens.gather(starts, length)).split(rows))
     return found

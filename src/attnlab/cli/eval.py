@@ -68,6 +68,12 @@ def evaluate(
         print("this is what the model was trained on, not held out", file=sys.stderr)
     if found.seen:
         print(f"{found.seen:.0%} of the passages looked for are in its training part", file=sys.stderr)
+    if found.bytes is None:
+        print(
+            "bits per byte are not known: the tokenizer does not know some of this text, and how long that was is not "
+            "on record; prepare the text again, in more than one document",
+            file=sys.stderr,
+        )
     if json_:
         print(json.dumps(found.to_dict(), indent=1))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -57,13 +58,20 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
     """Train with a bar on the screen. Return the result; None where it was asked to stop, after saying how to go on."""
     from ..terminal.progress import Progress
+    from ..training.schedule import cautions
     from ..training.train import Stopped, train
 
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
     try:
         with Progress() as bars:
-            begin = functools.cache(functools.partial(bars.begin, name, config.train.steps))
-            # the bar begins with the first event: bad input ends before it, and shows no bar
+
+            @functools.cache
+            def begin() -> Callable[[Mapping[str, Any]], None]:
+                # with the first event: bad input ends before it, and shows no bar
+                for caution in cautions(config.train):
+                    bars.say(f"{name}: {caution}")
+                return bars.begin(name, config.train.steps)
+
             return train(config, out, resume=resume, progress=lambda event: begin()(event), how=how)
     except Stopped as stop:
         if rank() == 0:

@@ -38,13 +38,14 @@ def prepare(
     Args:
         source: shakespeare-char, shakespeare, tinystories, wikitext-2, wikitext-103, openwebtext, fineweb-edu,
             hf:NAME[/CONFIG] (of the Hugging Face hub, or a folder that datasets reads), text:PATH, jsonl:PATH#FIELD or
-            parquet:PATH#FIELD.
+            parquet:PATH#FIELD; text and jsonl may be compressed (.gz, .xz, .bz2, .zst).
         out: The folder to make (data/SOURCE if left out, for a source with a name).
         tokenizer: char, byte, gpt2, a tokenizer.json or a folder with one (what the source is known by, or gpt2).
         val: Another source to validate on (the source's own part, or the end of its training part).
         test: Another source to test on.
         val_fraction: What share of the documents to keep for validation where the source has no part for it (0.1).
-        documents: What a document is: each (file or record), line, blank (between empty lines) or wikitext (article).
+        documents: What a document is: each (file or record), line, blank (between empty lines), wikitext (article), or
+            a delimiter between documents, such as '<|endoftext|>'.
         tokens: Stop after the document that reaches so many training tokens: 100M, 1.5B.
         max_documents: Stop after so many training documents.
         end: Put the end-of-document token after each document, where the tokenizer has one.
@@ -83,8 +84,26 @@ def prepare(
     print(f"{out}: {described(made.manifest['tokenizer'])}")
     for name, split in made.manifest["splits"].items():
         print(f"  {name:<5} {split['tokens']:>14,} tokens {split['documents']:>11,} documents  ({split['rule']})")
+    for name, split in made.manifest["splits"].items():
+        if said := unknown_text(split):
+            print(f"  {name}: {said}")
     print(f"train on it with --data prepared:{out}")
     return 0
+
+
+def unknown_text(split: Mapping[str, Any]) -> str:
+    """Return a sentence about the text of a part that the tokenizer does not know; empty where it knows all."""
+    text = split.get("text")
+    if text is None:
+        unclear = split.get("unknown")
+        return f"the tokenizer does not know some characters of this text, such as {unclear!r}" if unclear else ""
+    if not text["unknown"]:
+        return ""
+    share = text["unknown"] / text["characters"]
+    return (
+        f"the tokenizer does not know {text['unknown']:,} of {text['characters']:,} characters ({share:.2%}), such as "
+        f"{split['unknown']!r}: they are lost, or one token stands for all of them"
+    )
 
 
 def show(made: Any, text: str | None, json_: bool) -> int:

@@ -76,6 +76,7 @@ def train(
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     """Print what `attnlab train --dry-run` does. Return the exit code."""
     from ..costs.dry_run import forecast
+    from ..training.schedule import cautions
     from ..training.train import resolve
 
     try:
@@ -86,5 +87,7 @@ def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
         missing = f"\nTraining would stop here: {error}"
     print(f"{presets.about(preset)}\n")
     tables.console().print(tables.forecast_table(forecast(config, rate)))
+    for caution in cautions(config.train):
+        print(f"\nNote: {caution}.")
     print(missing, end="\n" if missing else "")
     return 0

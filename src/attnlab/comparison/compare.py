@@ -17,6 +17,7 @@ from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
 from ..results import RunResult, environment
+from ..training.schedule import cautions
 from .engines import Engine, EngineOptions, Local, Needs, Outcome, Share
 from .extras import EXTRAS, write_extras
 from .grid import Cell, Comparison, Sweep, default_command, sweep
@@ -68,8 +69,14 @@ def foresee(comparison: Comparison, out: Path, engine: EngineOptions, share: Sha
     lines = [
         f"{cell}: {parameters(cell.config.model):,} parameters, {cell.config.train.steps:,} steps" for cell in todo
     ]
+    lines += [f"note: {caution}" for caution in _cautions(todo)]
     runs = f"{len(todo)} of {len(cells)} runs are to be trained"
     return "\n".join([*lines, f"{runs} {opened.describe([cell.call for cell in todo])}" if todo else runs])
+
+
+def _cautions(cells: Sequence[Cell]) -> list[str]:
+    """Sentences about the schedules of runs, each once."""
+    return list(dict.fromkeys(caution for cell in cells for caution in cautions(cell.config.train)))
 
 
 def _needs(
@@ -105,6 +112,8 @@ class Runs:
     def make(self, engine: Engine, progress: ComparisonProgress, extras: Sequence[str]) -> None:
         """Make the runs that are not finished, then the extras. `KeyboardInterrupt` says how many runs are finished."""
         self.progress = progress
+        for caution in _cautions(self.todo):
+            progress.say(caution)
         for cell in self.cells:
             if cell not in self.todo:
                 progress.say(f"{cell}: {_words(self.known[cell.folder])}, finished before")

@@ -159,7 +159,7 @@ def grid(comparison: Comparison, out: str | Path, size: str = "") -> Grid:
     seeds = list(range(preset.seed, preset.seed + given)) if isinstance(given, int) else list(given)
     if not labels or not seeds:
         raise UserError(f"there are {len(labels)} mechanisms and {len(seeds)} seeds: give at least one of each")
-    preset = resolve(sized(preset, size) if size else preset)[0]
+    preset, corpus = resolve(sized(preset, size) if size else preset)
     configs = {label: variant(preset, label, comparison.options) for label in labels}
     baseline = BASELINE if BASELINE in labels else labels[0]
     matched: dict[str, Matched] = {}
@@ -173,6 +173,9 @@ def grid(comparison: Comparison, out: str | Path, size: str = "") -> Grid:
         for label, config in configs.items():
             config = replace(config, seed=seed)
             cells.append(Cell(label, seed, config, Path(out) / "runs" / f"{label}-s{seed}-{config.key}", size))
+    for cell in cells:
+        if cell.result() is not None:  # what is paired with it must read the same batches
+            RunFolder.open(cell.folder).check_order(corpus)
     task = task_of(preset.data)
     return Grid(preset.name, labels, seeds, baseline, comparison.match, matched, cells, task, size)
 

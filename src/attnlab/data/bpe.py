@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,6 +25,9 @@ from ..errors import UserError, need
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
+MARK = "ends"  # field of an added token that ends a text: its order among those
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}  # of added ones
+DROPPING = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")  # these drop what they split at
 GPT2 = "openai-community/gpt2"  # on the Hugging Face hub
 GPT2_SHA256 = "8676f8eec927f838812b2a722381bf35e0a971f5c12c9430cd3511ad64b645c4"  # of its words and merges
 # GPT-2's words: contractions, letters, digits, the rest, each with a space before it; then spaces but for the last one
@@ -34,9 +38,14 @@ SMALLEST = 257  # tokens of the smallest vocabulary: bytes and the end of a docu
 
 
 class BPETokenizer:
-    """A tokenizer made from `data`, the content of a tokenizer.json."""
+    """A tokenizer made from `data`, the content of a tokenizer.json.
 
-    def __init__(self, data: Mapping[str, Any]):
+    ends: the tokens that end a text, by name or id, as the files beside it declare them; those that it lacks are passed
+    over. The first ends a document. Without one, one of ENDS does.
+    """
+
+    def __init__(self, data: Mapping[str, Any], ends: Sequence[str | int] = ()):
+        data = with_ends(data, ends)
         self._data = data
         self.kind = str(data["model"]["type"]).lower()
         vocab = data["model"]["vocab"]
@@ -46,13 +55,48 @@ class BPETokenizer:
         self._ids: dict[str, int] = {**own, **{name: token["id"] for name, token in self._added.items()}}
         self._special = {token["id"] for token in self._added.values() if token["special"]}
         self.vocab_size = max(self._ids.values()) + 1
-        self.end: int | None = next((self._ids[name] for name in ENDS if name in self._added), None)
+        declared = sorted((token for token in self._added.values() if MARK in token), key=lambda token: token[MARK])
+        usual = [self._added[name] for name in ENDS if name in self._added]
+        self.ends = tuple(token["id"] for token in declared or usual[:1])
+        self.end: int | None = next(iter(self.ends), None)
         words = data.get("pre_tokenizer") or {}
         plain = data.get("normalizer") is None and len(self._special) == len(self._added)
         as_gpt2 = (
             words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space")
         )
         self.seam = SEAM if plain and as_gpt2 else None
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The id that stands for what has none; None: there is none."""
+        model = self._data["model"]
+        return model.get("unk_id") if "unk_id" in model else self._ids.get(model.get("unk_token") or "")
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every text makes the round trip: words become bytes, and every byte has an id."""
+        words = self._data.get("pre_tokenizer") or {}
+        parts = words.get("pretokenizers") or [words]
+        byte_wise = parts[-1].get("type") == "ByteLevel" and not any(
+            part.get("add_prefix_space") or part.get("behavior") == "Removed" or part.get("type") in DROPPING
+            for part in parts
+        )
+        plain = self._data.get("normalizer") is None and self._bytes is not None
+        return byte_wise and plain and set(byte_letters()) <= set(self._ids)
+
+    def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Return the characters of `text` that its `ids` do not say, and how many of each; spaces do not count."""
+        if self.complete:
+            return Counter()
+        said = self.decode(i for i in map(int, ids) if i != self.unknown)
+        lost = Counter(text) - Counter(said)
+        del lost[" "]  # decoders add and drop some by convention
+        return lost
+
+    def place_of(self, text: str, token: int) -> int:
+        """Return the character of `text` at which its token number `token` begins."""
+        offsets = self._tokenizers.encode(text, add_special_tokens=False).offsets
+        return offsets[token][0] if token < len(offsets) else len(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int32 [n]. UserError for half a surrogate pair."""
@@ -123,7 +167,7 @@ class BPETokenizer:
         assert self._bytes is not None
         ranks = {piece: i for i, piece in self._bytes.items() if i not in self._special}
         tiktoken = importlib.import_module("tiktoken")
-        return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: self.end})
+        return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: self._ids[END]})
 
 
 @lru_cache(maxsize=1)
@@ -175,6 +219,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()
     )
 
 
+def with_ends(data: Mapping[str, Any], ends: Sequence[str | int]) -> Mapping[str, Any]:
+    """Return a tokenizer.json in which the tokens that end a text are marked as such, with their order.
+
+    The mark stands in `added_tokens`, where other readers pass over it.
+    """
+    vocab = data["model"]["vocab"]
+    own = dict(vocab) if isinstance(vocab, Mapping) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    added = {token["id"]: dict(token) for token in data.get("added_tokens") or []}
+    ids = {**own, **{token["content"]: i for i, token in added.items()}}
+    names = {i: name for name, i in ids.items()}
+    known = [ids.get(end) if isinstance(end, str) else end for end in ends]
+    marked = list(dict.fromkeys(i for i in known if i in names))
+    if not marked:
+        return data
+    for token in added.values():
+        token.pop(MARK, None)
+    for order, i in enumerate(marked):
+        added[i] = {"content": names[i], "id": i, **FLAGS, **added.get(i, {}), "special": True, MARK: order}
+    return {**data, "added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+
+
 def fingerprint_of(data: Mapping[str, Any]) -> str:
     """Return the sha256 of `data` as JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -199,13 +264,12 @@ def text_of(table: Mapping[int, bytes], ids: Iterable[int]) -> str:
 
 def byte_level(vocab: Mapping[str, int], merges: Sequence[Any], special: Mapping[str, int]) -> dict[str, Any]:
     """Return a tokenizer.json that cuts text into words as GPT-2 does and the bytes of each word into `vocab`."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+        "added_tokens": [{"id": i, "content": name, **FLAGS} for name, i in special.items()],
         "normalizer": None,
         "pre_tokenizer": bytes_,
         "post_processor": bytes_,

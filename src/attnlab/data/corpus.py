@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import UserError
 from . import order, packing
@@ -57,6 +58,11 @@ class Corpus:
     _row_starts: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
+    def order(self) -> int:
+        """The version of the order in which it is read."""
+        return order.VERSION
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids of the tokenizer."""
         return self.tokenizer.vocab_size
@@ -95,10 +101,9 @@ class Corpus:
         return self.training_rows(np.arange(first, last), context, seed)
 
     def windows(self, count: int, context: int, split: str = "val") -> Batch:
-        """Return `count` rows, always the same, spread evenly from the first token of a split to the last."""
+        """Return `count` rows, always the same, spread over all of a split: one from each of so many equal parts."""
         self.check(context)
-        last = self._size(split, context) - 1
-        return self._rows(np.linspace(0, last, count).astype(np.int64), context, split)
+        return self._rows(order.spread_places(count, self._size(split, context)), context, split)
 
     def split(self, name: str) -> Tokens:
         """Return "train" or "val"."""
@@ -130,8 +135,15 @@ class Corpus:
         if self.pack == "documents":
             rows = packing.read_rows(tokens, self.row_starts(split, context), where, context, self._front(split))
             return Batch(*map(torch.from_numpy, rows))
-        both = tokens.gather(where, context + 1)
-        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+        begins = np.minimum(where, len(tokens) - context - 1)
+        both = tokens.gather(begins, context + 1)
+        x = both[:, :-1].clone()  # contiguous() would leave two views of a single row
+        y = both[:, 1:].clone()
+        for row in np.flatnonzero(where > begins):  # a last window, which ends where the split does
+            missing = int((where - begins)[row])
+            x[row] = F.pad(x[row, missing:], (0, missing))
+            y[row] = F.pad(y[row, missing:], (0, missing), value=-1)
+        return Batch(x, y)
 
     def _front(self, split: str) -> int:
         """Return 1 where a token that ends one document stands in front of the next, else 0: the first two tell."""

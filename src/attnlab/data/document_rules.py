@@ -5,7 +5,10 @@ line      a line
 blank     the lines between empty lines
 wikitext  an article, which begins with a line such as " = Title = " after an empty one
 
-No rule loses a character: joined, the documents are the text again. A document with nothing in it is left out.
+Any other rule is a delimiter: documents are what stands between it and the next, such as <|endoftext|>.
+
+No rule loses a character: joined, the documents are the text again, but for the delimiters. A document with nothing in
+it is left out; between delimiters, so is one with nothing but white space.
 
 A split is read in blocks, each of which says whether it ends its document. So a document may be longer than memory.
 """
@@ -15,6 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+
+from ..errors import choose
 
 EACH = "each"
 TITLE = re.compile(r" = (?!=).*(?<!=) = \n?")
@@ -36,8 +41,26 @@ class TextBlock(NamedTuple):
     done: int  # how much of the split was read by then, in `sources.Split.unit`
 
 
+def checked_rule(rule: str) -> str:
+    """Return a rule: EACH, one of RULES, or a delimiter, in which \\n and \\t are a line feed and a tab.
+
+    Raises `UserError` for an empty one, and for a word of small letters, which is a misspelt name.
+    """
+    if not rule or (rule.isascii() and rule.isalpha() and rule.islower()):
+        choose("rule for --documents (a delimiter has a sign or a capital letter in it)", rule, [EACH, *RULES])
+    return rule.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def is_delimiter(rule: str) -> bool:
+    """Return whether a rule is a delimiter."""
+    return rule != EACH and rule not in RULES
+
+
 def documents_of(texts: Texts, rule: str) -> Iterator[TextBlock]:
     """Yield one text, which comes in parts, as the documents that `rule` makes of it."""
+    if is_delimiter(rule):
+        yield from _documents_between(texts, rule)
+        return
     if rule != EACH:
         yield from _documents_of_lines(texts, RULES[rule])
         return
@@ -77,6 +100,25 @@ def _documents_of_lines(texts: Texts, begins: Callable[[str, str], bool]) -> Ite
         full = full or bool(line.strip())
         before = line
     yield TextBlock("".join(held), True, done)
+
+
+def _documents_between(texts: Texts, delimiter: str) -> Iterator[TextBlock]:
+    held = ""  # text of the document that is in no block yet
+    begun = False  # whether a block of it was given
+    done = 0
+    for text, done in texts:
+        *parts, held = (held + text).split(delimiter)
+        for part in parts:
+            if begun or part.strip():
+                yield TextBlock(part, True, done)
+            begun = False
+        safe = len(held) - len(delimiter) + 1  # behind it a delimiter may have begun
+        if safe > LONGEST and (begun or held[:safe].strip()):
+            yield TextBlock(held[:safe], False, done)
+            held = held[safe:]
+            begun = True
+    if begun or held.strip():
+        yield TextBlock(held, True, done)
 
 
 def _lines(texts: Texts) -> Texts:

@@ -10,7 +10,7 @@ How text is cut into blocks, pieces and units changes no id.
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from .tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters of a long document in one piece
 UNIT = 1 << 18  # characters in one unit
+TEXT = ("bytes", "characters", "unknown")  # what is counted of a text: bytes of UTF-8, and characters that no id says
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,14 +112,28 @@ def units_of(pieces: Iterable[TextPiece], at: TextPlace) -> Iterator[Unit]:
         yield Unit(unit, begin, at)
 
 
-def encode_unit(tokenizer: Tokenizer, end: int | None, unit: Unit) -> tuple[Unit, np.ndarray, np.ndarray]:
-    """Return the unit, its ids, int32 [n], and where among them documents begin, int64.
+class Encoded(NamedTuple):
+    """A unit and its ids."""
+
+    unit: Unit
+    ids: np.ndarray  # int32 [n]
+    starts: np.ndarray  # which of them begin a document, int64
+    before: np.ndarray  # TEXT of the unit before each of those documents, int64 [documents 3]
+    text: np.ndarray  # TEXT of the whole unit, int64 [3]
+    lost: Counter[str]  # characters that no id says, and how many of each
+
+
+def encode_unit(tokenizer: Tokenizer, end: int | None, unit: Unit) -> Encoded:
+    """Return a unit with its ids.
 
     end: the id to put after each document; None: none. A document without text is no document. UserError names the
     document that cannot be encoded.
     """
     rows = [np.empty(0, np.int32)]
     starts = []
+    before = [np.empty((0, len(TEXT)), np.int64)]
+    text = np.zeros(len(TEXT), np.int64)
+    lost: Counter[str] = Counter()
     tokens = 0
     document = unit.document
     for piece in unit.pieces:
@@ -128,15 +143,19 @@ def encode_unit(tokenizer: Tokenizer, end: int | None, unit: Unit) -> tuple[Unit
                 ids = tokenizer.encode_array(piece.text)
             except UserError as error:
                 raise UserError(f"document {document + 1}: {error}") from None
+            missing = tokenizer.lost(piece.text, ids)
             if piece.last and end is not None:
                 ids = np.append(ids, np.int32(end))
             if piece.first and len(ids):
                 starts.append(tokens)
+                before.append(text[None])
+            lost += missing
+            text = text + np.array([len(piece.text.encode()), len(piece.text), missing.total()])
             rows.append(ids)
             tokens += len(ids)
         if piece.last:
             document += 1
-    return unit, np.concatenate(rows), np.array(starts, np.int64)
+    return Encoded(unit, np.concatenate(rows), np.array(starts, np.int64), np.concatenate(before), text, lost)
 
 
 def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

@@ -47,6 +47,11 @@ class Endless(Corpus):
             task=found,
         )
 
+    @property
+    def order(self) -> int:
+        """The version of the order in which it is read: it has no windows, so it is still the first."""
+        return 1
+
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of the symbols and of some sequences: it changes when what is asked does."""

@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError
 from . import order
 from .corpus import Batch, Corpus
-from .tokens import Tokens
+from .tokens import UNKNOWN, Tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,7 +80,11 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
     def documents() -> np.ndarray:
         return np.unique(np.concatenate([start + part.documents for start, part in zip(starts, parts, strict=False)]))
 
-    return Tokens([array for part in parts for array in part.parts], documents)
+    sizes = [part.text_bytes for part in parts]
+    known = [size for size in sizes if size is not None]
+    total = UNKNOWN if UNKNOWN in known or len(known) < len(sizes) else sum(known)
+    text_bytes = total if known else None
+    return Tokens([array for part in parts for array in part.parts], documents, text_bytes=text_bytes)
 
 
 def _merged(found: Sequence[tuple[np.ndarray, Batch]]) -> Batch:

@@ -4,8 +4,8 @@ sample  one row of a batch. Samples are numbered 0, 1, 2, ... through all steps 
 unit    what one sample reads: a window of the corpus, or a row of documents
 
 In each epoch a permutation of its own takes every sample to a unit, so each unit is read exactly once. The permutation
-is computed where it is asked for. All of it is whole-number arithmetic on 64 bits, and pinned by tests: the order must
-never change.
+is computed where it is asked for. All of it is whole-number arithmetic on 64 bits, and pinned by tests: the order of a
+VERSION must never change.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+VERSION = 2  # of the order; a run goes on with the one it began with, or not at all (1: windows of one phase)
 ROUNDS = 8  # of the Feistel network
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive numbers become far-apart ones
 SHARE = 20  # bits of a mixture's weight
+FINE = 16  # bits of a place between two whole numbers; a corpus has fewer than 2^(64 - FINE) tokens
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -71,14 +73,41 @@ def units(samples: np.ndarray, size: int, key: np.ndarray) -> tuple[np.ndarray, 
 def window_starts(samples: np.ndarray, tokens: int, context: int, key: np.ndarray) -> np.ndarray:
     """Return where each sample's window of `context` + 1 tokens begins in a row of `tokens`, int64 [n].
 
-    The windows of an epoch lie side by side, each beginning with the last target of the one before. They begin at a
-    random offset, drawn for the epoch, so that their edges move; what this leaves out at the ends, less than two
-    windows, is other tokens in every epoch.
+    The windows of an epoch follow one another, each beginning with the last target of the one before, or a few tokens
+    later. Those gaps add up to one context. So windows begin at every remainder of division by the context equally
+    often, and a text with a period, such as lines of one length, is not always read from the same place of the period.
+
+    The first window begins at a random offset below `context`, drawn for the epoch, so that all edges move. The last
+    window is shorter than the others where the row ends before it does. What an epoch leaves out, less than two
+    windows, is other tokens in every epoch. A row with room for one window has it anywhere.
     """
     size = max(1, tokens // context - 1)
     unit, keys = units(samples, size, key)
-    offset = mix(keys) % np.uint64(tokens - size * context)
-    return (offset + unit * np.uint64(context)).astype(np.int64)
+    if size == 1:
+        return (mix(keys) % np.uint64(tokens - context)).astype(np.int64)
+    offset = mix(keys) % np.uint64(context)
+    gaps = stratified(unit, size, context, keys) - stratified(np.zeros_like(unit), size, context, keys)
+    return (offset + unit * np.uint64(context) + gaps).astype(np.int64)
+
+
+def stratified(unit: np.ndarray, size: np.ndarray | int, room: int, key: np.ndarray) -> np.ndarray:
+    """Return a number below `room` for each unit of 0 .. size - 1; they ascend with the unit. All uint64 [n].
+
+    The range from 0 to `room` has `size` equal parts, and each unit's number is drawn from its own part.
+    """
+    fine = np.uint64(FINE)
+    within = mix(key + (unit + np.uint64(1)) * GOLDEN) >> (np.uint64(64) - fine)
+    return ((unit << fine) + within) * np.uint64(room) // (np.asarray(size, np.uint64) << fine)
+
+
+def spread_places(count: int, size: int) -> np.ndarray:
+    """Return `count` places of 0 .. size - 1, always the same, ascending: int64 [count].
+
+    One is drawn from each of `count` equal parts: even steps could be whole periods of a text that has one.
+    """
+    number = np.arange(count, dtype=np.uint64)
+    within = (mix((number + np.uint64(1)) * GOLDEN) >> np.uint64(11)) * 2.0**-53
+    return ((number + within) * (size / count)).astype(np.int64).clip(0, size - 1)
 
 
 def shares(samples: np.ndarray, weights: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:

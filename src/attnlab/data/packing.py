@@ -9,6 +9,9 @@ front   1 where a document ends with a token of its own, else 0. With 1 that tok
         too, so that its first token is predicted.
 stretch neighbouring tokens of the corpus
 
+The pieces of a very long document are shortened by a few places here and there, one context in all. So they begin at
+every remainder of division by the context, and not always at the same place of a period that the text may have.
+
 Pieces fill rows in the order of the corpus, and a piece that does not fit begins the next row (next-fit). So a row is
 one stretch of the corpus, and known by where it begins.
 """
@@ -19,9 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .order import GOLDEN, stratified
 from .tokens import Tokens
 
 BLOCK = 1 << 18  # documents looked at together
+LONG = 16  # pieces of a document of which some are shortened: that takes one piece more, at most a sixteenth
 
 
 class Rows(NamedTuple):
@@ -77,9 +82,25 @@ def _pieces(begins: np.ndarray, places: np.ndarray, context: int) -> tuple[np.nd
     begins = begins[places > 0]
     places = places[places > 0]
     count = -(-places // context)  # pieces of each document
-    number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # of a piece, in its document
-    done = number * context
-    return np.repeat(begins, count) + done, np.minimum(np.repeat(places, count) - done, context)
+    count += count >= LONG
+    pieces = np.repeat(count, count)  # of the document that a piece is of
+    number = np.arange(len(pieces)) - np.repeat(count.cumsum() - count, count)  # of a piece, in its document
+    begin = np.repeat(begins, count)
+    done = number * context - _shortened(begin, number, pieces, context)
+    left = np.repeat(places, count) - done  # of the document's places
+    begun = left > 0  # the last of a long document may have nothing left
+    ends = np.append(number[1:] == 0, True)
+    sizes = np.where(ends, left, np.diff(done, append=0))
+    return (begin + done)[begun], np.minimum(sizes, left)[begun]
+
+
+def _shortened(begin: np.ndarray, number: np.ndarray, pieces: np.ndarray, context: int) -> np.ndarray:
+    """Return the places that all pieces before each one lack, int64 [pieces]: 0 unless its document is long."""
+    moved = np.flatnonzero((pieces > LONG) & (number > 0))
+    key = begin[moved].astype(np.uint64) * GOLDEN
+    found = np.zeros(len(number), np.int64)
+    found[moved] = stratified(number[moved].astype(np.uint64), pieces[moved], context, key).astype(np.int64)
+    return found
 
 
 def read_rows(tokens: Tokens, begun: np.ndarray, rows: np.ndarray, context: int, front: int) -> Rows:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -26,18 +27,20 @@ from ..errors import UserError
 from ..files import LOCK, check_free, checksum, expanded, full_disk, locked, naming, read_json, write_json
 from ..results import environment
 from ..unfinished import clean, sync_folder
-from .document_rules import TextBlock, first_documents
+from .document_rules import EACH, RULES, TextBlock, first_documents, is_delimiter
 from .encoding import TextPlace, Unit, encode_unit, in_order, pieces_of, units_of
 from .nanogpt import write_meta
 from .schemas import PreparedState
 from .shards import FORMAT, SPLITS, UNFINISHED, Prepared, SplitWriter, dtype_of
 from .sources import Source, Split, open_source
+from .text_counts import MovingText, described_text
 from .tokenizer import CharTokenizer, Tokenizer, from_json, tokenizer
 from .tokens import Tokens
 from .unfinished_folder import check_own, remove_prepared
 
 EVERY = 10.0  # seconds between two states on the disk
 COPY = 1 << 20  # tokens that are copied at a time
+KNOWN_LOST = 100  # unknown characters that the state keeps, the most frequent ones
 
 Event = Mapping[str, Any]  # split, done, of (None where unknown), unit, and tokens_per_s where text is encoded
 
@@ -132,7 +135,8 @@ def _compare(recipe: Recipe, held: Tokenizer, folder: Path) -> None:
     """Raise UserError where the recipe's tokenizer is a file that has changed."""
     if not recipe.tokenizer or recipe.tokenizer == CharTokenizer.kind:
         return
-    if tokenizer(recipe.tokenizer).fingerprint != held.fingerprint:
+    now = tokenizer(recipe.tokenizer)
+    if now.fingerprint != held.fingerprint or now.end != held.end:
         raise UserError(
             f"{folder} was made with another tokenizer than {recipe.tokenizer} is now; bring the old one back, or "
             "delete the folder"
@@ -262,7 +266,8 @@ class _Work:
     def writer(self, name: str) -> SplitWriter:
         """Return a writer that goes on where the state says that the split stands."""
         written = self.state["splits"].get(name, {}).get("written")
-        return SplitWriter(self.folder, name, self.dtype, self.recipe.shard_tokens, self.recipe.layout, written)
+        counts = not self.tokenizer.complete
+        return SplitWriter(self.folder, name, self.dtype, self.recipe.shard_tokens, self.recipe.layout, written, counts)
 
     def save(self, name: str, writer: SplitWriter, at: TextPlace, *, whole: bool) -> None:
         """Bring the files to the disk, and then the state that describes them."""
@@ -284,12 +289,14 @@ class _Work:
             began = time.monotonic()
             saved = began
             encoded = in_order(pool, lambda unit: encode_unit(self.tokenizer, end, unit), units, ahead=2 * self.workers)
-            for unit, ids, starts in encoded:
-                beyond = starts[starts + writer.tokens >= limit]  # documents that begin behind the limit
+            for unit, ids, starts, texts, text, lost in encoded:
+                beyond = np.flatnonzero(starts + writer.tokens >= limit)  # documents that begin behind the limit
                 if len(beyond):
-                    ids = ids[: beyond[0]]
-                    starts = starts[starts < beyond[0]]
-                writer.add(ids, starts)
+                    ids = ids[: starts[beyond[0]]]
+                    text = texts[beyond[0]]
+                    starts = starts[: beyond[0]]
+                writer.add(ids, starts, texts[: len(starts)], text)
+                self.note_lost(name, lost)
                 at = unit.at
                 now = time.monotonic()
                 self.tell(name, split, unit, writer, (writer.tokens - before) / max(now - began, 1e-9))
@@ -300,7 +307,24 @@ class _Work:
                     saved = now
             if not writer.tokens:
                 raise UserError(f"the {name} part of {self.recipe.source} has no text in it; give one that has")
+            self.check_delimiter(name, writer.documents)
             self.save(name, writer, at, whole=True)
+
+    def note_lost(self, name: str, lost: Counter[str]) -> None:
+        """Add to the state which characters the tokenizer did not know."""
+        if lost:
+            held = Counter(self.state.setdefault("lost", {}).get(name, {})) + lost
+            self.state["lost"][name] = dict(held.most_common(KNOWN_LOST))
+
+    def check_delimiter(self, name: str, documents: int) -> None:
+        """Raise UserError where documents are what stands between delimiters, and the text to train on has none."""
+        rule = self.recipe.documents
+        limited = self.recipe.max_documents or self.recipe.max_tokens
+        if name == "train" and documents == 1 and not limited and rule is not None and is_delimiter(rule):
+            raise UserError(
+                f"{rule!r} is nowhere in {self.recipe.source}: give --documents a delimiter that is in it, or one of "
+                f"{', '.join([EACH, *RULES])}"
+            )
 
     def tell(self, name: str, split: Split, unit: Unit, writer: SplitWriter, rate: float) -> None:
         """Send an event, counted in what ends the split: tokens, documents, or what the source is read in."""
@@ -326,13 +350,16 @@ class _Work:
                 f"{self.recipe.source} has {tokens} tokens, too few to keep some for validation; give --val SOURCE"
             )
         row = Tokens([np.memmap(self.folder / shard["file"], self.dtype, "r") for shard in train["shards"]])
+        moving = MovingText.of(self.folder, train, end.kept)
         with closing(self.writer("val")) as writer:
             for at in range(0, tokens - end.start, COPY):
                 ids = row.read(end.start + at, min(end.start + at + COPY, tokens)).numpy()
                 begins = end.documents[(end.documents >= at) & (end.documents < at + COPY)]
-                writer.add(ids, begins - at)
+                writer.add(ids, begins - at, *moving.of_next(len(begins)))
             self.state["splits"]["val"] = {"written": writer.commit(), "whole": True, "rule": end.rule}
-        self.state["splits"]["train"]["written"] = {**train, "tokens": end.start, "documents": end.kept}
+        self.state["splits"]["train"]["written"] = {**train, "tokens": end.start, "documents": end.kept, **moving.left}
+        if "train" in self.state.get("lost", {}):
+            self.state["lost"]["val"] = self.state["lost"]["train"]
         write_json(self.folder / "state.json", self.state)
         return end.rule
 
@@ -356,6 +383,8 @@ class _Work:
             with closing(self.writer(name)) as writer:  # cuts off what no longer belongs to the split
                 index = {"file": writer.index.name, "sha256": checksum(writer.index).hexdigest()}
                 splits[name] = {**writer.commit(), "index": index, "rule": rules[name]}
+                if "text" in splits[name]:
+                    splits[name] |= described_text(writer, self.state.get("lost", {}).get(name, {}))
         if self.recipe.layout == "nanogpt":
             write_meta(self.folder / "meta.pkl", self.tokenizer)
         made = self.tokenizer

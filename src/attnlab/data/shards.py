@@ -4,6 +4,8 @@
     tokenizer.json             how its text became ids
     train-00000.bin ...        uint16 (uint32 above 65,536 ids), little-endian, `shard_tokens` ids in each but the last
     train.documents.bin        int64: where each document of the split begins
+    train.text.bin             3 int64 for each document: bytes, characters, and characters that no id says, of the text
+                               before it; only where the tokenizer cannot say every text
 
 and the same for val and test. A folder of nanoGPT's (train.bin, val.bin, perhaps meta.pkl) is read too, and written:
 there each split is one file of uint16. Checksums of all files stand in the manifest.
@@ -27,9 +29,10 @@ from ..files import checksum, expanded, path_within, read_json, regular
 from ..ranges import check_value
 from ..results import Tell
 from . import nanogpt
+from .encoding import TEXT
 from .schemas import Manifest
 from .tokenizer import Tokenizer, tokenizer
-from .tokens import Tokens
+from .tokens import UNKNOWN, Tokens
 
 FORMAT = 1
 AGAIN = "prepare it again"
@@ -110,12 +113,16 @@ class Prepared:
         if "index" not in split:
             return Tokens(parts, lambda: _starts_after(parts, self.tokenizer.end))
         sums = [shard["sha256"] for shard in [*split["shards"], split["index"]]]
-        return Tokens(parts, lambda: self._documents(split), hashlib.sha256(" ".join(sums).encode()).hexdigest())
+        digest = hashlib.sha256(" ".join(sums).encode()).hexdigest()
+        text = (split["text"] or {}).get("bytes", UNKNOWN) if "text" in split else None
+        return Tokens(parts, lambda: self._documents(split), digest, text)
 
     def verify(self, progress: Tell = lambda what, done, of: None) -> None:
         """Read every byte. UserError names the file whose checksum the manifest does not have."""
         splits = self.manifest["splits"].values()
-        files = [file for split in splits for file in [*split["shards"], split.get("index", {})]]
+        files = [
+            file for split in splits for file in [*split["shards"], split.get("index", {}), split.get("texts", {})]
+        ]
         known = [(self.path / file["file"], file["sha256"]) for file in files if "sha256" in file]
         for number, (path, expected) in enumerate(known):
             progress(path.name, number, len(known))
@@ -138,7 +145,10 @@ class Prepared:
                     f"{sum(shard['tokens'] for shard in split['shards'])}; prepare the folder again"
                 )
             sizes = {shard["file"]: shard["tokens"] * width for shard in split["shards"]}
-            for file, expected in {**sizes, split["index"]["file"]: split["documents"] * 8}.items():
+            rows = {split["index"]["file"]: split["documents"] * 8}
+            if "texts" in split:
+                rows[split["texts"]["file"]] = split["documents"] * 8 * len(TEXT)
+            for file, expected in {**sizes, **rows}.items():
                 path = regular(path_within(self.path, file, self.path / "manifest.json"))
                 held = path.stat().st_size if path.exists() else None
                 if held != expected:
@@ -168,11 +178,21 @@ class SplitWriter:
     """A writer that appends to the files of one split.
 
     state: what an earlier writer's `commit` returned, to go on from there. Everything behind it is cut off; so are
-    tokens and documents where the state's counts were lowered.
+    tokens and documents where the state's counts were lowered. counts: write down how much text there was before each
+    document, because its ids do not say all of it.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, layout: str, state: Any = None):
-        state = state or {"tokens": 0, "documents": 0, "shards": []}
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        layout: str,
+        state: Any = None,
+        counts: bool = False,
+    ):
+        state = state or {"tokens": 0, "documents": 0, "shards": [], **({"text": [0] * len(TEXT)} if counts else {})}
         self.folder = folder
         self.split = split
         self.dtype = dtype
@@ -185,11 +205,14 @@ class SplitWriter:
         self._held = 0  # tokens in the shard being written
         self._shard: BinaryIO | None = None
         self._starts = _cut_to(self.index, self.documents * 8)
+        self.texts = folder / f"{split}.text.bin"
+        self.text = state.get("text")  # of all documents; None: it is not counted, or not known
+        self._texts = _cut_to(self.texts, self.documents * 8 * len(TEXT)) if counts else None
         if self.tokens % self.shard_tokens:
             try:
                 self._open(self.tokens % self.shard_tokens)
             except UserError:
-                self._starts.close()
+                self.close()
                 raise
         self._remove_shards_behind()
 
@@ -202,9 +225,19 @@ class SplitWriter:
             path.unlink()
             number += 1
 
-    def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Append token ids. starts: which of them, counted from the first of `ids`, begin a document."""
+    def add(
+        self, ids: np.ndarray, starts: np.ndarray, before: np.ndarray | None = None, text: np.ndarray | None = None
+    ) -> None:
+        """Append token ids. starts: which of them, counted from the first of `ids`, begin a document.
+
+        before, text: of the text of these ids, TEXT before each of those documents, and of all; None: it is not known.
+        """
         _write(self._starts, (starts + self.tokens).astype("<i8"))
+        if self._texts is not None:
+            known = self.text is not None and before is not None and text is not None
+            rows = (before + np.array(self.text)) if known else np.full((len(starts), len(TEXT)), -1)
+            _write(self._texts, rows.astype("<i8"))
+            self.text = (text + np.array(self.text)).tolist() if known else None
         self.documents += len(starts)
         self.tokens += len(ids)
         while len(ids):
@@ -220,16 +253,16 @@ class SplitWriter:
 
     def commit(self) -> dict[str, Any]:
         """Bring all that was added to the disk. Return the state: enough to go on from, and part of the manifest."""
-        for file in filter(None, (self._starts, self._shard)):
+        for file in filter(None, (self._starts, self._shard, self._texts)):
             os.fsync(file.fileno())
         shards = [*self._whole, *([self._entry()] if self._shard else [])]
-        return {"tokens": self.tokens, "documents": self.documents, "shards": shards}
+        text = {} if self._texts is None else {"text": self.text}
+        return {"tokens": self.tokens, "documents": self.documents, "shards": shards, **text}
 
     def close(self) -> None:
         """Close the files."""
-        self._starts.close()
-        if self._shard:
-            self._shard.close()
+        for file in filter(None, (self._starts, self._shard, self._texts)):
+            file.close()
 
     def _open(self, held: int) -> None:
         path = self.folder / file_name(self.split, len(self._whole), self.layout)

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, choose, need
+from ..errors import UserError, need
 from ..files import expanded, regular
-from .document_rules import EACH, RULES, TextBlock, Texts, documents_of, documents_of_records, without_first_documents
+from .compressed import kind_inside, lines, opened, read_chunks
+from .document_rules import (
+    EACH,
+    TextBlock,
+    Texts,
+    checked_rule,
+    documents_of,
+    documents_of_records,
+    without_first_documents,
+)
 from .texts import shakespeare, visible_files
 
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -80,7 +89,7 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
     None: the newest commit. UserError where the source or the rule is unknown, or cannot be read.
     """
     if documents is not None:
-        choose("rule for --documents", documents, [EACH, *RULES])
+        documents = checked_rule(documents)
     if name in PACKAGED:
         return _packaged(name, documents or EACH)
     if name in KNOWN:
@@ -108,7 +117,7 @@ def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], abou
     if not regular(path).exists():
         raise UserError(f"{path} does not exist; {kind}:PATH needs a file or a folder of such files")
     found = [path] if path.is_file() else sorted(visible_files(path), key=lambda file: file.relative_to(path).parts)
-    files = [file for file in found if kind == "text" or path.is_file() or file.suffix == f".{kind}"]
+    files = [file for file in found if kind == "text" or path.is_file() or kind_inside(file) == f".{kind}"]
     if not files:
         raise UserError(f"{path} holds no {'' if kind == 'text' else f'.{kind} '}file; name another folder or a file")
     cut = documents_of if kind == "text" else documents_of_records
@@ -129,30 +138,25 @@ def _files(kind: str, path: Path, rule: str, read: Callable[[Path], Texts], abou
 def _text_of(file: Path) -> Texts:
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
-    done = 0
-    at_end = False
-    with _opened(file) as opened:
-        while not at_end:
-            chunk = opened.read(BLOCK)
-            at_end = not chunk
+    first = True
+    with opened(file) as (stream, raw):
+        for chunk in read_chunks(stream, BLOCK):
             try:
-                text = decoder.decode(chunk, final=at_end)
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
                 raise UserError(
                     f"{file} is not UTF-8: byte {error.object[error.start]:#04x} in line {line}; save it as UTF-8, or "
                     "take it out of the folder if it is not text"
                 ) from None
-            yield text if done else text.removeprefix("\ufeff"), done + len(chunk)
+            yield text.removeprefix("\ufeff") if first else text, raw.tell()
             line += chunk.count(b"\n")
-            done += len(chunk)
+            first = False
 
 
 def _jsonl(file: Path, field: str) -> Texts:
-    done = 0
-    with _opened(file) as opened:
-        for number, line in enumerate(opened, 1):
-            done += len(line)
+    with opened(file) as (stream, raw):
+        for number, line in enumerate(lines(stream, BLOCK), 1):
             if not line.strip():
                 continue
             try:
@@ -161,7 +165,7 @@ def _jsonl(file: Path, field: str) -> Texts:
                 raise UserError(
                     f"{file} line {number} is not JSON in UTF-8 ({error}); mend it or leave it out"
                 ) from None
-            yield _field(record, field, f"{file} line {number}"), done
+            yield _field(record, field, f"{file} line {number}"), raw.tell()
 
 
 def _parquet(file: Path, field: str) -> Texts:
@@ -181,13 +185,6 @@ def _parquet(file: Path, field: str) -> Texts:
 
 
 RECORDS = {"jsonl": _jsonl, "parquet": _parquet}
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return open(file, "rb")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out") from None
 
 
 def _known_field(field: str, fields: Iterable[str], where: str) -> None:

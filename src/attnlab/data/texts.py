@@ -12,6 +12,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import regular
+from .bpe import BPETokenizer
+from .compressed import opened
 from .corpus import Corpus
 from .tokenizer import CharTokenizer, Tokenizer
 from .tokens import Tokens
@@ -45,9 +47,22 @@ def from_texts(
     ids = np.concatenate(documents)
     starts = np.cumsum([0, *map(len, documents[:-1])])
     cut = int(len(ids) * (1 - val_fraction))
-    train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)])
-    val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])))
+    first: int | None = None
+    rest: int | None = None
+    if isinstance(made, BPETokenizer) and not made.complete:
+        first, rest = _text_bytes(texts, starts, made, cut)
+    train = Tokens.of(ids[:cut], starts[starts < max(cut, 1)], first)
+    val = Tokens.of(ids[cut:], np.unique(np.concatenate([[0], starts[starts > cut] - cut])), rest)
     return Corpus(source, made, train, val, pack)
+
+
+def _text_bytes(texts: Sequence[str], starts: np.ndarray, tokenizer: BPETokenizer, cut: int) -> tuple[int, int]:
+    """Return the bytes of the text before the token `cut`, and from it on. starts: the first token of each text."""
+    sizes = [len(text.encode()) for text in texts]
+    number = int(np.searchsorted(starts, cut, "right")) - 1  # of the text that is cut
+    place = tokenizer.place_of(texts[number], cut - int(starts[number]))
+    before = sum(sizes[:number]) + len(texts[number][:place].encode())
+    return before, sum(sizes) - before
 
 
 def read_text(path: Path) -> str:
@@ -81,10 +96,8 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); text:PATH needs readable UTF-8 text") from None
+    with opened(path) as (stream, _):
+        content = stream.read()
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

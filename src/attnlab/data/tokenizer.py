@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..errors import UserError, quoted
 from ..files import expanded, naming, read_json
 from ..ranges import Size, check_value
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
+from .declared import ends_of
 
 ANYWHERE = re.compile("")
 BYTES = {**{byte: bytes([byte]) for byte in range(256)}, 256: b""}
@@ -35,6 +37,18 @@ class Tokenizer(Protocol):
         """The id that ends a document; text never encodes to it."""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids at which a text ends, `end` the first of them."""
+
+    @property
+    def unknown(self) -> int | None:
+        """The id that stands for what has none; None: there is none."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the ids of a text always say all of it."""
+
+    @property
     def seam(self) -> re.Pattern[str] | None:
         """A pattern: where it matches, text may be cut in two without changing its ids. None: nowhere is known."""
 
@@ -51,15 +65,30 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, the inverse of `encode`; what is not whole text reads as U+FFFD."""
 
+    def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Return the characters of `text` that its `ids` do not say, and how many of each; spaces do not count."""
+
     def to_json(self) -> dict[str, Any]:
         """Return the tokenizer as JSON, which `from_json` reads."""
 
 
-class CharTokenizer:
+class Complete:
+    """A tokenizer whose ids say all of a text."""
+
+    complete = True
+    unknown = None
+
+    def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Return nothing: no character is lost."""
+        return Counter()
+
+
+class CharTokenizer(Complete):
     """A tokenizer with one token per character: id i is the i-th smallest code point of the text it was made from."""
 
     kind = "char"
     end = None
+    ends = ()
     seam = ANYWHERE
 
     def __init__(self, chars: str):
@@ -108,12 +137,13 @@ class CharTokenizer:
         return fingerprint_of(self.to_json())
 
 
-class ByteTokenizer:
+class ByteTokenizer(Complete):
     """A tokenizer with one token per byte of UTF-8, and one that ends a document."""
 
     kind = "byte"
     vocab_size = 257
     end = 256
+    ends = (256,)
     seam = ANYWHERE
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -170,10 +200,10 @@ class TokenizerFile(TypedDict, total=False):
     decoder: dict[str, Any] | None
 
 
-def from_json(data: Mapping[str, Any]) -> Tokenizer:
+def from_json(data: Mapping[str, Any], ends: Sequence[str | int] = ()) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
 
-    UserError where it is neither.
+    ends: the tokens that end a text, where `data` itself does not say. UserError where it is neither.
     """
     check_value("a tokenizer", data, TokenizerFile)
     if data.get("kind") == CharTokenizer.kind and "chars" in data:
@@ -188,7 +218,7 @@ def from_json(data: Mapping[str, Any]) -> Tokenizer:
         paired = isinstance(pieces, Mapping) or all(isinstance(each, list) and len(each) == 2 for each in pieces)
         if not pieces or not paired or not all(isinstance(each, str) for each in names_of(pieces)):
             raise UserError("the vocabulary of a tokenizer is empty, or not one of pieces of text")
-        return BPETokenizer(data)
+        return BPETokenizer(data, ends)
     raise UserError(
         f"tokenizer kind {quoted(data.get('kind'))} is unknown; this version reads 'char', 'byte' and the "
         "tokenizer.json of Hugging Face's tokenizers"
@@ -203,7 +233,8 @@ def names_of(pieces: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
 def tokenizer(name: str | Path) -> Tokenizer:
     """Return a tokenizer by name: "byte", "gpt2", a tokenizer.json, or a folder that has one.
 
-    Such folders are those of a run, of a corpus and of Hugging Face's. UserError where there is none.
+    Such folders are those of a run, of a corpus and of Hugging Face's; the files in it say which tokens end a text.
+    UserError where there is none.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -217,7 +248,7 @@ def tokenizer(name: str | Path) -> Tokenizer:
     remedy = "give a tokenizer.json of attnlab or of Hugging Face's tokenizers"
     data = read_json(path, dict, remedy)
     with naming(path, remedy):
-        return from_json(data)
+        return from_json(data, ends_of(path.parent))
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 DocumentStarts = np.ndarray | Callable[[], np.ndarray] | None  # where each begins; see `Tokens`
+UNKNOWN = -1  # bytes of a text
 DIGESTED = 1 << 20  # tokens that are hashed at a time
 
 
@@ -22,20 +23,33 @@ class Tokens:
     """A row of token ids. Its `parts` follow one another, and a window may cross from one into the next.
 
     documents: where each document begins; a function where finding out takes long; None: the row is one document.
-    digest: identifies the contents; computed from them if empty.
+    digest: identifies the contents; computed from them if empty. text_bytes: of the text that became these ids; None:
+    as many as they are decoded to; UNKNOWN: nobody knows, and the ids do not say all of it.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], documents: DocumentStarts = None, digest: str = ""):
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        documents: DocumentStarts = None,
+        digest: str = "",
+        text_bytes: int | None = None,
+    ):
         self.parts = list(parts)
+        self.text_bytes = text_bytes
         self._documents = documents
         self._digest = digest
         self._rows = [np.asarray(part) for part in self.parts]  # a memory map costs more to cut than an array
         self._edges = np.cumsum([0, *map(len, self.parts)])  # where each part begins, and where the last one ends
 
     @classmethod
-    def of(cls, ids: Tensor | np.ndarray | Sequence[int], documents: DocumentStarts = None) -> Tokens:
+    def of(
+        cls,
+        ids: Tensor | np.ndarray | Sequence[int],
+        documents: DocumentStarts = None,
+        text_bytes: int | None = None,
+    ) -> Tokens:
         """Return a row in memory."""
-        return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents)
+        return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents, text_bytes=text_bytes)
 
     def __len__(self) -> int:
         return int(self._edges[-1])

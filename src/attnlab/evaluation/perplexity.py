@@ -33,7 +33,7 @@ from ..data.shards import SPLITS, Prepared
 from ..data.tasks import task_of
 from ..data.texts import read_texts
 from ..data.tokenizer import Tokenizer
-from ..data.tokens import Tokens
+from ..data.tokens import UNKNOWN, Tokens
 from ..device import find_device
 from ..errors import UserError, choose
 from ..files import expanded
@@ -43,9 +43,9 @@ from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
 from ..runs.tensors import computed
 from .overlap import seen_share
+from .text_size import holds, text_bytes
 
 SHELF = 1024  # windows that are sorted by length together, so that little is padded
-PIECE = 1 << 16  # tokens decoded at once
 LOGITS = 1 << 24  # numbers held at once: a long context times a large vocabulary would not fit
 
 Ids = Sequence[int] | np.ndarray
@@ -95,29 +95,25 @@ class ScoredDocuments:
             for window in windows(length, context, stride):
                 yield Window(document, *window)
 
-    def bytes(self, tokenizer: Tokenizer) -> int:
-        """Return the UTF-8 bytes of the text of all tokens that are predicted."""
+    def bytes(self, tokenizer: Tokenizer) -> int | None:
+        """Return the UTF-8 bytes of the text of all tokens that are predicted.
+
+        They are those of the text as it was, with what the tokenizer does not know. None where nobody knows them.
+        """
         first = self.starts + 1 if self.front is None else self.starts
-        return sum(map(partial(text_bytes, tokenizer, self.tokens), first.tolist(), (first + self.lengths).tolist()))
+        count = partial(text_bytes, tokenizer, self.tokens)
+        known = self.tokens.text_bytes
+        if known == UNKNOWN or (known is None and holds(self.tokens, tokenizer.unknown)):
+            return None
+        if known is not None:
+            return known - sum(map(count, self.starts.tolist(), first.tolist()))
+        return sum(map(count, first.tolist(), (first + self.lengths).tolist()))
 
 
 def joined(documents: Iterable[Ids]) -> Tokens:
     """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
     full = [np.asarray(ids) for ids in documents if len(ids)]
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
-
-
-def text_bytes(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> int:
-    """Return the UTF-8 bytes of the text of these tokens, read in pieces that do not cut a character in two."""
-    total = 0
-    while start < stop:
-        for end in range(min(start + PIECE, stop), min(start + PIECE + 3, stop) + 1):  # a character is 4 bytes at most
-            text = tokenizer.decode(tokens.read(start, end).tolist())
-            if not text.endswith("\ufffd"):
-                break
-        total += len(text.encode("utf-8", "surrogatepass"))
-        start = end
-    return total
 
 
 @torch.inference_mode()
@@ -378,9 +374,20 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
     if corpus.tokenizer.fingerprint == tokenizer.fingerprint:
         return tokens, split
     bounds = zip(tokens.documents, [*tokens.documents[1:], len(tokens)], strict=True)
-    return encoded((corpus.tokenizer.decode(tokens.read(*at).tolist()) for at in bounds), tokenizer), split
+    texts = (corpus.tokenizer.decode(tokens.read(*at).tolist()) for at in bounds)
+    return encoded(texts, tokenizer, tokens.text_bytes), split
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
-    """Return texts as documents in a row."""
-    return joined(tokenizer.encode_array(text) for text in texts)
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, text_bytes: int | None = None) -> Tokens:
+    """Return texts as documents in a row. text_bytes: of these texts before they were tokens; None: as they are."""
+    sizes: list[int] = []
+
+    def ids() -> Iterator[np.ndarray]:
+        for text in texts:
+            sizes.append(len(text.encode("utf-8", "surrogatepass")))
+            yield tokenizer.encode_array(text)
+
+    found = joined(ids())
+    if text_bytes is not None or not tokenizer.complete:
+        found.text_bytes = sum(sizes) if text_bytes is None else text_bytes
+    return found

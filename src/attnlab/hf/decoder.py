@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..config import ModelConfig, from_dict, to_dict
+from ..config import ModelConfig
 from ..errors import UserError
 from ..model import Decoder
 from ..pretrained.families import attnlab as form
@@ -20,21 +19,25 @@ from .memory import add_memories, locate
 
 
 class AttnlabConfig(PretrainedConfig):
-    """ModelConfig under the names that transformers expects; the field `attnlab` holds all of it, as JSON."""
+    """ModelConfig under the names that transformers expects; the field `attnlab` holds the rest of it, as JSON."""
 
     model_type = "attnlab"
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, attnlab: Mapping[str, Any] | None = None, use_cache: bool = True, **fields: Any) -> None:
-        config = from_dict(ModelConfig, attnlab or {})
-        super().__init__(**{**form.from_model_config(config), **fields})
-        self.attnlab = to_dict(config)
+        written = form.from_model_config(form.to_model_config({"attnlab": attnlab or {}, **fields}))
+        super().__init__(**{**fields, **written})
         self.use_cache = use_cache
 
     @property
     def model_config(self) -> ModelConfig:
-        """The ModelConfig; `vocab_size` is this config's, which resize_token_embeddings changes."""
-        return replace(from_dict(ModelConfig, self.attnlab), vocab_size=self.vocab_size)
+        """The ModelConfig, as the fields are now: resize_token_embeddings changes `vocab_size`."""
+        return form.to_model_config(vars(self))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is written to config.json: no field of the model is left out for being the default."""
+        own = ("attnlab", *form.NAMES.values())
+        return {**super().to_diff_dict(), **{name: getattr(self, name) for name in own}}
 
 
 class AttnlabForCausalLM(PreTrainedModel, GenerationMixin):

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import pretrained
 from ..data import Tokenizer
+from ..data.declared import tokens_in
 from ..device import find_device
 from ..errors import UserError
 from ..feed_forward import Experts
@@ -182,21 +183,25 @@ def in_chat(loaded: pretrained.Loaded, prompt: str, system: str | None) -> list[
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    names: dict[int | None, str] = {i: name for name, i in chat.special_tokens(tokenizer).items()}
-    config = loaded.about.get("config", {})
-    special = {key.removesuffix("_id"): names.get(several(config.get(key))[0], "") for key in pretrained.TOKENS}
+    names: dict[Any, str] = {i: name for name, i in chat.special_tokens(tokenizer).items()}
+    special = {}
+    for key in pretrained.TOKENS:
+        name = key.removesuffix("_id")
+        said = (
+            *tokens_in(loaded.about.get("tokenizer_config", {}).get(name)),
+            *tokens_in(loaded.about.get("config", {}).get(key)),
+        )
+        special[name] = next(
+            (names.get(each, str(each)) for each in said if isinstance(each, str) or each in names), ""
+        )
     return chat.encode(tokenizer, chat.render_chat(template, messages, special))
 
 
 def ends(loaded: pretrained.Loaded, tokenizer: Tokenizer) -> Collection[int]:
-    """Return the tokens that end a text: those that the model's config names, and the tokenizer's."""
-    said = loaded.about.get("config", {}).get("eos_token_id")
-    return {i for i in (*several(said), tokenizer.end) if i is not None}
-
-
-def several(said: int | list[int] | None) -> list[int | None]:
-    """Return a list for one token, a list of tokens, or None, as a config may name them."""
-    return [*said] if isinstance(said, list) else [said]
+    """Return the tokens that end a text: those that the model's configs name, and the tokenizer's."""
+    configs = (loaded.about.get(name, {}) for name in ("config", "generation_config"))
+    said = [i for config in configs for i in tokens_in(config.get("eos_token_id"))]
+    return {i for i in (*said, *tokenizer.ends) if isinstance(i, int)}
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -23,7 +23,7 @@ from ..errors import UserError, choose
 from ..files import expanded, regular
 from ..model import Decoder, attention_configs
 from ..runs.folder import RunFolder, load_model
-from . import families, folders, model_card, tensor_names
+from . import extras, families, folders, model_card, tensor_names
 
 INDIFFERENT = {"impl", "mode", "dropout", "warmup", "learn_every"}  # fields that change no logit of a trained model
 RUN = "run"  # the family of a run folder
@@ -106,7 +106,10 @@ def build(
     if hf.get("quantization_config"):
         raise UserError(f"{source} is quantized; bring it as float32, float16 or bfloat16")
     try:
-        model = empty(family.to_model_config(hf))
+        config = family.to_model_config(hf)
+        if config.tied:
+            config, found = extras.tied_or_not(config, family, tensor_names.full_names(found, family.PREFIX), source)
+        model = empty(config)
     except KeyError as missing:
         raise UserError(f"the config.json of {source} lacks {missing}; take the one that came with it") from None
     except UserError as error:
@@ -114,7 +117,10 @@ def build(
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the config.json of {source} has a value of the wrong kind ({error}); mend it") from None
     rows = tensor_names.rows(family, model)
-    stored = tensor_names.check_tensors(tensor_names.expected(rows, tensor_names.ours(model)), found, family, source)
+    wanted = tensor_names.expected(rows, tensor_names.ours(model))
+    found = tensor_names.full_names(found, family.PREFIX)
+    found = extras.left_out(family, (model, hf), found, wanted, source)
+    stored = tensor_names.check_tensors(wanted, found, source)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
     model.load_state_dict(tensor_names.read_tensors(rows, stored, dtypes, source), strict=False, assign=True)
     if model.config.tied:
@@ -205,7 +211,9 @@ def _dtype(model: Decoder) -> str:
 
 
 def _tokens(loaded: Loaded) -> dict[str, Any]:
-    """Return the ids of `TOKENS`: those of the source's config, else the tokenizer's own end."""
-    end = loaded.tokenizer.end if loaded.tokenizer is not None else None
+    """Return the ids of `TOKENS`: those of the source's config, else the tokenizer's own end, or ends."""
+    ends = loaded.tokenizer.ends if loaded.tokenizer is not None else ()
+    end = list(ends) if len(ends) > 1 else next(iter(ends), None)
+    first = next(iter(ends), None)
     given = loaded.about.get("config", {})
-    return {name: given.get(name, default) for name, default in zip(TOKENS, (end, end, None), strict=True)}
+    return {name: given.get(name, default) for name, default in zip(TOKENS, (first, end, None), strict=True)}

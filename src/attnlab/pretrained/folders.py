@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import data
+from ..data.declared import ends_of
 from ..errors import UserError, need
 from ..files import naming, path_within, read_json, regular, unreadable, whole_folder, write_bytes, write_json
 from . import tokenizer_json
@@ -51,7 +52,9 @@ def download(name: str) -> Path:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return a folder's "config", and where it has them "tokenizer_config" and "chat_template".
+    """Return a folder's "config", and where it has them "generation_config", "tokenizer_config" and "chat_template".
+
+    Special tokens that only special_tokens_map.json names are added to the tokenizer_config.
 
     Raises `UserError` where there is no config.json, or one that is no JSON object.
     """
@@ -60,14 +63,24 @@ def describe(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", ModelFile, ORIGINAL)
     found: dict[str, Any] = {"config": config}
     template = None
-    if (folder / "tokenizer_config.json").is_file():
-        found["tokenizer_config"] = read_json(folder / "tokenizer_config.json", TokenizerSettings, ORIGINAL)
+    for name, file in (("generation_config", "generation_config.json"), ("tokenizer_config", "tokenizer_config.json")):
+        if (folder / file).is_file():
+            schema = TokenizerSettings if name == "tokenizer_config" else dict
+            found[name] = read_json(folder / file, schema, ORIGINAL)
+    if (folder / "special_tokens_map.json").is_file():
+        named = read_json(folder / "special_tokens_map.json", dict, ORIGINAL)
+        found["tokenizer_config"] = {**named, **_without_nulls(found.get("tokenizer_config", {}))}
+    if "tokenizer_config" in found:
         template = found["tokenizer_config"].pop("chat_template", None)
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     return found if template is None else {**found, "chat_template": template}
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
@@ -77,7 +90,7 @@ def folder_tokenizer(folder: Path) -> data.Tokenizer | None:
         return None
     held = read_json(path, dict, ORIGINAL)
     with naming(path, ORIGINAL):
-        return tokenizer_json.parse_tokenizer(held)
+        return tokenizer_json.parse_tokenizer(held, ends_of(folder))
 
 
 def tensors(folder: Path, trust: bool = False) -> dict[str, LazyTensor]:
@@ -155,7 +168,11 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
     if isinstance(held.get("best_val_loss"), int | float | Tensor):
         about["results"] = {"best validation loss, nats per token": float(held["best_val_loss"])}
     state = stored(held["model"], path)
-    return about, {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in state.items():
+        if found.setdefault(name.removeprefix("_orig_mod."), tensor) is not tensor:
+            raise UserError(f"{path} has the tensor {name.removeprefix('_orig_mod.')} twice; save it again")
+    return about, found
 
 
 def unpickle(path: Path, trust: bool) -> Any:
@@ -190,9 +207,9 @@ def write_folder(
 ) -> Path:
     """Write a folder in the form of the Hugging Face hub, with all files or not at all, and return it.
 
-    `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its tokenizer_config and
-    chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where `folder` is not empty,
-    or cannot be written.
+    `config` is the content of config.json, `card` that of README.md. `about`: see `describe`; its generation_config,
+    tokenizer_config and chat_template are written too. `more`: further JSON files, by name. Raises `UserError` where
+    `folder` is not empty, or cannot be written.
     """
     with whole_folder(folder) as half:
         with tensor_errors():
@@ -203,6 +220,8 @@ def write_folder(
             write_json(half / "tokenizer.json", tokenizer_json.written(tokenizer), indent=None)
             settings = about.get("tokenizer_config") or tokenizer_json.config(tokenizer)
             write_json(half / "tokenizer_config.json", settings)
+        if "generation_config" in about:
+            write_json(half / "generation_config.json", about["generation_config"])
         if "chat_template" in about:
             write_bytes(half / "chat_template.jinja", about["chat_template"].encode())
         for name, content in (more or {}).items():

@@ -5,7 +5,6 @@ A row says which of our tensors are made from which of theirs, and back. Reading
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -112,17 +111,21 @@ def expected(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, torc
     }
 
 
+def full_names(found: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    """Return tensors with `prefix` before their names, if none has it: a checkpoint of the model without its head."""
+    if any(name.startswith(prefix) for name in found):
+        return dict(found)
+    return {f"{prefix}{name}": tensor for name, tensor in found.items()}
+
+
 def check_tensors(
-    wanted: Mapping[str, torch.Size], found: Mapping[str, LazyTensor], family: ModuleType, source: str
+    wanted: Mapping[str, torch.Size], found: Mapping[str, LazyTensor], source: str
 ) -> dict[str, LazyTensor]:
-    """Return `found` under full names.
+    """Return `found`.
 
     Raises `UserError` where a tensor of `wanted` (name -> shape) is missing or has another shape, and where there are
-    others than those and the family's `EXTRA`. `source` is the name for messages.
+    others. `source` is the name for messages.
     """
-    if not any(name.startswith(family.PREFIX) for name in found):  # a checkpoint of the model without its head
-        found = {f"{family.PREFIX}{name}": tensor for name, tensor in found.items()}
-    found = {name: t for name, t in found.items() if name in wanted or not re.search(family.EXTRA, name)}
     for what, wrong in (
         ("lacks the tensor", [n for n in wanted if n not in found]),
         ("has a tensor that its config does not explain,", [n for n in found if n not in wanted]),

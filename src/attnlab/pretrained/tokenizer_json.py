@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import data
 from ..data.bpe import END, byte_letters, byte_level
-from ..data.tokenizer import ByteTokenizer, CharTokenizer, TokenizerFile, names_of
+from ..data.tokenizer import ByteTokenizer, CharTokenizer, TokenizerFile, from_json, names_of
 from ..errors import UserError
 from ..ranges import check_value
 
@@ -33,10 +33,11 @@ def written(tokenizer: data.Tokenizer) -> dict[str, Any]:
     return tokenizer.to_json()
 
 
-def parse_tokenizer(held: Any) -> data.Tokenizer:
+def parse_tokenizer(held: Any, ends: Sequence[str | int] = ()) -> data.Tokenizer:
     """Return the tokenizer in a tokenizer.json, one of ours where `written` made it.
 
-    Raises `UserError` for content that is no JSON object.
+    `ends`: the tokens that end a text, as files beside it declare them. Raises `UserError` for content that is no JSON
+    object.
     """
     if not isinstance(held, Mapping):
         raise UserError("tokenizer.json is not a JSON object; take the file that came with the model")
@@ -44,7 +45,7 @@ def parse_tokenizer(held: Any) -> data.Tokenizer:
     pieces = names_of((held.get("model") or {}).get("vocab", ()))
     letters = [piece for piece in pieces if isinstance(piece, str) and len(piece) == 1]
     own: tuple[data.Tokenizer, ...] = ByteTokenizer(), CharTokenizer("".join(sorted(letters)))
-    return next((tokenizer for tokenizer in own if written(tokenizer) == held), None) or data.from_json(held)
+    return next((tokenizer for tokenizer in own if written(tokenizer) == held), None) or from_json(held, ends)
 
 
 def config(tokenizer: data.Tokenizer) -> dict[str, Any]:

@@ -99,7 +99,11 @@ class RunFolder:
             "format": FORMAT,
             "key": config.key,
             "config": to_dict(config),
-            "data": {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
+            "data": {
+                "fingerprint": corpus.fingerprint,
+                "vocab_size": corpus.vocab_size,
+                "order": corpus.order,
+            },
             "environment": environment(),
             "threads": torch.get_num_threads(),
         }
@@ -134,13 +138,22 @@ class RunFolder:
 
     @classmethod
     def resume(
-        cls, path: str | Path, config: RunConfig, corpus: data.Corpus, processes: Processes = ONE_PROCESS
+        cls,
+        path: str | Path,
+        config: RunConfig,
+        corpus: data.Corpus,
+        processes: Processes = ONE_PROCESS,
+        goes_on: Callable[[RunFolder, RunConfig], bool] = lambda folder, config: False,
     ) -> RunFolder:
-        """`open` the folder if it holds this run, `create` it if it holds none. `UserError` if it holds another."""
+        """`open` the folder if it holds this run, `create` it if it holds none. `UserError` if it holds another.
+
+        `goes_on` says whether the run that it holds may go on with other `train.steps`; the folder is then changed.
+        """
         if not any(processes.gather((Path(path) / "run.json").exists())):
             return cls.create(path, config, corpus, processes)
         folder = cls.open(path, processes)
-        if folder.config.key != config.key:
+        changes = folder.config.key != config.key
+        if changes and not processes.agree(lambda: goes_on(folder, config)):
             raise UserError(
                 f"{path} holds another run ({differing(folder.config, config)}); "
                 "resume with the config it began with, or name another folder"
@@ -150,7 +163,34 @@ class RunFolder:
                 f"the text of {corpus.source!r} is not what {path} was trained on; bring the old text back, or name "
                 "another folder"
             )
+        folder.check_order(corpus)
+        if changes:
+            processes.agree(lambda: folder._change_steps(config) if processes.first else None)
+            return cls.open(path, processes)
         return folder
+
+    def _change_steps(self, config: RunConfig) -> None:
+        """Write down that the run has other `train.steps`, and drop what was only recorded because it was over."""
+        train = self.config.train
+        self._rewrite_metrics(
+            lambda record: (
+                record["step"] != train.steps
+                or (
+                    ("val_loss" not in record or train.steps % train.eval_every == 0)
+                    and ("loss" not in record or train.steps % train.log_every == 0)
+                )
+            )
+        )
+        write_json(self.path / "run.json", {**self.about, "key": config.key, "config": to_dict(config)})
+        (self.path / "result.json").unlink(missing_ok=True)
+
+    def check_order(self, corpus: data.Corpus) -> None:
+        """Raise `UserError` where the run was begun with another order of its data than that of this version."""
+        if self.about["data"].get("order", 1) != corpus.order:
+            raise UserError(
+                f"{self.path} was begun by an attnlab that reads text in another order, so this one would read some of "
+                "it twice and some never: go on with that attnlab, or begin another folder"
+            )
 
     def tokenizer(self) -> data.Tokenizer:
         """Return the tokenizer of the run's text."""
@@ -193,7 +233,10 @@ class RunFolder:
             if PLACE.fullmatch(folder.name) and folder.is_dir() and not (folder / COMMIT).exists():
                 remove_own(folder)
         self._tidy()
-        if kept := [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]:
+        self._rewrite_metrics(lambda record: record["step"] <= step)
+
+    def _rewrite_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        if kept := [json.dumps(record) + "\n" for record in self.metrics() if keep(record)]:
             write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
         else:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)

@@ -1,28 +1,11 @@
-"""Optimizers, with the schedule of their learning rate and the scale of float16 gradients."""
+"""Optimizers, and what each of them moves."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 
 from ..config import TrainConfig
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of step 0, 1, ...
-
-    It is a linear warm-up, then a cosine to `min_lr`, or a constant rate with a linear fall at the end.
-    """
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    if config.schedule == "cosine":
-        share = (step - config.warmup) / max(1, config.steps - config.warmup)
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-    else:
-        height = min(1.0, (config.steps - step) / (config.decay * config.steps))
-    return config.min_lr + height * (config.lr - config.min_lr)
 
 
 def make_optimizers(config: TrainConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:

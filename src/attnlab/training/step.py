@@ -29,7 +29,8 @@ from ..runs.tensors import load_weights
 from . import strategies
 from .gradient_scale import Scale
 from .objective import distilled, freeze, start_from
-from .optimizers import learning_rate, make_optimizers
+from .optimizers import make_optimizers
+from .schedule import learning_rate
 from .strategies import Strategy
 from .throughput import document_lengths
 

@@ -46,8 +46,8 @@ from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
 from .limits import check_run, keep_failure, other_threads
 from .log import Log
-from .optimizers import learning_rate
 from .reproducible import deterministic, own_random_state
+from .schedule import check_rates, goes_on, learning_rate
 from .step import HOW, Step, Trainer, train_step
 from .summary import summary
 from .throughput import Account, Laggards, combine
@@ -72,6 +72,7 @@ def train(
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
 
+    It may go on with other `train.steps` than it began with, where the rates of the steps that are done stay the same.
     The folder is locked. Another process that trains in it is waited for `patience` seconds, then refused.
 
     `progress` gets {"step", "loss", "val_loss", "tokens_per_s", ...}, some of these fields at a time. After Ctrl-C or
@@ -113,9 +114,12 @@ def _train(
     check_run(config, processes.size)
     folder = None
     if any(processes.gather((out / "run.json").exists())):
-        folder = (RunFolder.resume if resume else RunFolder.create)(out, config, corpus, processes)
+        if resume:
+            folder = RunFolder.resume(out, config, corpus, processes, goes_on)
+        else:
+            folder = RunFolder.create(out, config, corpus, processes)
         result = folder.result()
-        if result is not None and result.status == "done":
+        if result is not None and result.status == "done" and result.steps >= config.train.steps:
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
@@ -171,12 +175,13 @@ def ready(
 def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     """Return the config as it will be run, and its corpus. A vocabulary that is too small for the text grows to fit it.
 
-    Raises `UserError` for a seed, a source or a context that cannot be used.
+    Raises `UserError` for a seed, a source, a context or a learning rate that cannot be used.
     """
     corpus = data.load(config.data)
     corpus.check(config.model.context)
     if config.model.vocab_size < corpus.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
+    check_rates(config.train)
     return config, corpus
 
 
@@ -380,7 +385,8 @@ class Run:
             **{name: statistics.fmean(map(float, values)) for name, values in auxiliary.items()},
         }
         self.note(record if log.warm else record | {"warm_up": True})
-        log.interval = []
+        if log.step % self.trainer.config.train.log_every == 0:  # else a longer run goes on with the interval
+            log.interval = []
         log.working = 0.0
         log.warm = True
         self.tell({"step": log.step, **record})

@@ -6,7 +6,7 @@ to_model_config(hf)           that config -> ModelConfig; raises `UserError` for
 from_model_config(config)     and back, as far as the family can express it; left out where we only read
 table(model)                  rows of tensor names, with what happens on the way (see `tensor_names.py`)
 PREFIX                        the part of a name that a checkpoint of the model without its head leaves out
-EXTRA                         pattern of the names that are not read
+EXTRA                         kinds of tensors that are compared and not read (see `extras.py`)
 SLOT                          the attention of layer {}, where `attnlab patch` may replace it; left out where it may not
 """
 

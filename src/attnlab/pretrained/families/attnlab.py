@@ -1,4 +1,8 @@
-"""attnlab: the ModelConfig as it is, and the tensors under the names of the Decoder, below "model."."""
+"""attnlab: the ModelConfig as it is, and the tensors under the names of the Decoder, below "model.".
+
+A field for which transformers has a name of its own stands under that name, and nowhere else: transformers changes it
+there, as `resize_token_embeddings` does. The field `attnlab` holds all others.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +17,46 @@ from ..tensor_names import Row, ours, same
 MODEL_TYPES = ("attnlab",)
 MECHANISMS: tuple[str, ...] = ()  # any
 PREFIX = "model."
-EXTRA = r"(?!)"  # matches no name
+EXTRA = ()
+NAMES = {  # our fields, and what transformers calls them
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "context": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+}
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Return the ModelConfig of the config.json of an exported folder."""
+    """Return the ModelConfig of the config.json of an exported folder.
+
+    Folders of earlier versions have the fields of NAMES twice. Raises `UserError` where the two differ, but for the
+    vocabulary, which transformers may have resized.
+    """
     if not isinstance(hf.get("attnlab"), dict):
         raise UserError("config.json says model_type attnlab, but has no field 'attnlab'; export the model again")
-    return from_dict(ModelConfig, hf["attnlab"])
+    fields = dict(hf["attnlab"])
+    for name, theirs in NAMES.items():
+        if hf.get(theirs) is None:
+            continue
+        if name != "vocab_size" and fields.get(name, hf[theirs]) != hf[theirs]:
+            raise UserError(
+                f"config.json says {theirs} = {hf[theirs]!r}, and attnlab.{name} = {fields[name]!r} is another; leave "
+                "out the wrong one"
+            )
+        fields[name] = hf[theirs]
+    return from_dict(ModelConfig, fields)
 
 
 def from_model_config(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of an exported folder for a ModelConfig."""
+    fields = to_dict(config)
     return {
         "model_type": "attnlab",
         "architectures": ["AttnlabForCausalLM"],
-        "attnlab": to_dict(config),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "max_position_embeddings": config.context,
-        "tie_word_embeddings": config.tied,
+        **{theirs: fields.pop(name) for name, theirs in NAMES.items()},
+        "attnlab": fields,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config import ModelConfig
 from ...model import Decoder
+from .. import extras
 from ..tensor_names import Row, only
 from . import deepseek_v2 as v2
 from .deepseek_v2 import PREFIX
@@ -15,7 +16,7 @@ __all__ = ["PREFIX"]
 
 MODEL_TYPES = ("deepseek_v3",)
 MECHANISMS = v2.MECHANISMS
-EXTRA = rf"{v2.EXTRA}|^model\.layers\.61\."  # the layer that predicts a second token
+EXTRA = (*v2.EXTRA, extras.Extra(r"^model\.layers\.(\d+)\.", extras.further_layer))  # that guesses one token more
 
 
 def to_model_config(hf: Mapping[str, Any], mechanism: str = "mla", own: Mapping[str, Any] = {}) -> ModelConfig:

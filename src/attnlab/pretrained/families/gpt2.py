@@ -8,13 +8,14 @@ from typing import Any
 from ...config import ModelConfig
 from ...errors import choose
 from ...model import Decoder
+from .. import extras
 from ..tensor_names import Row, only, same, transposed
 
 MODEL_TYPES = ("gpt2",)
 MECHANISMS = ("mha", "gqa")
 PREFIX = "transformer."
 SLOT = "transformer.h.{}.attn"
-EXTRA = r"\.attn\.(masked_)?bias$|^lm_head\.weight$"  # causal masks, and the embedding again
+EXTRA = extras.MASKS
 MATRICES = {
     "attention.qkv": "attn.c_attn",
     "attention.o": "attn.c_proj",

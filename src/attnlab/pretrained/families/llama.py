@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config import ModelConfig
 from ...model import Decoder, attention_configs
+from .. import extras
 from ..rope_config import rotary, rotary_parameters
 from ..tensor_names import Row, fused, only, same
 
@@ -14,7 +15,7 @@ MODEL_TYPES = ("llama",)
 MECHANISMS = ("mha", "gqa", "mqa")
 PREFIX = "model."
 SLOT = "model.layers.{}.self_attn"
-EXTRA = r"rotary_emb\.inv_freq$|^lm_head\.weight$"  # frequencies, and the embedding again where the head is tied
+EXTRA = extras.FREQUENCIES
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -29,7 +29,7 @@ BASES = patchable()
 MODEL_TYPES = tuple(BASES)
 MECHANISMS = ()
 PREFIX = ""
-EXTRA = rf"{gpt2.EXTRA}|{llama.EXTRA}"
+EXTRA = (*gpt2.EXTRA, *llama.EXTRA)
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
