@@ -216,9 +216,9 @@ def test_an_unknown_field_is_named_with_its_place() -> None:
 def test_what_would_never_end_is_refused() -> None:
     assert replace(MODEL, n_layers=10_000).n_layers == 10_000
     for layers in (10_001, 10**7, 10**30):
-        with pytest.raises(UserError, match=rf"^model\.n_layers is {layers}: give at most 10,000$"):
+        with pytest.raises(UserError, match=r"^model\.n_layers is \S.*: it must be from 1 to 10000$"):
             replace(MODEL, n_layers=layers)
     assert TrainConfig(batch_size=1000, accumulate=1000).accumulate == 1000
-    for batch_size, accumulate in ((1, 10**12), (1001, 1000), (10**9, 1)):
+    for batch_size, accumulate in ((1, 10**9), (1001, 1000), (10**9, 1)):
         with pytest.raises(UserError, match=rf"train\.accumulate {accumulate} is more than 1,000,000 sequences a step"):
             TrainConfig(batch_size=batch_size, accumulate=accumulate)

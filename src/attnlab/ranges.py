@@ -55,7 +55,9 @@ class Range:
         """Return what a number outside the range must be."""
         if abs(value) > HUGE or value != value:
             return f"a finite number, {self.words}"
-        return self.short if self.most in (MANY, LARGEST) and value <= self.most else self.words
+        if isinstance(self.most, int) and self.most > 1 and self.least is not None and value < self.least:
+            return f"at least {self.least}"
+        return self.words
 
     @property
     def short(self) -> str:

@@ -207,7 +207,7 @@ def test_sample_streams_what_it_reports(run: Run, trained: Path) -> None:
     assert code == 0 and both.startswith("ROMEO:") and "\nACT" in both
     assert run(*words, "--top-k", "1")[1] == run(*words, "--temperature", "0")[1]
     refused(run(*words, "--prompt", "日"), "日")
-    refused(run("sample", str(trained), "--tokens", "3", "--top-p", "2"), "top_p is 2")
+    refused(run("sample", str(trained), "--tokens", "3", "--top-p", "2"), "--top-p is 2")
     refused(run("sample", str(trained), "--checkpoint", "3"), "no checkpoint of step 3", "4")
 
 

@@ -368,7 +368,7 @@ def change(folder: Path, **fields: Any) -> None:
         ({"model_type": "lama"}, ["'lama'", "did you mean 'llama'?"]),
         ({"model_type": "gone"}, ["None", "llama"]),
         ({"hidden_size": "gone"}, ["hidden_size", "lacks"]),
-        ({"hidden_size": "wide"}, ["config.json", "wrong kind"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "whole number"]),
         ({"num_key_value_heads": 3}, ["n_kv_heads 3", "1, 2, 4"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type", "'dynamic'", "yarn"]),

@@ -90,8 +90,11 @@ def test_metrics(folder):
     folder.log({"step": 3})
     assert [record["step"] for record in folder.metrics()] == [1, 2, 3]
     assert names(folder.path) == {"run.json", "tokenizer.json", "metrics.jsonl", ".gitignore"}
-    (folder.path / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not JSON"):
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"a line of .*metrics\.jsonl is not readable JSON"):
+        folder.metrics()
+    (folder.path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl lacks step"):
         folder.metrics()
 
 
@@ -330,8 +333,8 @@ def test_folders_that_are_no_runs(folder, tmp_path):
     held = json.loads(about.read_text())
     for content, said in (
         ({**held, "format": 2}, "format 2, but this version reads format 1"),
-        ([], "format None"),
-        ({"format": 1}, "lacks parts of the config"),
+        ([], "must be an object with fields"),
+        ({"format": 1}, "it lacks key"),
         ({**held, "config": {**held["config"], "sead": 1}}, "'sead'.*'seed'"),
     ):
         about.write_text(json.dumps(content))

@@ -56,11 +56,10 @@ def main(args: Sequence[str] | None = None) -> int:
 def tell(error: Exception | SystemExit, out: Patient) -> int:
     """Print an error in one sentence. Return the exit code."""
     sentence, code = explained(error)
-    line = " ".join(sentence.split())
     if launched() == 1:
-        print(f"attnlab: {escaped(line)}", file=sys.stderr)
+        print(f"attnlab: {escaped(sentence)}", file=sys.stderr)
     elif rank() == 0 or not getattr(error, "shared", False):
-        print(f"attnlab, process {rank()} of {launched()}: {escaped(line)}", file=sys.stderr)
+        print(f"attnlab, process {rank()} of {launched()}: {escaped(sentence)}", file=sys.stderr)
     try:
         out.stream.flush()
     except (OSError, ValueError):  # this may be the very error
