@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -21,7 +22,7 @@ from ..errors import UserError, choose
 from ..files import DISK_FULL
 from ..formatting import escaped
 from ..runs.launcher import launched, rank
-from ..runs.signals import Program
+from ..runs.signals import Program, interruptible
 from . import COMMANDS
 from .options import Fields, options_of_mechanisms, with_choices
 
@@ -69,6 +70,7 @@ def run() -> NoReturn:
     One process of several exits at once, when all is written. Native libraries that still hold threads of the process
     group, as DeepSpeed's do, sometimes abort while they are torn down.
     """
+    interruptible()
     code = main()
     Program.code = code
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -207,5 +209,7 @@ def sentence(error: UserError | OSError) -> str:
     if isinstance(error, PermissionError):
         what = f"{error.filename} may" if error.filename else "a file may"
         return f"{what} not be read or written ({error.strerror}): give yourself the permission, or name another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"the name {str(error.filename)[:60]!r}... is too long for a file: give a shorter one"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; --debug shows where"

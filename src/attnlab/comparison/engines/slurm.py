@@ -62,7 +62,7 @@ class OnSlurm(Remote):
         self.lines = dict(map(_line, options.sbatch))
         self.book: dict[str, str] = {}  # name of the run folder -> job id
         if self._file.exists():
-            self.book = _book(self._file)
+            self.book = read_book(self._file)
         self.seen: dict[str, float] = {}  # job id -> when it was first found ended without a result, in seconds
 
     @property
@@ -262,8 +262,8 @@ def minutes(text: str) -> int:
     raise UserError(f"--slurm.time is {text!r}: give minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 4:00:00")
 
 
-def _book(path: Path) -> dict[str, str]:
-    """Return the id of each job, by the name of its run folder. `UserError` for ids that are none: they name folders."""
+def read_book(path: Path) -> dict[str, str]:
+    """Return the id of each job, by the name of its run folder. `UserError` for others: ids name folders too."""
     held = read_json(path)
     ids = held.values() if isinstance(held, dict) else [None]
     if not all(isinstance(each, str) and re.fullmatch(r"\w+", each) for each in ids):
