@@ -523,6 +523,11 @@ def overflows(lab: Lab) -> Outcome:
 # f: two processes, folders that are written, imports
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When each file was last written, and its size."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
+
+
 def second_process(lab: Lab) -> Outcome:
     """One process stands still in step 7, so that the others come while it holds the folder."""
     whole, out = lab.whole(), lab.new()
@@ -535,12 +540,12 @@ def second_process(lab: Lab) -> Outcome:
         while not (lab.home / "standing").exists():
             assert first.poll() is None and time.monotonic() < until, (lab.home / "log-standing").read_text()
             time.sleep(0.05)
-        before, began = {path: path.stat() for path in out.rglob("*")}, time.time()
+        before, began = written(out), time.time()
         for options, resume in (({}, True), ({"model.d-model": 8}, False)):
             done = lab.run(out, None, options, resume=resume, fast=True)
             assert done.codes == [2] and f"another process trains in {out}: wait until" in done.said, done
         seconds = time.time() - began
-        assert before == {path: path.stat() for path in out.rglob("*")}, "they changed something"
+        assert before == written(out), "they changed something"
     finally:
         first.send_signal(signal.SIGCONT)
         code = first.wait(PROMPT)

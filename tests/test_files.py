@@ -128,7 +128,7 @@ def test_nothing_endless_is_read(name: str, tmp_path: Path, monkeypatch: pytest.
 def test_paths_stay_in_their_folder(tmp_path: Path) -> None:
     for name in ("model-00001.safetensors", "sub/part.bin", "..model", "a..b", "ü"):
         assert path_within(tmp_path, name, "index.json") == tmp_path / name
-    away: tuple[Any, ...] = ("../x", "/etc/hostname", "a/../../x", "sub/..", "..", "", ".", "..\\x", "C:\\x", "a\0b", 5)
+    away: tuple[Any, ...] = ("../x", "/etc/hostname", "a/../../x", "sub/..", "..", "", ".", "..\\x", "D:x", "a\0b", 5)
     for name in (*away, None, ["x"], "x" * 256):
         with pytest.raises(UserError, match=r"^index.json names .*, which is no file in its own folder"):
             path_within(tmp_path, name, "index.json")

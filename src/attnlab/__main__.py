@@ -15,9 +15,7 @@ def program() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
     from .cli.main import run
-    from .runs.signals import interruptible
 
-    interruptible()
     run()
 
 

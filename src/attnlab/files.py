@@ -127,7 +127,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise `UserError` where anything but an empty folder stands at `folder`."""
+    """Raise `UserError` where anything but an empty folder stands at `folder`, and where none can be made."""
     if folder.name in ("", ".."):
         raise UserError(f"{folder} is no name for a new folder; name one, such as {folder / 'out'}")
     try:
@@ -135,6 +135,11 @@ def check_free(folder: Path) -> None:
         if stat.S_ISDIR(mode) and not os.listdir(folder):
             return
     except (FileNotFoundError, NotADirectoryError):
+        above = next(each for each in folder.absolute().parents if os.path.lexists(each))
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{folder} cannot be made, because {above} is not a folder that you may write to; name another"
+            ) from None
         return
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
@@ -297,7 +302,7 @@ def locked(folder: Path, refusal: str, patience: float = PATIENCE) -> Iterator[N
         yield
         return
     made: list[Path] = []
-    known = (folder / LOCK).exists()
+    known = os.path.lexists(folder / LOCK)
     try:
         made = make_folders(folder)
         handle = _hold(folder, refusal, patience)

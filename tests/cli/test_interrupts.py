@@ -129,3 +129,13 @@ def test_a_name_with_line_breaks_gives_one_line(tmp_path: Path, capsys: pytest.C
         assert cli.main(words) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and r"a\nb\x1b[2J" in said.replace("\\\\", "\\"), said
+
+
+def test_a_name_that_is_too_long_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
+    out = str(tmp_path / ("n" * 300))
+    for words in (["prepare", f"text:{tmp_path / 'text.txt'}", "--tokenizer", "byte"], ["train", "quick"], ["compare"]):
+        assert cli.main([*words, "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and ("too long" in said) and "--debug" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -353,3 +353,12 @@ def test_two_drivers_do_not_share_a_comparison(preset, tmp_path):
     with alone(tmp_path / "out", "compares in"), contextlib.ExitStack() as stack:
         stack.enter_context(pytest.raises(UserError, match="another process compares in"))
         module.compare(Comparison(preset, ["mha"], 1), tmp_path / "out", share=Share(jobs=1))
+
+
+@pytest.mark.parametrize("held", [["7"], {"run": 7}, {"run": "../7"}, {"run": "/7"}, {"run": ""}, {"run": None}, None])
+def test_a_book_lists_ids_of_jobs(held, tmp_path):
+    (tmp_path / "jobs.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="does not list ids of jobs: it was changed"):
+        slurm.read_book(tmp_path / "jobs.json")
+    (tmp_path / "jobs.json").write_text(json.dumps({"run": "17", "other": "17_3"}))
+    assert slurm.read_book(tmp_path / "jobs.json") == {"run": "17", "other": "17_3"}

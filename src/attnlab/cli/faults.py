@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 from ..errors import UserError, quoted
@@ -37,6 +38,8 @@ def of_system(error: OSError) -> str:
     """Return an error of the operating system in one sentence."""
     if error.errno in DISK_FULL:
         return "the disk is full: free space and run the same command again; nothing half-written was kept"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"the name {str(error.filename)[:60]!r}... is too long for a file: give a shorter one"
     what = error.strerror or str(error)
     if error.filename is None:
         return f"the system refused something ({what}); {DEBUG}"

@@ -14,7 +14,7 @@ from .. import __version__, presets
 from ..errors import UserError, choose, quoted
 from ..formatting import escaped
 from ..runs.launcher import launched, rank
-from ..runs.signals import Program
+from ..runs.signals import Program, interruptible
 from . import COMMANDS, LASTING
 from .faults import explained
 from .options import Fields, with_choices
@@ -80,6 +80,7 @@ def run() -> NoReturn:
     One process of several exits at once, when all is written. Native libraries that still hold threads of the process
     group, as DeepSpeed's do, sometimes abort while they are torn down.
     """
+    interruptible()
     code = main()
     Program.code = code
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -84,9 +84,7 @@ def load_patched(folder: Path) -> Any:
     with theirs(folder):
         found: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     model, info = found
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; its weights do not belong to its config.json")
+    refuse_missing(folder, sorted(info["missing_keys"]))
     for name, tensor in model.named_parameters():
         finite_weights(name, tensor, folder)
     return model.eval()
@@ -111,8 +109,15 @@ def theirs(folder: Path) -> Iterator[None]:
         logging.set_verbosity(loud)
 
 
+def refuse_missing(folder: Path, missing: list[str]) -> None:
+    """Raise `UserError` where tensors are missing."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; its weights do not belong to its config.json")
+
+
 def check_stored(folder: Path, config: PretrainedConfig) -> None:
-    """Raise `UserError` where a tensor in the files of `folder` has another shape, or another kind, than `config` says.
+    """Raise `UserError` where a tensor of `folder` is missing, or of another shape or kind than `config` says.
 
     It is asked before transformers reads them, which converts some and names others in a table.
     """
@@ -123,8 +128,12 @@ def check_stored(folder: Path, config: PretrainedConfig) -> None:
     with theirs(folder), torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)
     wanted = dict(empty.named_parameters())
-    for name, held in folders.tensors(folder).items():
-        own = wanted.get(name, wanted.get(f"{empty.base_model_prefix}.{name}"))
+    found = folders.tensors(folder)
+    prefix = f"{empty.base_model_prefix}."
+    missing = [name for name in wanted if not {name, name.removeprefix(prefix)} & set(found)]
+    refuse_missing(folder, [name for name in missing if not (config.tie_word_embeddings and "lm_head" in name)])
+    for name, held in found.items():
+        own = wanted.get(name, wanted.get(f"{prefix}{name}"))
         if own is not None and tuple(own.shape) != held.shape:
             raise UserError(
                 f"{folder} does not hold the weights that its config.json describes: {name} has the shape "

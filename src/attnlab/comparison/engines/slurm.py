@@ -62,7 +62,7 @@ class OnSlurm(Remote):
         self.lines = dict(map(_line, options.sbatch))
         self.book: dict[str, str] = {}  # name of the run folder -> job id
         if self._file.exists():
-            self.book = _book(self._file)
+            self.book = read_book(self._file)
         self.seen: dict[str, float] = {}  # job id -> when it was first found ended without a result, in seconds
 
     @property
@@ -262,7 +262,7 @@ def minutes(text: str) -> int:
     raise UserError(f"--slurm.time is {text!r}: give minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 4:00:00")
 
 
-def _book(path: Path) -> dict[str, str]:
+def read_book(path: Path) -> dict[str, str]:
     """Return the id of each job, by the name of its run folder. `UserError` for ids that could name other folders."""
     again = "delete it, and jobs are submitted anew"
     held: dict[str, str] = read_json(path, dict[str, str], again)
