@@ -62,6 +62,7 @@ ORDER = [
     "runs",
     "measure",
     "pretrained",
+    "hub",
     "convert",
     "heads",
     "training",
