@@ -76,8 +76,8 @@ def train(
 def foresee(preset: str, config: RunConfig, rate: float | None) -> int:
     """Print what `attnlab train --dry-run` does. Return the exit code."""
     from ..costs.dry_run import forecast
+    from ..training.limits import resolve
     from ..training.schedule import cautions
-    from ..training.train import resolve
 
     try:
         presets.check_corpus(config)

@@ -17,7 +17,8 @@ from ..model import parameters
 from ..presets import BASELINE, Options, variant
 from ..results import RunResult, TaskResult
 from ..runs.folder import RunFolder
-from ..training.train import resolve, train
+from ..training.limits import resolve
+from ..training.train import train
 from .engines import Call
 from .match import Matched, What, match
 

@@ -19,7 +19,7 @@ from ..errors import UserError, choose
 from ..measure.counters import counted_flops, interleaved, peak_growth
 from ..presets import BASELINE, Options, variant, with_options
 from ..results import BenchRecord, Tell
-from ..training.train import resolve
+from ..training.limits import resolve
 from .workloads import Case, Kind, Workload
 
 

@@ -143,3 +143,13 @@ def check_file(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _line(value: Any) -> bytes:
     return (json.dumps(value) + "\n").encode()
+
+
+def is_foreign(file: Path, tokenizer: bytes) -> bool:
+    """Return whether a file is of no run, so that the folder cannot become one.
+
+    A run that was killed while it began may leave hidden files, and the `tokenizer` that is to be written.
+    """
+    if file.name == "tokenizer.json" and regular(file).is_file():
+        return file.read_bytes() not in (b"", tokenizer)
+    return not file.name.startswith(".")

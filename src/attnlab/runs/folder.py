@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -45,12 +44,14 @@ from .checkpoint import (
     commit,
     committed,
     drop,
+    is_foreign,
     make_anew,
     remove_own,
     write_pieces,
 )
+from .metrics import add_record, is_regular, keep_records, read_records
 from .processes import ONE_PROCESS, Processes
-from .schemas import About, CheckpointState, Metrics
+from .schemas import About, CheckpointState
 from .tensors import Piece, Stored, load_weights, weights, whole_piece
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class RunFolder:
                 f"{path} holds another run ({differing(held.config, config)}); delete this one or name another"
             )
         tokenizer = (json.dumps(corpus.tokenizer.to_json()) + "\n").encode()
-        if path.is_file() or (path.is_dir() and any(_foreign(file, tokenizer) for file in path.iterdir())):
+        if path.is_file() or (path.is_dir() and any(is_foreign(file, tokenizer) for file in path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; name a new or an empty folder")
         made = not path.exists()
         own = not (path / "tokenizer.json").exists()
@@ -172,15 +173,7 @@ class RunFolder:
     def _change_steps(self, config: RunConfig) -> None:
         """Write down that the run has other `train.steps`, and drop what was only recorded because it was over."""
         train = self.config.train
-        self._rewrite_metrics(
-            lambda record: (
-                record["step"] != train.steps
-                or (
-                    ("val_loss" not in record or train.steps % train.eval_every == 0)
-                    and ("loss" not in record or train.steps % train.log_every == 0)
-                )
-            )
-        )
+        keep_records(self.path / "metrics.jsonl", lambda record: is_regular(record, train))
         write_json(self.path / "run.json", {**self.about, "key": config.key, "config": to_dict(config)})
         (self.path / "result.json").unlink(missing_ok=True)
 
@@ -200,23 +193,12 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; a number that is not finite becomes null. Only the first process writes."""
-        if not self.processes.first:
-            return
-        line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
-        path = regular(self.path / "metrics.jsonl")
-        with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        if self.processes.first:
+            add_record(self.path / "metrics.jsonl", record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every whole record; a last line that a crash cut short is left out."""
-        path = regular(self.path / "metrics.jsonl")
-        if not path.exists():
-            return []
-        lines = path.read_text("utf-8").split("\n")[
-            :-1
-        ]  # after the last newline: nothing, or a line that was cut short
-        name = f"a line of {path}"
-        return [parse_json(name, line, Metrics, "delete this line or the file, and run again") for line in lines]
+        return read_records(self.path / "metrics.jsonl")
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run makes again.
@@ -233,13 +215,7 @@ class RunFolder:
             if PLACE.fullmatch(folder.name) and folder.is_dir() and not (folder / COMMIT).exists():
                 remove_own(folder)
         self._tidy()
-        self._rewrite_metrics(lambda record: record["step"] <= step)
-
-    def _rewrite_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        if kept := [json.dumps(record) + "\n" for record in self.metrics() if keep(record)]:
-            write_bytes(self.path / "metrics.jsonl", "".join(kept).encode())
-        else:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        keep_records(self.path / "metrics.jsonl", lambda record: record["step"] <= step)
 
     def save(self, step: int, model: nn.Module, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, when one process holds everything. Returns its folder."""
@@ -419,17 +395,3 @@ def load_model(
         model = Decoder(folder.config.model)
     load_weights(model, folder.load_weights(step), folder.path)
     return model.to(place).eval(), folder.config
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _foreign(file: Path, tokenizer: bytes) -> bool:
-    """Return whether a file is of no run, so that the folder cannot become one.
-
-    A run that was killed while it began may leave hidden files, and the `tokenizer` that is to be written.
-    """
-    if file.name == "tokenizer.json" and regular(file).is_file():
-        return file.read_bytes() not in (b"", tokenizer)
-    return not file.name.startswith(".")

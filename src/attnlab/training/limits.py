@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from .. import data
 from ..config import RunConfig
 from ..device import check_room, find_device
 from ..kernels import check_training
@@ -11,6 +14,7 @@ from ..model import attention_configs
 from ..results import RunResult
 from ..runs.folder import RunFolder
 from .log import Log
+from .schedule import check_rates
 from .step import part_sizes
 
 FLOAT = 4  # bytes
@@ -30,6 +34,19 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     part_sizes(train, processes)
     for layer in attention_configs(model):
         check_training(layer.impl, device, layer.dropout)
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
+    """Return the config as it will be run, and its corpus. A vocabulary that is too small for the text grows to fit it.
+
+    Raises `UserError` for a seed, a source, a context or a learning rate that cannot be used.
+    """
+    corpus = data.load(config.data)
+    corpus.check(config.model.context)
+    if config.model.vocab_size < corpus.vocab_size:
+        config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
+    check_rates(config.train)
+    return config, corpus
 
 
 def other_threads(folder: RunFolder, device: torch.device) -> list[str]:

@@ -44,10 +44,10 @@ from ..runs.processes import (
 from ..runs.shield import shielded
 from . import strategies
 from .guard import REWINDS, USUAL, Diverged, Rewind, diverged, spike_limit
-from .limits import check_run, keep_failure, other_threads
+from .limits import check_run, keep_failure, other_threads, resolve
 from .log import Log
 from .reproducible import deterministic, own_random_state
-from .schedule import check_rates, goes_on, learning_rate
+from .schedule import goes_on, learning_rate
 from .step import HOW, Step, Trainer, train_step
 from .summary import summary
 from .throughput import Account, Laggards, combine
@@ -170,19 +170,6 @@ def ready(
         log = replace(log, shift=past.shift, skipped=past.skipped, rewinds=past.rewinds, seconds=past.seconds)
     trainer.scale.factor, trainer.scale.good = log.scale
     return trainer, log
-
-
-def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
-    """Return the config as it will be run, and its corpus. A vocabulary that is too small for the text grows to fit it.
-
-    Raises `UserError` for a seed, a source, a context or a learning rate that cannot be used.
-    """
-    corpus = data.load(config.data)
-    corpus.check(config.model.context)
-    if config.model.vocab_size < corpus.vocab_size:
-        config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
-    check_rates(config.train)
-    return config, corpus
 
 
 @dataclass
