@@ -124,7 +124,7 @@ GIVEN = {  # to forward
 }
 MASKS = ("attention_mask", "attn_mask", "mask", "causal_mask")
 PADS = re.compile(
-    r"GatedDelta|Mixer|RecurrentBlock|ShortConv|LinearAttention|DeltaAttention|LightningAttention"
+    r"GatedDelta|Mixer|RecurrentBlock|ShortConv|DeltaAttention|LightningAttention"
 )  # whose masks are of pads
 OWN_ROTARY = "__import__('sys').modules[type(module).__module__].{}(module.config).to(x.device)(x, positions{})"
 
@@ -402,6 +402,8 @@ def small_config(cls: type[nn.Module], family: str) -> Any:
     kind = annotated(cls) or nearest(cls, module)
     if kind is None:
         return None
+    if not hasattr(kind(), "hidden_size"):  # of a model that has one for its text
+        kind = getattr(kind, "sub_configs", {}).get("text_config", kind)
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     fields |= set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "attribute_map", {}))
     alias = getattr(kind, "attribute_map", {})
