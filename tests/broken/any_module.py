@@ -239,6 +239,18 @@ class RemembersInAList(Right):
         return super().forward(x) / self.largest[0]
 
 
+class KeepsItsFirstMask(Right):
+    """Makes its mask for the first call, and lets longer ones see what is beyond it."""
+
+    kept: Tensor | None = None
+
+    def allowed(self, length: int) -> Tensor:
+        if self.kept is None:
+            self.kept = super().allowed(length)
+        more = max(0, length - len(self.kept))
+        return nn.functional.pad(self.kept, (0, more, 0, more), value=True)[:length, :length]
+
+
 class FiniteMask(Right):
     """Masks with -10,000, which the scores of large inputs pass."""
 
@@ -387,6 +399,27 @@ class MovingAverage(Right):
             with torch.no_grad():
                 self.mean.mul_(0.9).add_(0.1 * x.mean((0, 1)))
         return super().forward(x - mean)
+
+
+class Codebook(Right):
+    """Rounds keys to the nearest of a codebook that follows them while training; gradients pass straight through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("codes", 0.5 * torch.randn(16, 8, generator=generator))
+        self.register_buffer("counts", torch.ones(16))
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        nearest = torch.cdist(k.detach().float(), self.codes.float()[None]).argmin(-1)
+        codes = self.codes.to(k.dtype)[nearest]
+        if self.training:
+            with torch.no_grad():
+                chosen = nn.functional.one_hot(nearest, 16).flatten(0, -2).to(k.dtype)
+                self.counts.mul_(0.9).add_(0.1 * chosen.sum(0))
+                self.codes.mul_(0.9).add_(0.1 * (chosen.T @ k.flatten(0, -2)) / self.counts[:, None])
+        return [q, k + (codes - k).detach(), v]
 
 
 class SecondOutput(Right):

@@ -135,6 +135,7 @@ ANY_MODULE = [
     ("RemembersLongest", "determinism", r"2 tokens, asked again after a short input, output 0 moves by"),
     ("RemembersInItsClass", "determinism", r"2 tokens, asked again after a long input, output 0 moves by"),
     ("RemembersInAList", "determinism", r"2 tokens, asked again after a short input, output 0 moves by"),
+    ("KeepsItsFirstMask", "determinism", r"131 tokens, asked after 2 and asked of a fresh module, output \d+ moves by"),
     ("FiniteMask", "causality", r"for a hundred times larger input, output \d+ moves by \S+ when token \d+ changes"),
     ("MasksOnlyToLearn", "causality", r"without gradients, output \d+ moves by \S+ when token \d+ changes"),
     ("MasksOnlyToLearn", "modes", r"without gradients, output 0 moves by"),
@@ -178,6 +179,18 @@ def test_what_has_no_gradients_is_asked_the_rest():
     assert without == {"no dead parameters", "gradients"} and {r.status for r in results} == {"holds", "n/a"}
     with pytest.raises(AssertionError, match="no law applies"):
         check_attention(any_module.WithoutGradients(), laws=["gradients"])
+
+
+def test_a_gradient_that_passes_straight_through_a_choice_is_not_compared():
+    torch.manual_seed(0)
+    results = {r.law: r for r in check_attention(any_module.Codebook(), laws=OF_ANY_MODULE)}
+    assert {law for law, r in results.items() if r.status != "holds"} == {"gradients"}
+    assert re.match(r"outputs jump as qkv.weight changes \(row \d+\)", results["gradients"].detail)
+
+
+def test_tables_made_in_inference_mode_are_told_and_no_finding():
+    (result,) = check_attention(any_module.KeepsInferenceTensors(), laws=["modes"])
+    assert "but after a call in inference mode a backward pass stops: RuntimeError: Inference" in result.detail
 
 
 def test_what_is_allowed_is_told_and_no_finding():

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 from ..results import Tell
-from . import Audit
+from .result import Audit
 
 
 def audit_apart(target: str, *, seconds: float, tell: Tell | None = None, **instructions: Any) -> Audit:

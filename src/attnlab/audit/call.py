@@ -28,7 +28,7 @@ def find_caller(module: nn.Module, expression: str | None, style: str, shape: st
     fours = {"2d": (False,), "4d": (True,), "auto": (False, True)}[choose("mask shape", shape, ("2d", "4d", "auto"))]
     expressions = [require_python("--call", expression)] if expression else guess_calls(module)
     hint = any(getattr(part, "batch_first", True) is False for part in module.modules())
-    tries = []
+    tries: list[Caller] = []
     for words in expressions:
         turned = "transpose" in words or "permute" in words
         orders = (False,) if turned else (hint, not hint)
@@ -87,7 +87,7 @@ def guess_calls(module: nn.Module) -> list[str]:
 
 def _guess(module: nn.Module, optional: Sequence[str]) -> str:
     """Return the call that gives what must be given, and of `optional` what forward takes."""
-    words = []
+    words: list[str] = []
     for i, (name, parameter) in enumerate(inspect.signature(module.forward).parameters.items()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +17,22 @@ from torch import nn
 from .. import attention
 from ..errors import UserError, choose
 from ..laws import LAWS, check_class, check_mechanism, check_subject
-from ..laws.call import Caller, Step, given_step, one_line
+from ..laws.call import MASKS, Caller, DecodeStep, given_step, one_line
 from ..laws.functions import LAYOUTS, FunctionCaller
 from ..laws.prepare import CONTEXTS, WIDTHS, find_number, has_interface, subject
 from ..laws.state import seeded
 from ..laws.subject import LENGTHS, StepCall, Subject
 from ..results import LawResult, Tell
 from ..spec import AttentionConfig
-from . import Audit, find
+from . import find
 from .build import fill_unset, make_module
 from .call import find_caller, function_caller, mask_parameter, require_python
+from .result import Audit
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """How to build, to call and to judge a target; None: found out."""
+    """Instructions to build, to call and to judge a target; None: found out."""
 
     kwargs: Mapping[str, Any] | None = None  # the class's keyword arguments
     config: Mapping[str, Any] | None = None  # attributes of the one config object it takes
@@ -72,7 +74,7 @@ def audit_target(target: str, *, tell: Tell | None = None, **instructions: Any) 
     if target in attention.names():
         attention.config(target, **how.fields)  # refuses a misspelt field
         results = check_mechanism(target, laws=how.laws, allow=how.allow, tell=tell, **how.fields)
-        return Audit(target, results)
+        return Audit(target, results, longest=LENGTHS[-1])
     if ":" not in target and not target.endswith(".py"):
         try:
             choose("mechanism", target, attention.names())
@@ -100,7 +102,7 @@ def _audit_mechanism(target: str, found: find.Found, how: Instructions, tell: Te
         choose(f"field of {config.__name__}", field, sorted(config.__dataclass_fields__))
     name = found.module.__name__.rpartition(".")[2]
     results = check_class(name, config, found.cls, laws=how.laws, allow=how.allow, tell=tell, **how.fields)
-    return Audit(target, results)
+    return Audit(target, results, longest=LENGTHS[-1])
 
 
 def _audit_function(target: str, found: find.Found, how: Instructions, tell: Tell | None) -> Audit:
@@ -136,8 +138,8 @@ def _audit_class(target: str, found: find.Found, how: Instructions, tell: Tell |
         module = make_module(found, how.kwargs, how.config)
     unset = fill_unset(module)
     if has_interface(module):
-        results = check_subject(subject(module, name=name, build=make), how.laws, how.allow, tell)
-        return Audit(target, results)
+        s = subject(module, name=name, build=make)
+        return Audit(target, check_subject(s, how.laws, how.allow, tell), longest=s.longest)
     width = how.d_model or _width(module, how.kwargs, how.config)
     if width is None:
         raise UserError(f"the width of {name}'s input cannot be told from its arguments: give it with --d-model")
@@ -161,15 +163,17 @@ def _audit_class(target: str, found: find.Found, how: Instructions, tell: Tell |
 def _called(s: Subject, caller: Caller) -> str:
     """Return how the module was called."""
     called = f"called as {caller.expression}, x {'[T B D]' if caller.sequence_first else '[B T D]'}, D = {s.d_model}"
-    if "mask" in caller.expression:
-        called += f", mask {caller.style} {'[B 1 T T]' if caller.four else '[T T]'}"
+    words = re.findall(r"\w+", caller.expression)
+    styles = {caller.style if word == "mask" else word for word in words if word in ("mask", *MASKS)}
+    if styles:
+        called += f", mask {' and '.join(sorted(styles))} {'[B 1 T T]' if caller.four else '[T T]'}"
     return called
 
 
 def _notes(s: Subject, found: find.Found) -> tuple[str, ...]:
     """Return how it was decoded, in which precision and lengths it ran, and which of its imports are missing."""
     notes = []
-    if isinstance(s.step, Step):
+    if isinstance(s.step, DecodeStep):
         notes.append(f"decoded as {s.step.expression}")
     elif s.step is None:
         notes.append("decoding was not tried: --step says how one step is called, as in 'module(x, cache=cache)'")

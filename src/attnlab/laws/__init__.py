@@ -137,12 +137,12 @@ def check_module(
     build: makes a fresh module of the same shape. laws: the names of some; None: all. allow: the names of laws that may
     be broken. UserError where the module cannot be called at all.
     """
-    name = name or getattr(module, "__name__", type(module).__name__)
+    called = name or str(getattr(module, "__name__", type(module).__name__))
     if not isinstance(module, nn.Module):
         caller = Caller("function(q, k, v)")
         module = of_function(module, caller)
         call = call or FunctionCaller(caller)
-    s = subject(module, name=name, d_model=d_model, call=call, step=step, build=build)
+    s = subject(module, name=called, d_model=d_model, call=call, step=step, build=build)
     return check_subject(s, laws, allow)
 
 
@@ -161,8 +161,8 @@ def _judge_all(
     tell: Tell | None,
 ) -> list[LawResult]:
     """Return one result per chosen law, in the order of the list. allow: laws whose breach is no finding."""
-    for law in allow:
-        choose("law", law, LAWS)
+    for allowed in allow:
+        choose("law", allowed, LAWS)
     chosen = _chosen(laws)
     results = []
     for done, law in enumerate(chosen):

@@ -100,7 +100,7 @@ def fork(s: Subject) -> str:
 def cache_size(s: Subject) -> str:
     """The live cache holds exactly what `cache_spec.floats` says, in declared rows, and nothing hides elsewhere."""
     if s.call is not None:
-        return foreign_cache.size(s)
+        return foreign_cache.floats_held(s)
     spec = s.config.cache_spec
     batch = 2
     for ragged, length in itertools.product((False, True), (1, *s.lengths)):

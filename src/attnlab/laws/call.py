@@ -124,7 +124,7 @@ class Caller:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """One call of decoding, `(module, x [B T D], cache, start) -> (output, cache)`. The first cache is None.
 
     The expression may return (y, cache), or y alone; then the cache is `cache` if the module was given one to write to,
@@ -153,7 +153,7 @@ class Step:
         return output, raw[self.place]
 
 
-def given_step(module: nn.Module, caller: Caller, expression: str, x: Tensor) -> Step:
+def given_step(module: nn.Module, caller: Caller, expression: str, x: Tensor) -> DecodeStep:
     """Return the step that `expression` describes. UserError where it does not run twice in a row."""
     step = dataclasses.replace(caller, expression=expression)
     why: Exception | None = None
@@ -170,7 +170,7 @@ def given_step(module: nn.Module, caller: Caller, expression: str, x: Tensor) ->
     )
 
 
-def found_step(module: nn.Module, caller: Caller, x: Tensor) -> Step | None:
+def found_step(module: nn.Module, caller: Caller, x: Tensor) -> DecodeStep | None:
     """Return how one step of decoding is called, as far as forward's parameters tell; None where they do not."""
     if not caller.expression.startswith("module(") or not caller.expression.endswith(")"):
         return None
@@ -190,13 +190,13 @@ def found_step(module: nn.Module, caller: Caller, x: Tensor) -> Step | None:
     return None
 
 
-def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[Step]:
+def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[DecodeStep]:
     """Return the steps that this call could be: it writes to a cache, returns one, or keeps it in the module."""
     if not takes:
-        return [Step(caller, None)]
+        return [DecodeStep(caller, None)]
     forms = []
     if hasattr(module, "layer_idx") and "transformers" in sys.modules:
-        forms = [Step(caller, None, cache=kind) for kind in ("plain", "of_config")]
+        forms = [DecodeStep(caller, None, cache=kind) for kind in ("plain", "of_config")]
     try:
         with torch.no_grad():
             output = caller.on(copy.deepcopy(module), x, {"cache": None, "start": 0})
@@ -210,14 +210,15 @@ def _forms(module: nn.Module, caller: Caller, x: Tensor, takes: bool) -> list[St
     else:
         places = list(range(1, len(raw))) if isinstance(raw, tuple | list) else []
     found = sorted((p for p in places if raw[p] is not None), key=lambda p: isinstance(raw[p], Tensor))
-    return forms + [Step(caller, place) for place in found]
+    return forms + [DecodeStep(caller, place) for place in found]
 
 
-def _twice(step: Step, module: nn.Module, x: Tensor) -> None:
+def _twice(step: DecodeStep, module: nn.Module, x: Tensor) -> None:
     """Decode two chunks. ValueError where what the first one returned is no cache: the module takes no notice of it."""
     with torch.no_grad():
         fresh = copy.deepcopy(module)
-        first, second = x[:, :3].contiguous(), x[:, 3:4].contiguous()
+        first = x[:, :3].contiguous()
+        second = x[:, 3:4].contiguous()
         output, cache = step(fresh, first, None, 0)
         first_tensor(output, first)
         if step.cache is not None and next(tensors_in(cache), None) is None:

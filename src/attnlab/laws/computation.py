@@ -20,6 +20,7 @@ from .causality import training
 from .state import duplicate, unchanged
 from .subject import Broken, NotApplicable, Subject, positions_of, require_equal, scale
 
+Value = Callable[[], tuple[Tensor, float]]  # returns a sum of outputs, and an auxiliary loss
 FAR = 1024  # the first position at which bfloat16 is tried, where a call can say positions
 STAGES = 8  # roundings of a module of unknown stages, each as bad as that of its input and parameters
 BUDGET = 4  # bfloat16 roundings that follow one another: projections, rotation, scores, weights, values, output
@@ -127,16 +128,39 @@ def _compare_gradients(s: Subject, module: nn.Module, x: Tensor, when: str) -> i
         slope = Slope(value, tensor, torch.zeros_like(tensor) if gradient is None else gradient)
         gap = slope.gap()
         if gap is not None:
+            _require_no_surrogate(value, dict(zip(inputs, found, strict=True)), module)
             told = f"is {gap[0]:.6g}, the difference in its direction {gap[1]:.6g}"
             raise Broken(f"{when}the gradient of {name} {told}")
     return len(inputs)
+
+
+def _require_no_surrogate(value: Value, gradients: Mapping[str, Tensor | None], module: nn.Module) -> None:
+    """Raise `NotApplicable` where a gradient stands in for one that is zero, as where codes are chosen.
+
+    The output is then constant around a number of a parameter, jumps further away, and the number gets a gradient.
+    """
+    for name, parameter in module.named_parameters():
+        gradient = gradients.get(name)
+        if gradient is None or gradient.ndim < 2:
+            continue
+        for row, column in enumerate(gradient.flatten(1).abs().argmax(1).tolist()):
+            if abs(float(gradient.flatten(1)[row, column])) < 1e-6:
+                continue
+            number = torch.zeros_like(parameter)
+            number.view(len(number), -1)[row, column] = 1
+            slope = Slope(value, parameter, gradient)
+            if slope.differences(number, 1e-5)[0] == 0 and slope.differences(number, 3.0)[0] != 0:
+                raise NotApplicable(
+                    f"outputs jump as {name} changes (row {row}), and its gradient stands in for none: "
+                    "differences cannot be compared with it"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
     """The slope of a function of one tensor, by its gradient and by differences."""
 
-    value: Callable[[], tuple[Tensor, float]]  # the function, and a loss whose slope the gradient may contain
+    value: Value  # the function, and a loss whose slope the gradient may contain
     tensor: Tensor
     gradient: Tensor
 

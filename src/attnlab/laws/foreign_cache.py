@@ -50,7 +50,7 @@ def _cut(value: Any, back: int, length: int) -> Any:
     raise NotApplicable(f"its cache, a {type(value).__name__}, has no way to be taken back")
 
 
-def size(s: Subject) -> str:
+def floats_held(s: Subject) -> str:
     """Return how many floats a sequence needs. Raise `Broken` where that grows faster than its tokens."""
     lengths = (1, *s.lengths)
     floats = {length: _held(s, length, batch=2) / 2 for length in lengths}

@@ -62,14 +62,16 @@ class FunctionCaller:
         """The expression."""
         return self.caller.expression
 
-    def __call__(self, module: OfFunction, x: Tensor) -> Tensor:
-        """Return y [B T D]."""
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return y [B T D] of an `OfFunction`."""
+        assert isinstance(module, OfFunction)
         q, k, v = module.project(x)
         names = {"function": module.function, "q": q, "k": k, "v": v}
         return module.merge(self.caller.on(module, x, names))
 
-    def step(self, module: OfFunction, x: Tensor, cache: Any, start: int) -> tuple[Tensor, Any]:
+    def step(self, module: nn.Module, x: Tensor, cache: Any, start: int) -> tuple[Tensor, Any]:
         """Return y [B T D] of tokens from `start` on, and the keys and values up to them: q is short, k and v long."""
+        assert isinstance(module, OfFunction)
         q, k, v = module.project(x)
         if cache is not None:
             k, v = (torch.cat([old, new], module.token_axis) for old, new in zip(cache, (k, v), strict=True))

@@ -104,11 +104,11 @@ def _found_step(s: Subject) -> StepCall | None:
 
 
 def _affordable(s: Subject) -> tuple[int, ...]:
-    """Return the longer lengths that the module can be called with in reasonable time, one beyond its context among."""
+    """Return the longer lengths that run in reasonable time; the module's context, and one more, are among them."""
     context = find_number(s.module, CONTEXTS)
-    beyond = [context + 1] if context and s.lengths[-1] <= context < BEYOND else []
+    edges = {context, context + 1} if context and context < BEYOND else set()
     found = []
-    for length in sorted({*TILES, *beyond}):
+    for length in sorted({*TILES, *edges} - set(s.lengths)):
         begun = time.perf_counter()
         with torch.no_grad():
             if not accepts(s, length):

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FIXED = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType)
-FIXED += (types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.Generator)
+FIXED: tuple[type, ...] = (
+    *(str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType),
+    *(types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.Generator),
+)  # values that hold nothing which a call could change
 NOT_STATE = ("_parameters", "_buffers", "_modules", "config")  # kept by themselves, or not the module's to change
 
 

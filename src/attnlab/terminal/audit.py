@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..audit import Audit
+    from ..audit.result import Audit
 
 COLORS = {"holds": "green", "broken": "bold red", "allowed": "yellow", "n/a": "dim"}
 
