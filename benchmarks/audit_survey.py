@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -43,7 +44,7 @@ from attnlab.audit import audit_target
 from attnlab.audit.call import find_caller
 from attnlab.errors import UserError
 from attnlab.laws import check_subject, prepare
-from attnlab.laws.call import CACHES, Caller, Step, first_tensor, one_line
+from attnlab.laws.call import CACHES, Caller, first_tensor, one_line
 from attnlab.laws.state import seeded
 from attnlab.results import LawResult
 
@@ -245,7 +246,11 @@ TIMM: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class: module, ar
     "Attention": ("timm.layers.attention", {"dim": WIDTH, "num_heads": HEADS}, "module(x, attn_mask=mask)"),
     "AttentionRope": ("timm.layers.attention", {"dim": WIDTH, "num_heads": HEADS}, "module(x, attn_mask=mask)"),
     "DiffAttention": ("timm.layers.diff_attention", {"dim": WIDTH, "num_heads": 2}, "module(x, attn_mask=mask)"),
-    "EvaAttention": ("timm.models.eva", {"dim": WIDTH, "num_heads": HEADS}, "module(x, attn_mask=mask)"),
+    "EvaAttention": (
+        "timm.models.eva",
+        {"dim": WIDTH, "num_heads": HEADS, "qk_norm": False},
+        "module(x, attn_mask=mask)",
+    ),
     "Block": ("timm.models.vision_transformer", {"dim": WIDTH, "num_heads": HEADS}, "module(x, attn_mask=mask)"),
     "ResPostBlock": ("timm.models.vision_transformer", {"dim": WIDTH, "num_heads": HEADS}, "module(x, attn_mask=mask)"),
     "ParallelScalingBlock": (
@@ -464,15 +469,14 @@ def maker(cls: type[nn.Module], family: str) -> tuple[Callable[[], nn.Module], A
     return make, config
 
 
-def initializer(cls: type[nn.Module], config: Any) -> Callable[[nn.Module], None]:
+def initializer(cls: type[nn.Module], config: Any) -> Callable[[nn.Module], Any]:
     """What the family's models do to each module they are made of: some parameters are not even drawn before."""
     module = sys.modules[cls.__module__]
-    for name, base in vars(module).items():
-        if name.endswith("PreTrainedModel") and inspect.isclass(base) and base.__module__ == cls.__module__:
-            try:
+    bases: list[Any] = [c for n, c in vars(module).items() if n.endswith("PreTrainedModel") and inspect.isclass(c)]
+    for base in bases:
+        if base.__module__ == cls.__module__:
+            with contextlib.suppress(Exception):
                 return base(config)._init_weights
-            except Exception:
-                break
     return lambda module: None
 
 
@@ -554,7 +558,7 @@ def audit_of_transformers(candidate: Candidate) -> dict[str, Any]:
         "guess": guessed(module, caller, x),
         "longest": s.longest,
         "precision": str(s.dtype).removeprefix("torch."),
-        "step": s.step.expression if isinstance(s.step, Step) else None,
+        "step": getattr(s.step, "expression", None if s.step is None else "given"),
         "laws": [r.to_dict() for r in results],
     }
 
@@ -644,7 +648,8 @@ def child(candidate: Candidate, pipe: Connection) -> None:
 def audit_all(todo: Sequence[Candidate], out: Path, workers: int, seconds: float) -> None:
     """Audit each in a process of its own, and append the rows to `out` as they come."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(todo)), {}
+    waiting = list(reversed(todo))
+    running: dict[Any, tuple[Candidate, Any, float]] = {}  # by the end of the pipe that is read here
     done = 0
     while waiting or running:
         while waiting and len(running) < workers:
@@ -654,19 +659,27 @@ def audit_all(todo: Sequence[Candidate], out: Path, workers: int, seconds: float
             process.start()
             theirs.close()
             running[mine] = (candidate, process, time.monotonic())
-        ready = wait(list(running), timeout=1)
+        ready: list[Any] = wait(list(running), timeout=1)
         late = [pipe for pipe, (_, _, begun) in running.items() if time.monotonic() - begun > seconds]
         for pipe in {*ready, *late}:
-            candidate, process, begun = running.pop(pipe)  # type: ignore[arg-type, index]
-            try:
-                row = pipe.recv() if pipe in ready else {"skipped": f"took longer than {seconds:g} s"}  # type: ignore[union-attr]
-            except EOFError:
-                row = {"skipped": "ended its process"}
+            candidate, process, begun = running.pop(pipe)
+            row: dict[str, Any] = {"skipped": f"took longer than {seconds:g} s"}
+            if pipe in ready:
+                row = received(pipe)
             process.kill()
             process.join()
             done += 1
             keep(out, candidate, row, time.monotonic() - begun)
             say(f"{done}/{len(todo)} {candidate.name}: {short(row)}")
+
+
+def received(pipe: Any) -> dict[str, Any]:
+    """The row that a child sent."""
+    try:
+        row: dict[str, Any] = pipe.recv()
+    except EOFError:
+        return {"skipped": "ended its process"}
+    return row
 
 
 def keep(out: Path, candidate: Candidate, row: Mapping[str, Any], seconds: float) -> None:
@@ -811,23 +824,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", default=",".join(PACKAGES), help="separated by commas")
     parser.add_argument("--only", default="", help="families, separated by commas")
-    parser.add_argument("--most", type=int, default=10**6, help="audit at most so many classes")
+    parser.add_argument(
+        "--most", type=int, default=10**6, help="audit at most so many classes; 0: only write the document"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=240, help="for one class")
     parser.add_argument("--out", type=Path, default=Path("audit-survey.jsonl"), help="rows, one a class; goes on there")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="-: print it")
     options = parser.parse_args()
-    prepare.LONGEST, prepare.TILES = LONGEST, TILES
+    setattr(prepare, "LONGEST", LONGEST)  # noqa: B010
+    setattr(prepare, "TILES", TILES)  # noqa: B010
     found, left = candidates(options.packages.split(","), [w for w in options.only.split(",") if w])
     if not found:
         parser.error(f"--only {options.only!r} names no family of {options.packages}")
-    found = found[: options.most]
     have = rows_of(options.out)
-    todo = [c for c in found if (c.package, c.family, c.cls) not in have]
+    todo = [c for c in found if (c.package, c.family, c.cls) not in have][: options.most]
     say(f"{len(found)} classes of different text, {len(todo)} to audit")
     audit_all(todo, options.out, options.workers, options.seconds)
-    have = rows_of(options.out)
-    rows = [have[key] for c in found if (key := (c.package, c.family, c.cls)) in have]
+    families = {c.family for c in found}
+    rows = [row for row in rows_of(options.out).values() if row["family"] in families]
+    for package, count in (Counter(c.package for c in found) - Counter(row["package"] for row in rows)).items():
+        left[f"{package}: not asked yet"] += count
     text = document_text(rows, left)
     if str(options.document) == "-":
         print(text)
