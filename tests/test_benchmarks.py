@@ -171,6 +171,24 @@ def test_prepare(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks, and limits memory")
+def test_audit_survey(tmp_path: Path) -> None:
+    """It goes on where it stopped, and keeps the words of audit_findings.json beside what they are about."""
+    pytest.importorskip("transformers")
+    assert '"audit_findings.json"' in (SCRIPTS / "audit_survey.py").read_text("utf-8")
+    words = ["--packages", "transformers", "--only", "llama,gpt2", "--out", tmp_path / "rows.jsonl"]
+    for left in ("2", "0"):
+        done = run("audit_survey.py", *words, "--document", tmp_path / "made.md", here=tmp_path)
+        assert f"2 classes of different text, {left} to audit" in done.stderr
+    totals, classes, why = tables((tmp_path / "made.md").read_text())
+    assert [row[0].split()[0] for row in totals] == ["transformers"] and numbers(totals, 1) == [2]
+    assert [row[0].split()[0] for row in classes] == ["gpt2/GPT2Attention", "llama/LlamaAttention"]
+    gpt2, llama = classes
+    assert gpt2[2] == "modes" and gpt2[4].startswith("real:") and llama[2] == "" and llama[3] == "32"
+    assert min(numbers(why, 1)) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with /proc and fork")
 def test_faults(tmp_path: Path) -> None:
     """It runs fault_worker.py, as a program and as a server."""
