@@ -202,7 +202,8 @@ def test_documents_go_without_positions_and_cache():
         with pytest.raises(UserError, match="have positions of their own and no cache"):
             model(tokens, documents=documents, **given)
     with pytest.raises(UserError, match="25 tokens are longer than the 24 learned positions"):
-        decoder(positions="learned", context=24)(torch.zeros(1, 25, dtype=torch.int64), documents=torch.zeros(1, 25, dtype=torch.int64))
+        zeros = torch.zeros(1, 25, dtype=torch.int64)
+        decoder(positions="learned", context=24)(zeros, documents=zeros)
 
 
 # -- training on rows that are not full ------------------------------------------------------------------------------
