@@ -80,8 +80,9 @@ def test_a_function_with_its_step_and_what_is_allowed(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--timeout", "0"], "--timeout is 0: give a number of seconds above 0"),
-        (["--timeout", "nan"], "--timeout is nan: give a number of seconds above 0"),
+        (["--timeout", "0"], "--timeout is 0.0: it must be above 0"),
+        (["--timeout", "nan"], "--timeout is nan: it must be a finite number, above 0"),
+        (["--d-model", "0"], "--d-model is 0: it must be at least 1"),
         (["--allow", "prefx"], "unknown law 'prefx'"),
         (["--step", "module(x"], "--step 'module(x' is not a Python expression"),
     ],

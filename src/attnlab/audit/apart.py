@@ -70,22 +70,24 @@ def _answer(messages: BinaryIO, tell: Tell | None) -> dict[str, Any] | None:
 
 def _child(file: int) -> None:
     """Audit what stdin says, and write progress and the answer to the file descriptor."""
+    from ..laws.call import in_full
     from .target import audit_target
 
     _limit_memory()
     order = json.load(sys.stdin)
+    target = order.pop("target")
     with os.fdopen(file, "w") as messages:
 
         def send(**message: Any) -> None:
             print(json.dumps(message), file=messages, flush=True)
 
         try:
-            audit = audit_target(
-                order.pop("target"), tell=lambda law, done, of: send(law=law, done=done, of=of), **order
-            )
+            audit = audit_target(target, tell=lambda law, done, of: send(law=law, done=done, of=of), **order)
             send(audit=audit.to_dict())
         except UserError as error:
             send(refused=str(error))
+        except Exception as error:
+            send(refused=f"{target} cannot be audited: {in_full(error)}")
 
 
 def _limit_memory() -> None:

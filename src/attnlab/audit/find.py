@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError, choose
+from ..files import expanded
 from ..laws.call import one_line
 from .stand_ins import StandIn, missing_package, standing_in
 
@@ -43,7 +44,7 @@ def found(target: str) -> Iterator[Found]:
     if not place:
         place = target
         name = ""
-    path = Path(place).expanduser()
+    path = expanded(Path(place))
     is_file = place.endswith(".py") or path.is_file()
     if is_file and not path.is_file():
         raise UserError(f"there is no file {place}: give an existing file.py:Class, or package.module:Class")

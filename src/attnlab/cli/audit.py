@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..errors import UserError
+from ..ranges import Count, Positive
 from ..terminal import tables
 from ..terminal.audit import table
 from ..terminal.progress import working
@@ -24,10 +24,10 @@ def audit(
     mask: Literal["additive", "keep", "drop"] = "additive",
     mask_shape: Literal["auto", "2d", "4d"] = "auto",
     layout: Literal["bhtd", "bthd", "btd"] | None = None,
-    d_model: Annotated[int | None, arg(metavar="INT")] = None,
+    d_model: Annotated[Count | None, arg(metavar="INT")] = None,
     laws: Annotated[str | None, arg(metavar="LAW,...")] = None,
     allow: Annotated[str | None, arg(metavar="LAW,...")] = None,
-    timeout: Annotated[float, arg(metavar="SECONDS")] = 900.0,
+    timeout: Annotated[Positive, arg(metavar="SECONDS")] = 900.0,
     json_: Json = False,
 ) -> int:
     """Put the laws to a mechanism, or to anyone's attention class or function of q, k and v.
@@ -51,8 +51,6 @@ def audit(
     """
     from ..audit.apart import audit_apart
 
-    if not timeout > 0:
-        raise UserError(f"--timeout is {timeout:g}: give a number of seconds above 0")
     with working() as tell:
         found = audit_apart(
             target,
