@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no signa
 
 PROGRAM = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
 {before}
 sys.argv = ["attnlab", *sys.argv[1:]]
 from attnlab.__main__ import program
@@ -68,7 +69,12 @@ COMMANDS["list"] = fails
 def run(before: str, *words: str, here: Path, **how: object) -> subprocess.CompletedProcess[str]:
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(before=before), *words], capture_output=True, text=True, cwd=here, **how
+        [sys.executable, "-c", PROGRAM.format(before=before), *words],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        timeout=100,
+        **how,
     )  # type: ignore[call-overload]
     assert time.monotonic() - began < 50, "it did not wait for what is deaf"
     return done
