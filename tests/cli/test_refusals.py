@@ -194,7 +194,7 @@ FILES = [
         for said, change in (
             ("config.json", written(MODEL, "3")),
             ("experts", edited(MODEL, lambda held: held["attnlab"].update(experts=4))),
-            ("vocab_size", edited(MODEL, lambda held: held["attnlab"].update(vocab_size=1.5))),
+            ("vocab_size", edited(MODEL, lambda held: held.update(vocab_size=1.5))),
             ("eos_token_id", edited(MODEL, lambda held: held.update(eos_token_id="end"))),
             ("model", written("exported/tokenizer.json", '{"model": {"type": "BPE", "vocab": 9}}')),
             ("vocabulary", written("exported/tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}')),

@@ -30,9 +30,9 @@ def audit(
     timeout: Annotated[Positive, arg(metavar="SECONDS")] = 900.0,
     json_: Json = False,
 ) -> int:
-    """Put the laws to a mechanism, or to anyone's attention class or function of q, k and v.
+    """Put the laws to a mechanism, or to anyone's attention class or function.
 
-    Exit code: 0 all laws hold that apply, 1 one is broken, 2 it could not run or no law applies.
+    Exit code: 0 all laws that apply hold, 1 one is broken, 2 nothing was judged.
 
     Args:
         target: A mechanism's name, FILE.py:NAME, or PACKAGE.MODULE:NAME of a class or a function.
