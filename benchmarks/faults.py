@@ -586,6 +586,7 @@ def killed_while_it_writes_a_folder(lab: Lab, words: tuple[str, ...], contents: 
 
 IMPORTING = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 module = sys.argv[1]
 def hook(event, args):
     if event == "import" and args[0] == module:

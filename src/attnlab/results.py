@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -28,16 +29,25 @@ class Record:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Return the record that `to_dict` made `data` of; fields that are not known here are left out.
 
-        Raises `UserError` for a field that is missing or of a wrong kind.
+        Numbers that are not finite, as Python's JSON has them, become None. Raises `UserError` for a field that is missing or of a wrong kind.
         """
         if not isinstance(data, Mapping):
             raise UserError(f"a {cls.__name__} is {quoted(data)}: it must be an object with fields")
         needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
         if missing := sorted(needed - set(data)):
             raise UserError(f"it lacks {', '.join(missing)}")
-        record = cls(**{name: data[name] for name, _, _ in kinds_in(cls) if name in data})  # type: ignore[arg-type]
+        record = cls(**{name: _finite(data[name]) for name, _, _ in kinds_in(cls) if name in data})  # type: ignore[arg-type]
         check_fields(record)
         return record
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +87,8 @@ class RunResult(Record):
     command: str = ""
     attempts: int = 1  # 2: the run was started again after an error of the machine
     options: dict[str, Any] = field(default_factory=dict)
-    curve: list[list[float]] = field(default_factory=list)  # [step, validation loss]
-    train_curve: list[list[float]] = field(default_factory=list)  # [step, training loss]
+    curve: list[list[float | None]] = field(default_factory=list)  # [step, validation loss; None: not finite]
+    train_curve: list[list[float | None]] = field(default_factory=list)  # [step, training loss; None: not finite]
 
 
 @dataclass(frozen=True, kw_only=True)

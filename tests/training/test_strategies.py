@@ -30,7 +30,8 @@ from attnlab.inference.text import sample_run
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.training import strategies as registry
-from attnlab.training.train import Trainer, part_sizes, resolve, train, train_step
+from attnlab.training.step import part_sizes
+from attnlab.training.train import Trainer, resolve, train, train_step
 
 TEXT = 40 * PANGRAM
 WORKER = Path(__file__).parents[1] / "process_worker.py"

@@ -93,6 +93,8 @@ def _all(restores: list[Callable[[], None]]) -> Callable[[], None]:
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
+    if tensor.is_meta:
+        return _nothing
     kept = tensor.detach().clone()
 
     def restore() -> None:

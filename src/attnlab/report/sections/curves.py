@@ -7,7 +7,7 @@ from typing import Any
 from ...results import RunResult
 from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
 from ..html import Html
-from ..results_folder import Findings, finite_number
+from ..results_folder import Findings
 from ..style import MUTED, Look
 from .common import Figures, frame, missing, plot
 
@@ -73,8 +73,14 @@ def _differences(own: list[RunResult], found: Findings) -> list[list[list[float]
 
 
 def _minus(cell: RunResult, base: RunResult) -> list[list[float]]:
-    theirs = {step: value for step, value in base.curve if finite_number(value) is not None}
-    return [[s, v - theirs[s]] for s, v in cell.curve if s in theirs and finite_number(v) is not None]
+    mine = _known(cell.curve)
+    theirs = _known(base.curve)
+    return [[step, mine[step] - theirs[step]] for step in mine if step in theirs]
+
+
+def _known(curve: list[list[float | None]]) -> dict[float, float]:
+    """Return the losses that are numbers, by step."""
+    return {step: value for step, value in curve if step is not None and value is not None}
 
 
 def _range(series: dict[str, Series]) -> list[float]:
