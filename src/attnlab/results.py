@@ -29,7 +29,8 @@ class Record:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Return the record that `to_dict` made `data` of; fields that are not known here are left out.
 
-        Numbers that are not finite, as Python's JSON has them, become None. Raises `UserError` for a field that is missing or of a wrong kind.
+        Numbers that are not finite, as Python's JSON has them, become None. Raises `UserError` for a field that is
+        missing or of a wrong kind.
         """
         if not isinstance(data, Mapping):
             raise UserError(f"a {cls.__name__} is {quoted(data)}: it must be an object with fields")

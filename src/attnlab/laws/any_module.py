@@ -167,7 +167,10 @@ def modes(s: Subject) -> str:
         require_equal(_or_broken(s, value, f"for x {words}"), y, s.tolerance, f"for x {words}")
     _or_broken(dataclasses.replace(s, module=s.fresh().module.train()), x, "in training mode")
     told = "equal without gradients, in inference mode and for x in other layouts; training mode runs"
-    return told if s.no_gradients else told + _inference_leftovers(s)
+    if s.no_gradients:
+        return told
+    _require_two_training_steps(s)
+    return told + _inference_leftovers(s)
 
 
 def _layouts(x: Tensor) -> dict[str, Tensor]:
@@ -186,6 +189,20 @@ def _or_broken(s: Subject, x: Tensor, what: str) -> Tensor:
         return s(x)
     except Exception as error:
         raise Broken(f"{what} it stops with {in_full(error)}, though an ordinary call does not") from None
+
+
+def _require_two_training_steps(s: Subject) -> None:
+    """Raise `Broken` where the first training step runs and the second does not, as where a graph is kept."""
+    module = s.fresh().module.train()
+    for number in (1, 2):
+        try:
+            y = s.answer(module, s.x(seed=number))
+            if y.requires_grad:
+                y.sum().backward()
+        except Exception as error:
+            if number == 1:  # what stops every step is for another law
+                return
+            raise Broken(f"a second training step stops with {in_full(error)}, though the first does not") from None
 
 
 def _inference_leftovers(s: Subject) -> str:
