@@ -263,7 +263,7 @@ def test_rows_are_divided_among_processes() -> None:
         ("deepspeed:{home}/zero0.json", {}, "stage 0: give .* 1, 2 or 3, or --strategy ddp"),
         ("deepspeed:{home}/bare.json", {}, "stage 2: give zero_optimization.stage 1, 2 or 3"),
         ("deepspeed:{home}/offload.json", {}, "offload_optimizer"),
-        ("deepspeed:{home}/list.json", {}, "not a JSON object"),
+        ("deepspeed:{home}/list.json", {}, "must be an object with fields"),
         ("deepspeed", {"optimizer": "muon"}, "muon needs whole matrices"),
         ("fsdp", {"optimizer": "muon"}, "muon needs whole matrices"),
         ("deepspeed", {"guard": "skip"}, "train.guard skip"),
