@@ -55,7 +55,7 @@ def check_tensor(name: str, value: Any, shape: str, whole: bool = False) -> None
     """
     if not isinstance(value, Tensor):
         raise UserError(f"{name} is {quoted(value)}: give a tensor {shape}")
-    if value.ndim != len(shape.split()):
+    if value.ndim != shape.count(" ") + 1:
         raise UserError(f"{name} has the shape {tuple(value.shape)}: give {shape}")
     if whole and value.dtype not in (torch.int64, torch.int32):
         raise UserError(f"{name} is a tensor of {value.dtype}: give whole numbers, as torch.int64")
