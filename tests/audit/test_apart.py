@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,11 @@ def test_bad_input_is_one_sentence(capsys, words, message):
     assert main(["audit", f"{GPT}:CausalSelfAttention", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_process_that_does_not_start_is_not_the_modules_fault(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('another torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"the process that should judge mqa did not start \(exit code 1\): see what"):
+        audit_apart("mqa", seconds=300)

@@ -46,26 +46,30 @@ def audit_apart(target: str, *, seconds: float, tell: Tell | None = None, **inst
         child.wait()
     if answer is not None and "audit" in answer:
         return Audit.from_dict(answer["audit"])
-    if answer is not None:
+    if answer is not None and "refused" in answer:
         raise UserError(answer["refused"])
     if not in_time:
         raise UserError(f"the audit of {target} took longer than {seconds:g} s: give more --timeout, or fewer --laws")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    if answer is None:
+        raise UserError(
+            f"the process that should judge {target} did not start ({how}): see what "
+            f"'{sys.executable} -c \"import attnlab.audit.target\"' says in this folder"
+        )
     raise UserError(f"{target} ended the process that judged it ({how}): a module must not do that, so nothing is said")
 
 
 def _answer(messages: BinaryIO, tell: Tell | None) -> dict[str, Any] | None:
-    """Return the last message, after telling the progress of those before; None where the child ended without one."""
+    """Return the last message, after telling the progress of those before; None where the child sent none."""
+    message: dict[str, Any] | None = None
     for line in messages:
         try:
             message = json.loads(line)
         except ValueError:  # cut off where the child was ended
-            return None
-        if "law" not in message:
-            return message
-        if tell is not None:
+            break
+        if tell is not None and "law" in message:
             tell(message["law"], message["done"], message["of"])
-    return None
+    return message
 
 
 def _child(file: int) -> None:
@@ -81,6 +85,7 @@ def _child(file: int) -> None:
         def send(**message: Any) -> None:
             print(json.dumps(message), file=messages, flush=True)
 
+        send(ready=True)
         try:
             audit = audit_target(target, tell=lambda law, done, of: send(law=law, done=done, of=of), **order)
             send(audit=audit.to_dict())
