@@ -353,3 +353,9 @@ def test_a_grid_is_a_report(stored, capsys):
 
 def test_every_target_is_a_mechanism():
     assert set(targets.names()) <= set(attention.names())
+
+
+def test_heads_that_turn_in_part_are_refused():
+    model = Decoder(replace(SHAPE, options={"mha": {"rope_dim": 4}}))
+    with pytest.raises(UserError, match="the source turns 4 of 6 dimensions of a head, and cannot be converted"):
+        convert(model, "gqa")

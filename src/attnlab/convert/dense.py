@@ -40,6 +40,11 @@ class Dense:
             )
         assert isinstance(layer, gqa.Attention)
         c: gqa.Config = layer.config
+        if c.rope_dim is not None:
+            raise UserError(
+                f"the source turns {c.rope_dim} of {c.head_dim} dimensions of a head, and cannot be converted: give a "
+                "model that turns all"
+            )
         parts = affine(layer.qkv).unflatten(0, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads])
         out = affine(layer.o)
         q, k, v = parts
