@@ -85,7 +85,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             number(r["floats_per_token"]),
             number(r["floats_at_context"]),
             number(r["parameters"]),
-            ", ".join(r["impls"]),
+            ", ".join(r["impls"]) or "none",
             "yes" if r["rewinds"] else "no",
             laws_in_words(r),
         ]

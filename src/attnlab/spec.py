@@ -128,7 +128,10 @@ class AttentionConfig:
     formula: ClassVar[str] = ""  # one line of mathematics
     source: ClassVar[str] = ""  # where it was published
     caches: ClassVar[str] = ""  # what its cache holds, in words
-    impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa")  # kernels it can run on
+    impls: ClassVar[tuple[str, ...]] = (
+        "reference",
+        "sdpa",
+    )  # kernels it can run on; (): it uses none, so `impl` is void
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # ways to compute the same thing: name -> field overrides
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
@@ -147,7 +150,8 @@ class AttentionConfig:
         check_fields(self)
         if self.rope_theta is not None and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so give an even number")
-        choose("impl", self.impl, self.impls)
+        if self.impls:
+            choose("impl", self.impl, self.impls)
 
     def set(self, name: str, value: object) -> None:
         """Set a field whose default follows from other fields; for `__post_init__` alone."""

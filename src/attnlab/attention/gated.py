@@ -10,7 +10,9 @@ Caches what gqa does: 2 K H floats per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..cache import Cache, Output, extend
@@ -58,3 +60,11 @@ class Attention(gqa.Attention):
         gate = self.opening(x).sigmoid().unflatten(-1, (self.config.n_heads, -1))
         y = gate * self.ask(q, seen, positions, mask)
         return self.o(y.flatten(2)), cache
+
+
+def weights_from(source: Any, config: Config) -> dict[str, Tensor]:
+    """Return the weights of a layer that computes what the dense layer `source` does: gates of 1/2, and twice W_o."""
+    tensors = source.tensors(qkv=source.qkv, o=source.out)
+    tensors["o.weight"] = 2 * tensors["o.weight"]
+    tensors["opening.weight"] = torch.zeros(config.gates, config.d_model, dtype=torch.float64)
+    return tensors

@@ -11,6 +11,7 @@ Caches 2 K H floats per token, K H per complete block, and the sum of the keys o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,3 +124,9 @@ class Attention(gqa.Attention):
         scores = scores.masked_fill(~past, -torch.inf)
         best = newest(scores, c.top_k - 1) if c.top_k > 1 else torch.zeros_like(scores, dtype=torch.bool)
         return tokens_of(best, blocks, own, seen.positions // c.block)
+
+
+def weights_from(source: Any, config: Config) -> dict[str, Tensor]:
+    """Return the weights of the dense layer `source`: the same, where `top_k` blocks reach the whole context."""
+    tensors: dict[str, Tensor] = source.tensors(qkv=source.qkv, o=source.out)
+    return tensors

@@ -87,6 +87,10 @@ class Dense:
         """The output matrix with its bias: D (N H + 1)."""
         return torch.cat([self.o.flatten(1), self.o_bias[:, None]], 1)
 
+    def tensors(self, **maps: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of linear layers by name, from affine maps (... (D + 1)), and those of the norms."""
+        return state(**maps) | self.norms
+
 
 def affine(linear: nn.Linear) -> Tensor:
     """Return the weight of `linear` with its bias as a last column: M (D + 1)."""
