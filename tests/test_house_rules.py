@@ -51,6 +51,8 @@ ORDER = [
     "cache",
     "documents",
     "ops",
+    "scan",
+    "recurrence",
     "feed_forward",
     "attention",
     "model",

@@ -1,0 +1,198 @@
+"""The forms of a recurrence with a matrix as state: token by token, which is the specification, and chunk by chunk.
+
+`recurrence.recur` is the only caller. B sequences, K heads of queries and keys for G heads of values each, L tokens in
+M chunks of C, H key and V value channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Parts(NamedTuple):
+    """The arguments of a scan, pads blotted out: N heads are K groups of G, which share queries and keys."""
+
+    q: Tensor  # B K 1 L H
+    k: Tensor  # B K 1 L H
+    v: Tensor  # B K G L V
+    decay: Tensor  # B K G L 1, or H where each key channel has its own
+    beta: Tensor | None  # B K G L 1
+    state: Tensor  # B K G H V
+    dtype: torch.dtype  # of the values as they were given
+
+
+def recurrent(parts: Parts, _: int) -> tuple[Tensor, Tensor]:
+    """Go token by token. Return y, B K G L V, and the state, B K G H V."""
+    state = parts.state
+    fall = parts.decay.exp()
+    y = []
+    for t in range(parts.v.shape[3]):
+        k = parts.k[..., t, :]
+        v = parts.v[..., t, :]
+        state = state * fall[..., t, :, None]
+        if parts.beta is not None:
+            v = parts.beta[..., t, :] * (v - _read(state, k))
+        state = state + k[..., None] * v[..., None, :]
+        y.append(_read(state, parts.q[..., t, :]))
+    return torch.stack(y, 3), state
+
+
+def _read(state: Tensor, key: Tensor) -> Tensor:
+    """Return S^T k. state: B K G H V, key: B K 1 H -> B K G V."""
+    return (key[..., None, :] @ state)[..., 0, :]
+
+
+def chunked(parts: Parts, chunk: int) -> tuple[Tensor, Tensor]:
+    """Go chunk by chunk: within one, products of tokens (the WY form for the delta rule); between them, the state.
+
+    With G[i] the log decay from the start of a chunk to its token i, F[i, j] = exp(G[i] - G[j]) for i >= j, and S the
+    state before it: (I + tril(b k k^T F, -1)) U = b (v - exp(G) k S), y = exp(G) q S + (q k^T F) U, and without beta
+    U = v. No exponent is above 0.
+    """
+    L = parts.v.shape[3]
+    C = chunk_size(chunk, L)
+    q, k, v, decay, beta = (t if t is None else _cut(t, C) for t in parts[:5])  # B K G M C X
+    assert q is not None and k is not None and v is not None and decay is not None
+    if decay.shape[-1] > 1:
+        scores, gram, since, until = _by_channel(q, k, decay, beta is not None)
+    else:
+        scores, gram, since, until = _by_head(q, k, decay, beta is not None)
+    start = since.exp()  # decay from the chunk's start to a token, B K G M C 1|H
+    rest = until.exp()  # from a token to the chunk's end
+    end = start[..., -1, :, None]  # over the whole chunk, B K G M 1|H 1
+    if beta is None:
+        new = v
+        before, state = _sum_chunks((k * rest).mT @ v, end, parts.state)
+    else:
+        right = torch.cat([beta * v, beta * start * k.expand(*v.shape[:-1], -1)], -1)
+        u, w = (inverse(beta * gram) @ right).split([v.shape[-1], k.shape[-1]], -1)
+        new, before, state = _correct_chunks(u, w, k * rest, end, parts.state)
+    y = (start * q) @ before + scores @ new
+    return y.flatten(3, 4)[..., :L, :], state
+
+
+def chunk_size(chunk: int, tokens: int) -> int:
+    """Return the tokens of a chunk: `chunk`, or the power of two that holds all `tokens` where they are fewer."""
+    return min(chunk, 1 << max(tokens - 1, 0).bit_length())
+
+
+def _cut(t: Tensor, size: int) -> Tensor:
+    """Return t (B K G L X) in chunks, the last one filled up with zeros: B K G M C X."""
+    rest = -t.shape[3] % size
+    return (pad(t, (0, 0, 0, rest)) if rest else t).unflatten(3, (-1, size))
+
+
+def _by_head(q: Tensor, k: Tensor, decay: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_by_channel` does, for one rate per head: decay B K G M C 1."""
+    C = q.shape[-2]
+    wide = decay[..., 0].double() if decay.device.type != "mps" else decay[..., 0]
+    total = wide.cumsum(-1)  # in float64, because differences of large sums are taken
+    hidden = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    fall = (total[..., :, None] - total[..., None, :]).to(q.dtype).masked_fill(hidden, -torch.inf).exp()
+    until = (total[..., -1:] - total).to(q.dtype)[..., None]
+    scores = (q @ k.mT) * fall
+    gram = (k @ k.mT) * fall if delta else scores
+    return scores, gram, total.to(q.dtype)[..., None], until
+
+
+def _by_channel(q: Tensor, k: Tensor, decay: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q k^T and k k^T, each weighed by the decay between the two tokens (B K G M C C, of which what is below the
+    diagonal counts), and the log decay from the chunk's start to each token and from it to the end (B K G M C H).
+
+    Blocks of 1, 2, 4, ... tokens are joined in pairs. A query of the later block and a key of the earlier one meet at
+    the border, so that both decays are products of numbers up to 1, and all sums are of numbers that are not positive.
+    """
+    H = q.shape[-1]
+    decay = decay.expand(*decay.shape[:-1], H)
+    rows = torch.stack([q, k]) if delta else q[None]  # R B K G M C H
+    one = decay.shape[:-1]
+    blocks = (rows * k).sum(-1).expand(-1, *one)[..., None, None]  # R B K G M C/s s s
+    since = decay[..., None, :]  # B K G M C/s s H
+    until = torch.zeros_like(since)
+    while since.shape[-3] > 1:
+        size = since.shape[-2]
+        late = rows.unflatten(-2, (-1, 2, size))[..., 1, :, :] * since[..., 1::2, :, :].exp()
+        early = k.unflatten(-2, (-1, 2, size))[..., 0, :, :] * until[..., 0::2, :, :].exp()
+        corner = late @ early.mT if size > 1 else (late * early).sum(-1, keepdim=True)
+        above = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(corner)], -1)
+        below = torch.cat([corner, blocks[..., 1::2, :, :]], -1)
+        blocks = torch.cat([above, below], -2)
+        first = since[..., 0::2, :, :]
+        second = since[..., 1::2, :, :]
+        joined = torch.cat([until[..., 0::2, :, :] + second[..., -1:, :], until[..., 1::2, :, :]], -2)
+        since = torch.cat([first, second + first[..., -1:, :]], -2)
+        until = joined
+    blocks = blocks[..., 0, :, :]
+    return blocks[0], blocks[-1], since[..., 0, :, :], until[..., 0, :, :]
+
+
+def _sum_chunks(written: Tensor, end: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the state before each chunk (B K G M H V) and after the last, where chunk m adds `written` to it."""
+    before = []
+    for new, fall in zip(written.unbind(3), end.unbind(3), strict=True):
+        before.append(state)
+        state = fall * state + new
+    return torch.stack(before, 3), state
+
+
+def _correct_chunks(u: Tensor, w: Tensor, k: Tensor, end: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U = u - w S of each chunk (B K G M C V), the state S before each, and after the last.
+
+    A chunk adds k^T U to the state.
+    """
+    B, K, G = u.shape[:3]
+    state = state.flatten(0, 2)
+    all_new = []
+    before = []
+    parts = (t.expand(B, K, G, *t.shape[3:]).flatten(0, 2).unbind(1) for t in (u, w, k, end))
+    for u_m, w_m, k_m, fall in zip(*parts, strict=True):
+        before.append(state)
+        new = torch.baddbmm(u_m, w_m, state, alpha=-1)
+        state = torch.baddbmm(fall * state, k_m.mT, new)
+        all_new.append(new)
+    news, states = (torch.stack(t, 1).unflatten(0, (B, K, G)) for t in (all_new, before))
+    return news, states, state.unflatten(0, (B, K, G))
+
+
+def inverse(below: Float[Tensor, "*B C C"]) -> Float[Tensor, "*B C C"]:
+    """Return (I + tril(below, -1))^-1. C is a power of two."""
+    return _Inverse.apply(below)
+
+
+class _Inverse(torch.autograd.Function):
+    """The inverse, whose gradient is two products with it."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Tensor) -> Tensor:
+        found = _inverted(below)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (found,) = ctx.saved_tensors
+        return (found.mT @ grads[0] @ found.mT).tril(-1).neg_()
+
+
+def _inverted(below: Tensor) -> Tensor:
+    """Blocks of 1, 2, 4, ... are joined in pairs: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]."""
+    C = below.shape[-1]
+    size = 1
+    found = torch.ones_like(below[..., 0])[..., None, None]  # C/s s s: the inverses of the blocks on the diagonal
+    while size < C:
+        cut = below.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))  # C/2s 2 s C/2s 2 s
+        corner = cut[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        first = found[..., 0::2, :, :]
+        second = found[..., 1::2, :, :]
+        joined = found.new_zeros(*found.shape[:-3], C // (2 * size), 2 * size, 2 * size)
+        joined[..., :size, :size] = first
+        joined[..., size:, size:] = second
+        joined[..., size:, :size] = -corner if size == 1 else -(second @ corner @ first)
+        found = joined
+        size *= 2
+    return found[..., 0, :, :]
