@@ -16,7 +16,7 @@ from attnlab.recurrence import recur, recur_flops, short_conv
 from attnlab.scan import inverse
 
 SHAPES = [(2, 4, 6, 5), (1, 3, 4, 2), (2, 2, 1, 1)]  # K N H V
-FORMS = [("recurrent", 64), ("chunked", 1), ("chunked", 4), ("chunked", 64), ("auto", 8)]
+FORMS = [("recurrent", 64), ("chunked", 1), ("chunked", 4), ("chunked", 7), ("chunked", 64), ("auto", 8)]
 RATES = ("none", "head", "channel")
 
 
@@ -196,9 +196,9 @@ WRONG = [
     ({"start": torch.zeros(2, 4, 5, 6)}, r"start is \(2, 4, 5, 6\): give the state of an earlier call"),
     ({"start": 0}, r"start is 0: give the state of an earlier call, a tensor \(2, 4, 6, 5\), or None"),
     ({"mode": "chunk"}, r"unknown mode 'chunk'.*did you mean 'chunked'"),
-    ({"chunk": 48}, r"chunk is 48: give a power of two from 1 to 4096"),
-    ({"chunk": 0}, r"chunk is 0: give a power of two"),
-    ({"chunk": True}, r"chunk is True: give a power of two"),
+    ({"chunk": 8192}, r"chunk is 8192: give a number of tokens from 1 to 4096"),
+    ({"chunk": 0}, r"chunk is 0: give a number of tokens"),
+    ({"chunk": True}, r"chunk is True: give a number of tokens"),
     ({"normalised": True}, r"normalised and beta were given: .*give one"),
     ({"mode": "fla"}, r"the kernels of fla run on a GPU and the tensors are on cpu: choose another impl"),
 ]

@@ -46,10 +46,11 @@ def recur(  # noqa: PLR0913  # the one interface of all forms
 
     `decay`: log a, at most 0; B L N, or B L N H for one rate per key channel; None: a = 1. S begins as `start` (None:
     0). A token at position -1 leaves S as it was and gives 0, whatever it holds. S is computed in float32 at least.
-    `mode`: "recurrent" goes token by token and is the specification; "chunked" takes `chunk` tokens at a time, a power
-    of two; "auto" is recurrent for one token; "fla" is the kernel of the package of that name, on a GPU. `normalised`
-    (without beta, for keys and queries that are not negative): y is divided by the sum of its weights, which S carries
-    as one more column: B N H V+1. Raises `UserError` for arguments that do not fit, and where a kernel is not there.
+    `mode`: "recurrent" goes token by token and is the specification; "chunked" takes `chunk` tokens at a time, rounded
+    down to a power of two; "auto" is recurrent for one token; "fla" is the kernel of the package of that name, on a
+    GPU. `normalised` (without beta, for keys and queries that are not negative): y is divided by the sum of its
+    weights, which S carries as one more column: B N H V+1. Raises `UserError` for arguments that do not fit, and where
+    a kernel is not there.
     """
     check_recurrence(q, k, v, decay, beta, positions)
     check_form(mode, chunk, normalised and beta is not None)
@@ -203,7 +204,7 @@ def check_recurrence(q: Any, k: Any, v: Any, decay: Any, beta: Any, positions: A
 
 
 def check_form(mode: Any, chunk: Any, both: bool = False) -> None:
-    """Raise `UserError` for an unknown mode, a chunk that is no power of two, and a normalised delta rule (`both`)."""
+    """Raise `UserError` for an unknown mode, a chunk that cannot be, and a normalised delta rule (`both`)."""
     choose("mode", mode, MODES)
     check_chunk(chunk)
     if both:
@@ -211,10 +212,10 @@ def check_form(mode: Any, chunk: Any, both: bool = False) -> None:
 
 
 def check_chunk(chunk: Any) -> None:
-    """Raise `UserError` where `chunk` is no power of two that a chunk can have."""
+    """Raise `UserError` where `chunk` is no number of tokens that a chunk can have."""
     whole = isinstance(chunk, int) and not isinstance(chunk, bool)
-    if not whole or not 1 <= chunk <= LARGEST or chunk & (chunk - 1):
-        raise UserError(f"chunk is {quoted(chunk)}: give a power of two from 1 to {LARGEST}")
+    if not whole or not 1 <= chunk <= LARGEST:
+        raise UserError(f"chunk is {quoted(chunk)}: give a number of tokens from 1 to {LARGEST}, such as 64")
 
 
 def recur_flops(  # noqa: PLR0913  # what the arguments of `recur` say

@@ -77,8 +77,8 @@ def chunked(parts: Parts, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def chunk_size(chunk: int, tokens: int) -> int:
-    """Return the tokens of a chunk: `chunk`, or the power of two that holds all `tokens` where they are fewer."""
-    return min(chunk, 1 << max(tokens - 1, 0).bit_length())
+    """Return the tokens of a chunk: `chunk` rounded down to a power of two, or the one that holds all `tokens`."""
+    return min(1 << (chunk.bit_length() - 1), 1 << max(tokens - 1, 0).bit_length())
 
 
 def _cut(t: Tensor, size: int) -> Tensor:

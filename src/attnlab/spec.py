@@ -149,6 +149,7 @@ class AttentionConfig:
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     carries: ClassVar[str] = "qkvo"  # its projections that mean the same as in multi-head attention
     from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
+    signed: ClassVar[bool] = False  # whether weights in its maps may be negative, or rows add up to more than 1
     selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
     swatch: ClassVar[tuple[int, int, int] | None] = None  # colour, marker, dash, by place in the report's lists
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it does not obey, as documented

@@ -187,24 +187,30 @@ def relative_position(s: Subject) -> str:
 
 
 def attention_maps(s: Subject) -> str:
-    """Recorded attention is non-negative, sums to 1, and is zero for the future and for pads."""
+    """Recorded attention is zero for the future and for pads, and not negative with sum 1 unless declared signed."""
     x, positions, _ = s.left_padded()
     with record_attention() as maps:
         s.module(x, positions)
     if not maps:
-        raise NotApplicable("it records no attention map: it does not attend")
+        raise NotApplicable("it records no attention map")
     real = positions >= 0
     future = (positions[:, None, :] > positions[:, :, None]) | ~real[:, None, :]
     for n, weights in enumerate(maps):
-        if float(weights.min()) < 0:
-            raise Broken(f"map {n} has a negative weight, {float(weights.min()):.2g}")
-        total = weights.sum(-1).transpose(1, 2)[real]  # tokens N
-        wrong = (total - 1).abs() > 1e-6
-        if bool((wrong & (total.abs() > 1e-12)).any()):
-            raise Broken(f"a row of map {n} sums to {float(total[wrong][0]):.3g}, not to 1")
+        if not s.config.signed:
+            _require_shares(weights.transpose(1, 2)[real], n)
         if weights.shape[-1] == x.shape[1]:
-            seen = (weights.amax(1) * future * real[:, :, None]).nonzero()
+            seen = (weights.abs().amax(1) * future * real[:, :, None]).nonzero()
             if len(seen):
                 _, query, key = seen[0].tolist()
                 raise Broken(f"map {n} lets token {query} see token {key}, which is later or a pad")
     return f"{len(maps)} map{'s' * (len(maps) > 1)} of shape {list(maps[0].shape)}"
+
+
+def _require_shares(rows: Tensor, n: int) -> None:
+    """Raise `Broken` where the rows (tokens N S) of map n are not shares of one whole."""
+    if float(rows.min()) < 0:
+        raise Broken(f"map {n} has a negative weight, {float(rows.min()):.2g}")
+    total = rows.sum(-1)
+    wrong = (total - 1).abs() > 1e-6
+    if bool((wrong & (total.abs() > 1e-12)).any()):
+        raise Broken(f"a row of map {n} sums to {float(total[wrong][0]):.3g}, not to 1")
