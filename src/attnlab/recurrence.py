@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import recording
 from .arguments import check_tensor
@@ -278,10 +279,39 @@ def short_conv(
     if has_pads(positions):
         return _conv_between_pads(x, taps, positions, past.to(x.dtype))
     line = torch.cat([past.to(x.dtype), x], 1)
-    y = taps[0] * line[:, :L]
-    for i in range(1, T):
-        y = y + taps[i] * line[:, i : i + L]
-    return y, line[:, L:]
+    return _Convolution.apply(line, taps), line[:, L:]
+
+
+class _Convolution(torch.autograd.Function):
+    """The taps over a line (B T-1+L D), added up in float32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, line: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(line, taps)
+        L = line.shape[1] - len(taps) + 1
+        given = torch.promote_types(line.dtype, taps.dtype)
+        exact = torch.promote_types(given, torch.float32)
+        line = line.to(exact)
+        weight = taps.to(exact)
+        y = line[:, :L] * weight[0]
+        for i in range(1, len(taps)):
+            y.addcmul_(line[:, i : i + L], weight[i])
+        return y.to(given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        line, taps = ctx.saved_tensors
+        exact = torch.promote_types(grads[0].dtype, torch.float32)
+        grad = grads[0].to(exact)
+        weight = taps.to(exact)
+        L = grad.shape[1]
+        dline = torch.zeros_like(line, dtype=exact)
+        dtaps = torch.zeros_like(weight)
+        for i in range(len(taps)):
+            dline[:, i : i + L].addcmul_(grad, weight[i])
+            dtaps[i] = (grad * line[:, i : i + L]).sum((0, 1))
+        return dline.to(line.dtype), dtaps.to(taps.dtype)
 
 
 def _conv_between_pads(x: Tensor, taps: Tensor, positions: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 
@@ -58,22 +59,22 @@ def chunked(parts: Parts, chunk: int) -> tuple[Tensor, Tensor]:
     C = chunk_size(chunk, L)
     q, k, v, decay, beta = (t if t is None else _cut(t, C) for t in parts[:5])  # B K G M C X
     assert q is not None and k is not None and v is not None and decay is not None
-    if decay.shape[-1] > 1:
-        scores, gram, since, until = _by_channel(q, k, decay, beta is not None)
-    else:
-        scores, gram, since, until = _by_head(q, k, decay, beta is not None)
+    scores, gram, since, until = (_by_channel if decay.shape[-1] > 1 else _by_head)(q, k, decay, beta is not None)
     start = since.exp()  # decay from the chunk's start to a token, B K G M C 1|H
-    rest = until.exp()  # from a token to the chunk's end
     end = start[..., -1, :, None]  # over the whole chunk, B K G M 1|H 1
+    into = start * q
+    out = k * until.exp()  # decayed from a token to the chunk's end
+    wrote = None
     if beta is None:
-        new = v
-        before, state = _sum_chunks((k * rest).mT @ v, end, parts.state)
+        gram = None
     else:
-        right = torch.cat([beta * v, beta * start * k.expand(*v.shape[:-1], -1)], -1)
-        u, w = (inverse(beta * gram) @ right).split([v.shape[-1], k.shape[-1]], -1)
-        new, before, state = _correct_chunks(u, w, k * rest, end, parts.state)
-    y = (start * q) @ before + scores @ new
-    return y.flatten(3, 4)[..., :L, :], state
+        v = beta * v
+        gram = beta * gram
+        wrote = beta * start * k
+    heads = v.shape[:3]
+    each = (None if t is None else t.flatten(0, 2) for t in (scores, gram, into, wrote, out, v, end, parts.state))
+    y, state = _Chunks.apply(*each)
+    return y.unflatten(0, heads).flatten(3, 4)[..., :L, :], state.unflatten(0, heads)
 
 
 def chunk_size(chunk: int, tokens: int) -> int:
@@ -84,7 +85,7 @@ def chunk_size(chunk: int, tokens: int) -> int:
 def _cut(t: Tensor, size: int) -> Tensor:
     """Return t (B K G L X) in chunks, the last one filled up with zeros: B K G M C X."""
     rest = -t.shape[3] % size
-    return (pad(t, (0, 0, 0, rest)) if rest else t).unflatten(3, (-1, size))
+    return (pad(t, (0, 0, 0, rest)) if rest else t).contiguous().unflatten(3, (-1, size))
 
 
 def _by_head(q: Tensor, k: Tensor, decay: Tensor, delta: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,56 +132,79 @@ def _by_channel(q: Tensor, k: Tensor, decay: Tensor, delta: bool) -> tuple[Tenso
     return blocks[0], blocks[-1], since[..., 0, :, :], until[..., 0, :, :]
 
 
-def _sum_chunks(written: Tensor, end: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state before each chunk (B K G M H V) and after the last, where chunk m adds `written` to it."""
-    before = []
-    for new, fall in zip(written.unbind(3), end.unbind(3), strict=True):
-        before.append(state)
-        state = fall * state + new
-    return torch.stack(before, 3), state
+class _Chunks(torch.autograd.Function):
+    """The scan over chunks, n sequences and heads at once. With autograd's backward a training step took twice as long."""
 
+    @staticmethod
+    def forward(  # noqa: PLR0913  # the matrices of a chunk
+        ctx: Any,
+        scores: Tensor,  # n M C C: what token i takes from token j of its chunk, 0 for j > i
+        gram: Tensor | None,  # n M C C, below the diagonal: what token i corrects of token j; None: no delta rule
+        into: Tensor,  # n M C H: what reads the state before the chunk
+        wrote: Tensor | None,  # n M C H: what finds in that state what is to be corrected
+        out: Tensor,  # n M C H: what writes into the state after the chunk
+        v: Tensor,  # n M C V
+        end: Tensor,  # n M 1|H 1: what is left of the state before the chunk after it
+        state: Tensor,  # n H V
+    ) -> tuple[Tensor, Tensor]:
+        """Return y, n M C V, and the state after the last chunk, n H V."""
+        n, M, _, V = v.shape
+        before = state.new_empty(n, M, *state.shape[1:])
+        if gram is None:
+            new, triangle, w = v, None, None
+            written = out.mT @ v
+        else:
+            assert wrote is not None
+            triangle = inverse(gram)
+            new, w = (triangle @ torch.cat([v, wrote], -1)).split([V, wrote.shape[-1]], -1)
+            new = new.contiguous()
+        u = new if w is None else new.clone()
+        for m in range(M):
+            before[:, m] = state
+            state = end[:, m] * state
+            if w is None:
+                state = state + written[:, m]
+            else:
+                new[:, m] = torch.baddbmm(u[:, m], w[:, m], before[:, m], alpha=-1)
+                state = torch.baddbmm(state, out[:, m].mT, new[:, m])
+        ctx.save_for_backward(scores, triangle, into, w, out, u, new, end, before)
+        return into @ before + scores @ new, state
 
-def _correct_chunks(u: Tensor, w: Tensor, k: Tensor, end: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U = u - w S of each chunk (B K G M C V), the state S before each, and after the last.
-
-    A chunk adds k^T U to the state.
-    """
-    B, K, G = u.shape[:3]
-    state = state.flatten(0, 2)
-    all_new = []
-    before = []
-    parts = (t.expand(B, K, G, *t.shape[3:]).flatten(0, 2).unbind(1) for t in (u, w, k, end))
-    for u_m, w_m, k_m, fall in zip(*parts, strict=True):
-        before.append(state)
-        new = torch.baddbmm(u_m, w_m, state, alpha=-1)
-        state = torch.baddbmm(fall * state, k_m.mT, new)
-        all_new.append(new)
-    news, states = (torch.stack(t, 1).unflatten(0, (B, K, G)) for t in (all_new, before))
-    return news, states, state.unflatten(0, (B, K, G))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, state: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients; `state` is that of the state after the last chunk, then after each before it."""
+        scores, triangle, into, w, out, u, new, end, before = ctx.saved_tensors
+        after = torch.empty_like(before)
+        read = into.mT @ dy
+        dnew = scores.mT @ dy
+        for m in reversed(range(dy.shape[1])):
+            after[:, m] = state
+            state = end[:, m] * state + read[:, m]
+            if w is not None:
+                dnew[:, m] = torch.baddbmm(dnew[:, m], out[:, m], after[:, m])
+                state = torch.baddbmm(state, w[:, m].mT, dnew[:, m], alpha=-1)
+        if w is None:
+            dnew = dnew + out @ after
+        dend = (before * after).sum(-1, keepdim=True)
+        if end.shape[2] == 1:
+            dend = dend.sum(2, keepdim=True)
+        dscores = (dy @ new.mT).tril_()
+        dinto = dy @ before.mT
+        dout = new @ after.mT
+        if w is None:
+            return dscores, None, dinto, None, dout, dnew, dend, state
+        right = triangle.mT @ torch.cat([dnew, -(dnew @ before.mT)], -1)
+        dv, dwrote = right.split([u.shape[-1], w.shape[-1]], -1)
+        dgram = (right @ torch.cat([u, w], -1).mT).tril_(-1).neg_()
+        return dscores, dgram, dinto, dwrote, dout, dv, dend, state
 
 
 def inverse(below: Float[Tensor, "*B C C"]) -> Float[Tensor, "*B C C"]:
-    """Return (I + tril(below, -1))^-1. C is a power of two."""
-    return _Inverse.apply(below)
+    """Return (I + tril(below, -1))^-1. C is a power of two.
 
-
-class _Inverse(torch.autograd.Function):
-    """The inverse, whose gradient is two products with it."""
-
-    @staticmethod
-    def forward(ctx: Any, below: Tensor) -> Tensor:
-        found = _inverted(below)
-        ctx.save_for_backward(found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (found,) = ctx.saved_tensors
-        return (found.mT @ grads[0] @ found.mT).tril(-1).neg_()
-
-
-def _inverted(below: Tensor) -> Tensor:
-    """Blocks of 1, 2, 4, ... are joined in pairs: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]."""
+    Blocks of 1, 2, 4, ... are joined in pairs: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    """
     C = below.shape[-1]
     size = 1
     found = torch.ones_like(below[..., 0])[..., None, None]  # C/s s s: the inverses of the blocks on the diagonal

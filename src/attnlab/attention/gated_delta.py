@@ -33,7 +33,7 @@ class Config(AttentionConfig):
     key_heads: Count = DERIVED  # K; left out: n_heads
     v_dim: Count = DERIVED  # V; left out: head_dim
     conv: Count = 4  # tokens that the short convolution reads
-    chunk: Count = 64  # tokens, rounded down to a power of two
+    chunk: Count = 32  # tokens, rounded down to a power of two
     mode: Literal["auto", "chunked", "recurrent"] = "auto"
 
     formula = "S[t] = a[t] (I - b[t] k[t] k[t]^T) S[t-1] + b[t] k[t] v[t]^T,  o[t] = S[t]^T q[t]"

@@ -24,7 +24,7 @@ from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
-    chunk: Count = 64  # tokens, rounded down to a power of two
+    chunk: Count = 32  # tokens, rounded down to a power of two
     mode: Literal["auto", "chunked", "recurrent"] = "auto"
 
     formula = "S[t] = S[t-1] + f(k[t]) [v[t], 1]^T,  o[t] = S[t]^T f(q[t]), divided by its last entry"

@@ -30,7 +30,7 @@ class Config(AttentionConfig):
     v_dim: Count = DERIVED  # P, of a head; left out: 2 head_dim, the usual expansion
     state: Count = DERIVED  # width of B and C; left out: head_dim
     conv: Count = 4  # tokens that the short convolution reads
-    chunk: Count = 64  # tokens, rounded down to a power of two
+    chunk: Count = 32  # tokens, rounded down to a power of two
     mode: Literal["auto", "chunked", "recurrent"] = "auto"
 
     formula = "S[t] = a[t] S[t-1] + B[t] (d[t] u[t])^T,  y[t] = S[t]^T C[t] + w u[t]"
