@@ -285,3 +285,8 @@ def parameters(model: ModelConfig) -> int:
 def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
     """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))
+
+
+def cache_nbytes(model: ModelConfig, width: int, tokens: int | None = None) -> int:
+    """Return these floats in bytes, where a number of a row takes `width` bytes."""
+    return sum(config.cache_spec.nbytes(tokens or model.context, width) for config in attention_configs(model))

@@ -21,7 +21,7 @@ class Attended:
     q_pos: Tensor  # B L
     k_pos: Tensor  # B S
     values: Tensor  # B S K V: W times these, query head n with value head n // (N/K), is what the call answers
-    answer: Tensor  # B L N V
+    answer: Tensor  # B L N V; with what a state from earlier tokens adds, where a recurrence began with one
     share: Tensor | float = 1.0  # B L N, or one number: the factor of the call's answer in what its layer reads
     rest: bool = False  # whether a part of the weight may go to nothing, so that rows sum to less than 1
 

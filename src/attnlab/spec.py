@@ -38,6 +38,7 @@ class Mask:
 
 
 CAUSAL = Mask()
+STATE_BYTES = 4  # of a number of a state, at least: what is rounded at every token adds up
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ class CacheSpec:
         unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
+
+    def nbytes(self, tokens: int, width: int) -> int:
+        """Return the bytes in the cache after `tokens` tokens, where a number of a row takes `width` bytes."""
+        return width * self.floats(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    def read_nbytes(self, tokens: int, width: int) -> int:
+        """Return how many of these bytes one step has to read."""
+        return width * self.read(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    @property
+    def state_floats(self) -> int:
+        """Return the floats of all state, that of further memories included."""
+        own = sum(math.prod(shape) for shape in self.state.values())
+        return own + sum(spec.state_floats for spec in self.beside.values())
 
     def slots(self, tokens: int) -> int:
         """Return the rows in the cache after `tokens` tokens."""
