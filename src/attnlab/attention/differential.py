@@ -19,10 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, Output, extend
+from ..cache import Cache, Output, Seen, extend
 from ..errors import UserError
 from ..layers import RMSNorm
-from ..ops import attend
 from ..ranges import Probability
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
@@ -37,6 +36,7 @@ class Config(gqa.Config):
     caches = "keys of K heads, values of K/2 heads of twice the size"
     swatch = (4, 6, 3)
     carries = ""  # two maps are read as one
+    signed = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "first layer": {"lambda_init": 0.2, "bias": True},
         "grouped": {"n_kv_heads": 2, "qk_norm": 1e-6},
@@ -81,12 +81,14 @@ class Attention(gqa.Attention):
         seen, cache = extend(cache, positions, k=k, v=v)
         k = seen.rows["k"]
         v = seen.rows["v"]
-        dropout = c.dropout if self.training else 0.0
 
-        def read(i: int) -> Tensor:
-            return attend(q[:, :, i], k[:, :, i], v, positions, seen.positions, mask, impl=c.impl, dropout=dropout)
+        def read(i: int, share: Tensor | float) -> Tensor:
+            half = Seen(seen.positions, {"k": k[:, :, i], "v": v})
+            return self.ask(q[:, :, i], half, positions, mask, share=share)
 
-        y = self.norm(read(0) - self.weight_of_second() * read(1))
+        weight = self.weight_of_second()
+        y = read(0, 1.0) - weight * read(1, -weight.expand(q[:, :, 1, :, 0].shape))
+        y = self.norm(y)
         return self.o(((1 - c.lambda_init) * y).flatten(2)), cache
 
     def weight_of_second(self) -> Tensor:

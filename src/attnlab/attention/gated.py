@@ -58,7 +58,8 @@ class Attention(gqa.Attention):
         q, k, v = self.project(x, positions)
         seen, cache = extend(cache, positions, k=k, v=v)
         gate = self.opening(x).sigmoid().unflatten(-1, (self.config.n_heads, -1))
-        y = gate * self.ask(q, seen, positions, mask)
+        share = 1.0 if self.config.elementwise else gate[..., 0]
+        y = gate * self.ask(q, seen, positions, mask, share=share)
         return self.o(y.flatten(2)), cache
 
 

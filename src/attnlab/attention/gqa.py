@@ -9,7 +9,7 @@ K = 1 multi-query attention (Shazeer 2019). Caches the rotated keys and the valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,8 @@ from ..ops import attend, rope
 from ..ranges import DERIVED, Count, NotNegative, Size
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
+Score = Callable[..., Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttentionConfig):
@@ -30,6 +32,7 @@ class Config(AttentionConfig):
     qk_norm: NotNegative = 0.0  # epsilon of an RMSNorm over each query and key head (Qwen3); 0: none
     o_bias: bool | None = None  # of the output projection; None: as `bias`
     rope_dim: Size | None = None  # dimensions of each head that turn, the first ones (Qwen3-Next); None: all
+    cap: NotNegative = 0.0  # scores z become cap tanh(z / cap) (Gemma 2, arXiv 2408.00118); 0: they stay
 
     formula = "o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v[n//(N/K)]"
     source = "Ainslie et al. 2023, arXiv 2305.13245"
@@ -38,7 +41,7 @@ class Config(AttentionConfig):
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     cache_width: ClassVar[str | None] = "n_kv_heads"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "normed": {"qk_norm": 1e-5, "bias": True, "o_bias": False, "rope_dim": 4}
+        "normed": {"qk_norm": 1e-5, "bias": True, "o_bias": False, "rope_dim": 4, "cap": 3.0}
     }
 
     def __post_init__(self) -> None:
@@ -88,6 +91,18 @@ def turned(heads: Tensor, positions: Tensor, config: Config) -> Tensor:
     return torch.cat([part, heads[..., config.rope_dim :]], -1)
 
 
+def capped(cap: float, score: Score | None = None) -> Score | None:
+    """Return the function that caps scores and hands them on to `score`; None where there is neither."""
+    if not cap:
+        return score
+
+    def change(z: Tensor, *data: Tensor) -> Tensor:
+        z = cap * torch.tanh(z / cap)
+        return z if score is None else score(z, *data)
+
+    return change
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -117,9 +132,12 @@ class Attention(nn.Module):
         seen, cache = extend(cache, positions, k=k, v=v)
         return self.o(self.ask(q, seen, positions, mask).flatten(2)), cache
 
-    def ask(self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, **more: Any) -> Tensor:
-        """Return what queries B L N H read from the stored keys and values: B L N H. `more`: of `attend`."""
+    def ask(
+        self, q: Tensor, seen: Seen, positions: Tensor, mask: Mask, score: Score | None = None, **more: Any
+    ) -> Tensor:
+        """Return what queries B L N H read from the stored rows: B L N H. `score` and `more` are those of `attend`."""
         c = self.config
         dropout = c.dropout if self.training else 0.0
         rows = seen.rows["k"], seen.rows["v"]
-        return attend(q, *rows, positions, seen.positions, mask, impl=c.impl, dropout=dropout, **more)
+        rule = capped(c.cap, score)
+        return attend(q, *rows, positions, seen.positions, mask, impl=c.impl, dropout=dropout, score=rule, **more)

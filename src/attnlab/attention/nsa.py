@@ -39,6 +39,7 @@ class Config(gqa.Config):
     source = "Yuan et al. 2025, arXiv 2502.11089"
     caches = "keys and values of every token, of every block and of the last `window` tokens, and one running sum"
     swatch = (6, 8, 3)
+    signed = True  # three gates may add up to more than 1
     impls = ("reference", "sdpa")
     variants = {
         "blocks of 3": {"block": 3, "window": 5, "n_kv_heads": 2, "qk_norm": 1e-6},
@@ -95,10 +96,10 @@ class Attention(gqa.Attention):
         with torch.no_grad():
             keep = self.choose(q, positions // c.block, ends, blocks, seen)
         window = replace(mask, window=min(c.window, mask.window or c.window))
-        gate = self.opening(x).sigmoid().unflatten(-1, (3, -1, 1))
-        y = gate[:, :, 0] * self.ask(q, blocks, ends, CAUSAL)
-        y = y + gate[:, :, 1] * self.ask(q, seen, positions, mask, keep=keep)
-        y = y + gate[:, :, 2] * self.ask(q, recent, positions, window)
+        gate = self.opening(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
+        y = gate[0][..., None] * self.ask(q, blocks, ends, CAUSAL, share=gate[0])
+        y = y + gate[1][..., None] * self.ask(q, seen, positions, mask, keep=keep, share=gate[1])
+        y = y + gate[2][..., None] * self.ask(q, recent, positions, window, share=gate[2])
         return self.o(y.flatten(2)), after
 
     def rows(self, kv: Tensor, positions: Tensor) -> dict[str, Tensor]:
