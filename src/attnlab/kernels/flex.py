@@ -6,13 +6,15 @@ That has no gradients (pytorch #148752), so asking for them raises `UserError`.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as library
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..errors import UserError
@@ -52,6 +54,21 @@ def _kernel(device: str) -> Callable[..., Tensor]:
 def _unfused(*args: Any, **kwargs: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return flex_attention(*args, **kwargs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _untraced():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Let PyTorch run the unfused form as it is: it would trace it again for every shape, and run it the same.
+
+    The switch is the one that its warning names. PyTorch has no gradients there, and this kernel has none on a CPU.
+    """
+    switch = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(library, switch, False)
+    setattr(library, switch, True)
+    try:
+        yield
+    finally:
+        setattr(library, switch, before)
