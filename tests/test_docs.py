@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str]]:
+def run(
+    audited_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str]]:
     """Run a command line that begins with attnlab; its exit code and what it printed."""
 
     def run(command: str) -> tuple[int, str]:
@@ -123,21 +124,13 @@ def test_every_verb_and_no_other_is_in_the_readme() -> None:
     assert named == set(COMMANDS)
 
 
-def test_options_in_the_documents_exist() -> None:
+def test_options_in_the_documents_exist(run: Callable[[str], tuple[int, str]]) -> None:
     """Every --option that stands beside an attnlab command is in that command's help."""
     verbs = "|".join(COMMANDS)
+    helps: dict[str, str] = {}
     for page in PAGES:
         for verb, rest in re.findall(rf"attnlab ({verbs})\b([^`\n]*)", page.read_text("utf-8")):
+            if verb not in helps:
+                helps[verb] = f"{run(f'attnlab {verb} --help')[1]} --help --debug"
             for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", rest):
-                assert option in help_of(verb), f"{page.name}: attnlab {verb} has no {option}"
-
-
-HELP: dict[str, str] = {}
-
-
-def help_of(verb: str) -> str:
-    if verb not in HELP:
-        code = f"from attnlab.cli import main as cli; cli.main([{verb!r}, '--help'])"
-        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        HELP[verb] = f"{shown} --help --debug"
-    return HELP[verb]
+                assert option in helps[verb], f"{page.name}: attnlab {verb} has no {option}"

@@ -6,22 +6,23 @@ That has no gradients (pytorch #148752), so asking for them raises `UserError`.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as flexible
+from torch.nn.attention import flex_attention as library
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..errors import UserError
 from .pairs import Heads, Pairs, Scoring, joined, per_head
 
 # the argument that asks for the logarithm of the sum of exponentials too; PyTorch 2.8 has the old one alone
-NEW = hasattr(flexible, "AuxRequest")
-LOGSUMEXP: dict[str, Any] = {"return_aux": flexible.AuxRequest(lse=True)} if NEW else {"return_lse": True}
+NEW = hasattr(library, "AuxRequest")
+LOGSUMEXP: dict[str, Any] = {"return_aux": library.AuxRequest(lse=True)} if NEW else {"return_lse": True}
 
 
 def attend(q: Heads, k: Heads, v: Tensor, pairs: Pairs, scoring: Scoring, dropout: float) -> Tensor:
@@ -80,6 +81,21 @@ def _kernel(device: str) -> Callable[..., Any]:
 def _unfused(*args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return flex_attention(*args, **kwargs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _untraced():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Let PyTorch run the unfused form as it is: it would trace it again for every shape, and run it the same.
+
+    The switch is the one that its warning names. PyTorch has no gradients there, and this kernel has none on a CPU.
+    """
+    switch = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(library, switch, False)
+    setattr(library, switch, True)
+    try:
+        yield
+    finally:
+        setattr(library, switch, before)
