@@ -232,7 +232,7 @@ def test_parts_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("gta", {"rope_dim": 3}, "rope_dim is 3: give an even number below head_dim"),
+        ("gta", {"rope_dim": 3}, "rope_dim is 3: give an even number"),
         ("gta", {"rope_dim": 16}, "rope_dim is 16"),
         ("gla", {"groups": 3}, "groups is 3: it must divide n_heads, 4"),
         ("fox", {"forget_bias": 1e9}, "forget_bias"),

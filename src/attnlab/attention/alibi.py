@@ -23,7 +23,7 @@ from . import gqa, mha
 class Config(mha.Config):
     formula = "o[t, n] = softmax(q[t, n] k[s, n]^T / sqrt(H) - m[n] (t - s)) v[s, n]"
     source = "Press et al. 2022, arXiv 2108.12409"
-    swatch = (4, 4, 0)
+    swatch = (5, 4, 0)
     carries = "vo"  # its queries and keys are not turned
     variants = {"three heads": {"n_heads": 3, "n_kv_heads": 1, "cap": 3.0}}
 

@@ -33,7 +33,7 @@ class Config(mla.Config):
     formula = "o[n] = softmax([W_q x; rope] [W_uk c[g]; rope]^T / sqrt(H + r)) W_uv c[g],  g = n//(N/G)"
     source = "Zadouri et al. 2025, arXiv 2505.21487"
     caches = "G latents of R floats and one rotary key"
-    swatch = (1, 1, 1)
+    swatch = (3, 1, 1)
     variants = {**mla.Config.modes, "four": {"groups": 4, "q_rank": 24, "v_dim": 12}, "flat": {"rope_dim": 0}}
 
     def __post_init__(self) -> None:

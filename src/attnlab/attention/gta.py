@@ -19,28 +19,29 @@ from ..cache import Cache, Output, extend
 from ..errors import UserError
 from ..layers import Linear
 from ..ops import attend, rope
-from ..ranges import DERIVED, Count
+from ..ranges import DERIVED, Size
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    rope_dim: Count = DERIVED  # r; left out: half of head_dim, rounded down to an even number
+    rope_dim: Size = DERIVED  # r; left out: half of head_dim, rounded down to an even number
 
     formula = "k[j] = [s[j][:H-r]; rope(W_r x)],  v[j] = s[j],  o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v"
     source = "Zadouri et al. 2025, arXiv 2505.21487"
     caches = "one tied state of H floats for each group, and one rotary key"
-    swatch = (3, 3, 0)
+    swatch = (6, 3, 0)
     carries = "o"
     variants = {"wide": {"n_kv_heads": 2, "rope_dim": 2, "bias": True, "cap": 3.0}, "normed": {"qk_norm": 1e-6}}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.rope_dim is None:
             self.set("rope_dim", max(self.head_dim // 4 * 2, 2))
-        if self.rope_dim % 2 or self.rope_dim >= self.head_dim:
-            raise UserError(f"rope_dim is {self.rope_dim}: give an even number below head_dim, {self.head_dim}")
+        super().__post_init__()
+        if not self.rope_dim:  # the base class has made None of all dimensions
+            given = self.head_dim if self.rope_dim is None else 0
+            raise UserError(f"rope_dim is {given}: give an even number from 2 to below head_dim, {self.head_dim}")
 
     @property
     def cache_spec(self) -> CacheSpec:

@@ -29,7 +29,7 @@ class Config(gqa.Config):
     formula = "o[n] = softmax([q[n] k[n//(N/K)]^T / sqrt(H), b[n]]) [v[n//(N/K)]; 0]"
     source = "OpenAI 2025, arXiv 2508.10925"
     caches = "keys and values of K heads, with a window those of the last tokens"
-    swatch = (7, 7, 0)
+    swatch = (2, 7, 0)
     variants = {"window": {"window": 5, "n_kv_heads": 2}, "capped": {"cap": 2.0, "qk_norm": 1e-6}}
 
     @property
