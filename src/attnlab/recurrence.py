@@ -55,6 +55,7 @@ def recur(  # noqa: PLR0913  # the one interface of all forms
     """
     check_recurrence(q, k, v, decay, beta, positions)
     check_form(mode, chunk, normalised and beta is not None)
+    values = v
     if normalised:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     shape = (len(q), v.shape[2], q.shape[3], v.shape[3])
@@ -63,12 +64,13 @@ def recur(  # noqa: PLR0913  # the one interface of all forms
         raise UserError(f"start is {found}: give the state of an earlier call, a tensor {shape}, or None")
     with full_precision(q.device):
         parts = _parts(q, k, v, decay, beta, positions, start)
-        if recording.wants_maps():
-            recording.add_map(_weights(parts, chunk, normalised), positions, positions)
+        weights = _weights(parts, chunk, normalised) if recording.wants_maps() else None
         y, state = _form(mode, q.shape[1])(parts, chunk)
     if normalised:
         y = _divided(y)
     y = y.flatten(1, 2).transpose(1, 2).to(v.dtype)
+    if weights is not None:
+        recording.add_map(weights, recording.Attended(positions, positions, values, y))
     return y, state.reshape(shape)
 
 
