@@ -133,7 +133,7 @@ def _by_channel(q: Tensor, k: Tensor, decay: Tensor, delta: bool) -> tuple[Tenso
 
 
 class _Chunks(torch.autograd.Function):
-    """The scan over chunks, n sequences and heads at once. With autograd's backward a training step took twice as long."""
+    """The scan over chunks, n sequences and heads at once. Autograd's backward took more than twice as long."""
 
     @staticmethod
     def forward(  # noqa: PLR0913  # the matrices of a chunk
