@@ -58,7 +58,7 @@ class Config(gqa.Config):
         kv_size = self.n_kv_heads * self.head_dim
         chunks = keys // self.chunk
         completed = chunks - (keys - queries) // self.chunk
-        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model if queries > 1 else 0  # of one: no product
+        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model
         projections = 4 * completed * self.d_model * kv_size
         gate = 2 * queries * gate_width(self) * (q_size + 3)
         matching = 2 * queries * chunks * kv_size
