@@ -38,6 +38,7 @@ class Mask:
 
 
 CAUSAL = Mask()
+STATE_BYTES = 4  # of a number of a state, at least: what is rounded at every token adds up
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ class CacheSpec:
         unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
+
+    def nbytes(self, tokens: int, width: int) -> int:
+        """Return the bytes in the cache after `tokens` tokens, where a number of a row takes `width` bytes."""
+        return width * self.floats(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    def read_nbytes(self, tokens: int, width: int) -> int:
+        """Return how many of these bytes one step has to read."""
+        return width * self.read(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    @property
+    def state_floats(self) -> int:
+        """Return the floats of all state, that of further memories included."""
+        own = sum(math.prod(shape) for shape in self.state.values())
+        return own + sum(spec.state_floats for spec in self.beside.values())
 
     def slots(self, tokens: int) -> int:
         """Return the rows in the cache after `tokens` tokens."""
@@ -134,6 +149,7 @@ class AttentionConfig:
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     carries: ClassVar[str] = "qkvo"  # its projections that mean the same as in multi-head attention
     from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
+    signed: ClassVar[bool] = False  # whether weights in its maps may be negative, or rows add up to more than 1
     selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
     swatch: ClassVar[tuple[int, int, int] | None] = None  # colour, marker, dash, by place in the report's lists
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it does not obey, as documented

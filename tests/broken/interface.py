@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from attnlab.attention import fast_mka, gqa, mla, sliding
 from attnlab.cache import extend
-from attnlab.ops import attend
+from attnlab.ops import attend, attention_weights
+from attnlab.recording import Attended, add_map
+from attnlab.recording import _collecting as collecting
 from attnlab.spec import CAUSAL, CacheSpec
 
 SMALL = {"d_model": 24, "n_heads": 4, "head_dim": 8}
@@ -259,3 +261,23 @@ class ClosureStack(Stack):
         self.steps = []
         for layer in self.layers:
             self.steps.append(lambda x: x + layer(x, torch.arange(x.shape[1]).expand(len(x), -1))[0])  # noqa: B023
+
+
+class DrawsOtherMaps(gqa.Attention):
+    """Answers with a sharper softmax than the map that it records."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        q, k, v = self.project(x, positions)
+        seen, cache = extend(cache, positions, k=k, v=v)
+        with collecting("_maps", None):
+            y = attend(2 * q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=self.config.impl)
+        call = Attended(positions, seen.positions, seen.rows["v"], y)
+        add_map(attention_weights(q, seen.rows["k"], positions, seen.positions, mask, self.config.head_dim**-0.5), call)
+        return self.o(y.flatten(2)), cache
+
+
+class CountsTwice(gqa.Attention):
+    """Adds up two answers and tells nobody their shares: rows of its map sum to 2."""
+
+    def ask(self, *args, **more):
+        return super().ask(*args, **more) + super().ask(*args, **more)

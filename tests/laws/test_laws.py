@@ -282,6 +282,8 @@ MECHANISMS = {
     "WrongBackward": (gqa.Config, interface.WrongBackward),
     "DependsOnTheKernel": (gqa.Config, interface.DependsOnTheKernel),
     "SharedWeights": (gqa.Config, interface.SharedWeights),
+    "DrawsOtherMaps": (gqa.Config, interface.DrawsOtherMaps),
+    "CountsTwice": (gqa.Config, interface.CountsTwice),
 }
 INTERFACE = [
     ("DropsItsState", "chunks", r"decoding 2 tokens one token at a time, output 1 moves by"),
@@ -302,6 +304,12 @@ INTERFACE = [
     ("FlattersItself", "flops", r"37 new tokens of 37: counted 317312 FLOPs per sequence, declared 142080"),
     ("WrongBackward", "gradients", r"the gradient of \S+ is \S+, the difference in its direction"),
     ("DependsOnTheKernel", "kernels", r"sdpa: the plain output differs from the reference by"),
+    ("DrawsOtherMaps", "attention maps", r"map 0 times its values, output \d+ moves by"),
+    (
+        "CountsTwice",
+        "attention maps",
+        r"a row of the layer sums to 2 over its 2 maps: give each call",
+    ),
     ("SharedWeights", "own layers", r"layer 1 has no mix.weight of its own: it is layer 0's mix.weight"),
 ]
 

@@ -22,7 +22,7 @@ from ..ops import attend, ema, rope
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
-from .gqa import head_norms
+from .gqa import capped, head_norms
 from .mka import make_gate
 
 
@@ -78,5 +78,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.with_state(ema=summary[:, -1])
         dropout = c.dropout if self.training else 0.0
-        y = attend(q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=c.impl, dropout=dropout)
+        rows = seen.rows["k"], seen.rows["v"]
+        rule = capped(c.cap)
+        y = attend(q, *rows, positions, seen.positions, mask, impl=c.impl, dropout=dropout, score=rule)
         return self.o(y.flatten(2)), cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
 from ..layers import Linear, linear
-from ..ops import attend, chunk_sums, newest, spread
+from ..ops import chunk_sums, newest, spread
 from ..ranges import Count
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
@@ -97,21 +97,16 @@ class Attention(gqa.Attention):
         seen, after = extend(cache, positions, k=k, v=v)
         chunks, after = self.summarise(x, positions, cache, after)
         recalled = self.recall(q, own, chunks, seen)
-
-        def ask(memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
-            k, v = memory.rows["k"], memory.rows["v"]
-            dropout = c.dropout if self.training else 0.0
-            return attend(q, k, v, at, memory.positions, rule, impl=c.impl, dropout=dropout, keep=keep)
-
-        answers = [
-            ask(seen, positions, replace(mask, window=c.window)),
-            ask(chunks, own - 1, CAUSAL),
-            ask(seen, positions, CAUSAL, recalled),
-        ]
         empty = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
         weight = note("gate", logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype))
-        weighted = [weight[:, :, i, None, None] * answer for i, answer in enumerate(answers)]
-        y = weighted[0] + weighted[1] + weighted[2]
+
+        def answer(source: int, memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
+            part = weight[:, :, source, None].expand(-1, -1, c.n_heads)
+            return part[..., None] * self.ask(q, memory, at, rule, keep=keep, share=part)
+
+        y = answer(0, seen, positions, replace(mask, window=c.window))
+        y = y + answer(1, chunks, own - 1, CAUSAL)
+        y = y + answer(2, seen, positions, CAUSAL, recalled)
         return self.o(y.flatten(2)), after
 
     def summarise(

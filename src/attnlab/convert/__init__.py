@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
-from ..model import Decoder, attention_configs
+from ..model import Decoder, attention_configs, cache_nbytes
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
@@ -85,8 +85,8 @@ def convert(
         method=method,
         rank=request.rank,
         per_layer=request.per_layer,
-        cache_bytes_before=width * sum(_cache_floats(model.config)),
-        cache_bytes_after=width * sum(_cache_floats(new.config)),
+        cache_bytes_before=cache_nbytes(model.config, width),
+        cache_bytes_after=cache_nbytes(new.config, width),
         context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),

@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from ..data.tasks import Task, task_of
 from ..device import find_device
 from ..errors import UserError
-from ..model import cache_floats
+from ..model import cache_nbytes
 from ..results import TaskResult
 from ..runs.folder import RunFolder, load_model
 
@@ -60,7 +60,7 @@ def examine(folder: str | Path) -> TaskResult:
                 "length": length,
                 "accuracy": each.accuracy,
                 "exact": each.exact,
-                "cache_bytes": size * cache_floats(config.model, length),
+                "cache_bytes": cache_nbytes(config.model, size, length),
             }
             for length, each in found.items()
         ],

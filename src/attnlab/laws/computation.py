@@ -36,6 +36,10 @@ def kernels(s: Subject) -> str:
     for impl, mode in itertools.product(s.config.impls, modes):
         name = " ".join(filter(None, (impl, mode)))
         module = s.variant(impl=impl, **modes[mode])
+        refused = _refused(module, x)
+        if refused:
+            told.append(f"{name} (not here: {refused})")
+            continue
         outputs_only = False
         try:
             got = _passes(module, x, positions)
@@ -57,6 +61,17 @@ def kernels(s: Subject) -> str:
                 raise Broken(f"{name}: {key} differs from the reference by {far:.2g}")
         told.append(name)
     return f"{', '.join(told)}: equal the reference"
+
+
+def _refused(module: nn.Module, x: Tensor) -> str:
+    """Return the sentence by which a kernel refuses this machine altogether; empty where it runs."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it runs unfused
+            module(x[:1, :2], positions_of(x[:1, :2]))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _passes(module: nn.Module, x: Tensor, positions: Tensor) -> dict[str, Tensor]:
