@@ -34,16 +34,19 @@ class Layer:
         what a sink leaves.
 
         Several calls are added up by their shares. The weight of a key that stands for a group of tokens is divided
-        among them equally. Raises `UserError` where there is no softmax over tokens, and where the tokens came after
-        others in a cache.
+        among them equally. Weights of either sign (`signed`) are divided by the sum of their sizes in the row, so that
+        they are shares too. Raises `UserError` where no map is recorded, and where the tokens came after others in a
+        cache.
         """
         if not self.maps:
-            raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
+            raise UserError("this mechanism has no attention maps: it records no weights of tokens for tokens")
         length = self.wrote.shape[1]
         total = torch.zeros_like(self.maps[0][..., :1]).expand(-1, -1, -1, length).clone()
         for weights, call in zip(self.maps, self.calls, strict=True):
             keys = call.k_pos
             total += shared(_over_tokens(weights, keys, self._group(keys, length), length), call)
+        if self.config.signed:
+            total = total / total.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
         return total
 
     def _group(self, keys: Tensor, length: int) -> int:

@@ -68,8 +68,10 @@ def pattern_scores(pattern: Tensor, segment: int) -> dict[str, Tensor]:
     """Return every score of `PATTERNS` and `SPREAD` (B N) from patterns (B N L L).
 
     `segment` is the length in tokens of the part that is repeated. Entropy is in nats, distance in tokens, all other
-    scores are shares of attention.
+    scores are shares of attention, which are negative where a signed pattern subtracts. Entropy and distance are those
+    of the sizes of the shares.
     """
+    sizes = pattern.abs()
     length = pattern.shape[-1]
     query = torch.arange(length, device=pattern.device)
 
@@ -83,8 +85,8 @@ def pattern_scores(pattern: Tensor, segment: int) -> dict[str, Tensor]:
         "duplicate token": weight_on(query - segment, second),
         "induction": weight_on(query - segment + 1, second),
         "first token": weight_on(torch.zeros_like(query), later),
-        "entropy": -torch.xlogy(pattern, pattern).sum(-1).mean(-1),
-        "distance": (pattern * (query[:, None] - query)).sum(-1).mean(-1),
+        "entropy": -torch.xlogy(sizes, sizes).sum(-1).mean(-1),
+        "distance": (sizes * (query[:, None] - query)).sum(-1).mean(-1),
     }
     return {name: score.double().cpu() for name, score in found.items()}
 

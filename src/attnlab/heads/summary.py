@@ -37,7 +37,11 @@ def whole(
     """
     scores = head_scores(computing(model), sequences=sequences, segments=segments, seed=seed, tell=tell)
     longest = scores.segments[-1]
+    signs = {
+        name: block.attention.config.signed for name, block in zip(model.config.layers, model.blocks(), strict=True)
+    }
     found: dict[str, Any] = {"mechanisms": list(model.config.mechanisms), "scores": scores.to_dict()}
+    found["signed"] = [name for name, signed in signs.items() if signed]
     if causal:
         found["ablation"] = ablate(model, sequences=sequences, segment=longest, seed=seed, tell=tell).to_dict()
     tokens = repeated(model.config.vocab_size, SHOWN, longest, seed).to(next(model.parameters()).device)
@@ -60,5 +64,6 @@ def strongest_patterns(model: Decoder, tokens: Tensor, scores: HeadScores) -> li
         _, layer, head = max(places)
         weights = layers[layer].pattern()[:, head].double().mean(0).tolist()
         rounded = [[round(weight, 3) for weight in row] for row in weights]
-        found.append({"score": name, "layer": layer, "head": head, "weights": rounded})
+        signed = layers[layer].config.signed
+        found.append({"score": name, "layer": layer, "head": head, "weights": rounded, "signed": signed})
     return found
