@@ -307,12 +307,13 @@ class _Convolution(torch.autograd.Function):
         exact = torch.promote_types(grads[0].dtype, torch.float32)
         grad = grads[0].to(exact)
         weight = taps.to(exact)
+        wide = line.to(exact)  # products of two dtypes are slow
         L = grad.shape[1]
-        dline = torch.zeros_like(line, dtype=exact)
-        dtaps = torch.zeros_like(weight)
+        dline = torch.zeros_like(wide)
+        dtaps = torch.empty_like(weight)
         for i in range(len(taps)):
             dline[:, i : i + L].addcmul_(grad, weight[i])
-            dtaps[i] = (grad * line[:, i : i + L]).sum((0, 1))
+            dtaps[i] = (grad * wide[:, i : i + L]).sum((0, 1))
         return dline.to(line.dtype), dtaps.to(taps.dtype)
 
 
