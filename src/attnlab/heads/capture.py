@@ -44,7 +44,7 @@ class Layer:
         for weights, call in zip(self.maps, self.calls, strict=True):
             keys = call.k_pos
             total += shared(_over_tokens(weights, keys, self._group(keys, length), length), call)
-        return total
+        return total.repeat_interleave(self.wrote.shape[2] // total.shape[1], 1)  # heads that share a map are equal
 
     def _group(self, keys: Tensor, length: int) -> int:
         """Return the number of tokens that a key stands for."""
