@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_the_readmes_mechanism_works_as_pasted(
         assert code == 0, said
         code, said = run("attnlab sample runs/mine --prompt 'ROMEO:' --tokens 5")
         assert code == 0, said
+        code, said = run("attnlab heads runs/mine --json")
+        assert code == 0, said
     finally:
         attention._own.cache_clear()
         sys.modules.pop("attnlab.attention.shared_kv", None)
@@ -106,10 +109,26 @@ def generated(page: str, mark: str) -> str:
 
 
 def test_the_table_of_mechanisms_is_fresh() -> None:
-    records = [r for r in catalogue.listing() if r.get("package") == "attnlab"]
+    records = [r for r in catalogue.listing() if r.get("package") == "attnlab" and r["name"] in named()]
     assert generated("mechanisms.md", "attnlab list --markdown") == catalogue.markdown(records), (
         "docs/mechanisms.md is out of date: put the output of 'attnlab list --markdown' between its marks"
     )
+
+
+def named() -> set[str]:
+    """The mechanisms in the table of docs/mechanisms.md."""
+    table = generated("mechanisms.md", "attnlab list --markdown")
+    return set(re.findall(r"^\| \*\*(\w+)\*\* \|", table, re.MULTILINE))
+
+
+def test_every_mechanism_that_is_committed_is_in_the_table() -> None:
+    """A file that lies in the folder and that git does not know yet is somebody's first attempt, and needs no row."""
+    listed = subprocess.run(
+        ["git", "ls-files", "src/attnlab/attention"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    committed = {Path(line).stem for line in listed.stdout.split()}
+    missing = (attention._own() & committed) - named()
+    assert not missing, f"{', '.join(sorted(missing))}: put the output of 'attnlab list --markdown' into the table"
 
 
 def test_the_table_of_laws_is_fresh() -> None:

@@ -35,6 +35,7 @@ class Config(gqa.Config):
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of every token and of every completed chunk, and one running sum"
+    chooses = True
     swatch = (4, 5, 0)
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"

@@ -47,7 +47,7 @@ class Layer:
             total += shared(_over_tokens(weights, keys, self._group(keys, length), length), call)
         if self.config.signed:
             total = total / total.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
-        return total
+        return total.repeat_interleave(self.wrote.shape[2] // total.shape[1], 1)  # heads that share a map are equal
 
     def _group(self, keys: Tensor, length: int) -> int:
         """Return the number of tokens that a key stands for."""

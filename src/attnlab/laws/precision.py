@@ -31,7 +31,7 @@ def long_bfloat16(s: Subject) -> str:
     with torch.no_grad():
         exact, _ = module(x.to(s.dtype), positions_of(x))
         budget = BUDGET * torch.finfo(torch.bfloat16).eps
-        if s.config.selects is not None:
+        if s.config.chooses:
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=s.dtype)
             moved, _ = module(x * (1 + noise * torch.finfo(torch.bfloat16).eps / 2), positions_of(x))
             budget = max(budget, 2 * _rms(moved - exact) / _rms(exact))
