@@ -86,14 +86,15 @@ def chunks_of(mode: str, tokens: int) -> bool:
 
 
 def _weights(parts: Parts, chunk: int, normalised: bool) -> Tensor:
-    """Return W, B N L L, with y[t] = sum_s W[t, s] v[s] where the state begins as 0: what values that are all zero but
-    for a one give."""
+    """Return W, B N L L, with y[t] = sum_s W[t, s] v[s] plus what the first state gives: what values that are all zero
+    but for a one give. Which earlier token a state has its part from cannot be told."""
     B, K, G, L = parts.v.shape[:4]
     unit = torch.eye(L, dtype=parts.v.dtype, device=parts.v.device)
     v = torch.cat([unit, unit.new_ones(L, 1)], -1) if normalised else unit
-    empty = unit.new_zeros(*parts.state.shape[:-1], v.shape[-1])
+    empty = unit.new_zeros(*parts.state.shape[:-1], L)
+    start = torch.cat([empty, parts.state[..., -1:]], -1) if normalised else empty
     with torch.no_grad():
-        y, _ = chunked(parts._replace(v=v.expand(B, K, G, L, -1), state=empty), chunk)
+        y, _ = chunked(parts._replace(v=v.expand(B, K, G, L, -1), state=start), chunk)
     return (_divided(y) if normalised else y).flatten(1, 2)
 
 

@@ -295,7 +295,7 @@ def _samples(
         for part in repeated(model.config.vocab_size, count, segment, seed, repeat=repeat).split(batch_size):
             with watch(model) as layers:
                 model(part.to(device))
-            batches.append([pattern_scores(layer.pattern(), segment) for layer in layers])
+            batches.append([pattern_scores(layer.shares(), segment) for layer in layers])
             read(len(part))
         by_length.append(_joined(batches))
     model.train(training)
