@@ -65,14 +65,13 @@ def chunked(parts: Parts, chunk: int) -> tuple[Tensor, Tensor]:
     into = start * q
     out = k * until.exp()  # decayed from a token to the chunk's end
     wrote = None
-    if beta is None:
-        gram = None
-    else:
+    corrected = None
+    if beta is not None:
         v = beta * v
-        gram = beta * gram
+        corrected = beta * gram
         wrote = beta * start * k
     heads = v.shape[:3]
-    each = (None if t is None else t.flatten(0, 2) for t in (scores, gram, into, wrote, out, v, end, parts.state))
+    each = (None if t is None else t.flatten(0, 2) for t in (scores, corrected, into, wrote, out, v, end, parts.state))
     y, state = _Chunks.apply(*each)
     return y.unflatten(0, heads).flatten(3, 4)[..., :L, :], state.unflatten(0, heads)
 
@@ -151,7 +150,8 @@ class _Chunks(torch.autograd.Function):
         n, M, _, V = v.shape
         before = state.new_empty(n, M, *state.shape[1:])
         if gram is None:
-            new, triangle, w = v, None, None
+            new = v
+            triangle = w = None
             written = out.mT @ v
         else:
             assert wrote is not None
