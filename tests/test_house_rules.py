@@ -56,6 +56,7 @@ ORDER = [
     "feed_forward",
     "attention",
     "model",
+    "hybrids",
     "presets",
     "catalogue",
     "laws",
