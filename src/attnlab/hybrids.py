@@ -132,7 +132,7 @@ def kimi_linear_48b() -> RunConfig:
 
 
 def small(whole: RunConfig, name: str, layers: int, **options: Mapping[str, Any]) -> RunConfig:
-    """Return the first so many layers of a hybrid with the sizes of a laptop's model, and SwiGLU in place of experts."""
+    """Return the first so many layers of a hybrid at the size of a laptop's model, with SwiGLU in place of experts."""
     model = ModelConfig(
         context=64,
         n_layers=layers,
