@@ -183,7 +183,6 @@ def test_what_a_mechanism_declares_is_what_its_class_says(name: str) -> None:
 
 def test_no_two_mechanisms_look_alike() -> None:
     swatches = [attention.declared(name, "swatch") for name in attention.names()]
-    assert len({(color, marker) for color, marker, _ in swatches}) == len(swatches)
     assert len({(marker, dash) for _, marker, dash in swatches}) == len(swatches)
 
 

@@ -153,6 +153,7 @@ class AttentionConfig:
     carries: ClassVar[str] = "qkvo"  # its projections that mean the same as in multi-head attention
     from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
     signed: ClassVar[bool] = False  # whether weights in its maps may be negative, or rows add up to more than 1
+    chooses: ClassVar[bool] = False  # whether a query reads a choice of what is stored, which rounding can change
     selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
     swatch: ClassVar[tuple[int, int, int] | None] = None  # colour, marker, dash, by place in the report's lists
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it does not obey, as documented

@@ -35,6 +35,7 @@ class Config(gqa.Config):
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of every token and of every completed chunk, and one running sum"
+    chooses = True
     swatch = (4, 5, 0)
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"
@@ -58,7 +59,7 @@ class Config(gqa.Config):
         kv_size = self.n_kv_heads * self.head_dim
         chunks = keys // self.chunk
         completed = chunks - (keys - queries) // self.chunk
-        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model if queries > 1 else 0  # of one: no product
+        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model
         projections = 4 * completed * self.d_model * kv_size
         gate = 2 * queries * gate_width(self) * (q_size + 3)
         matching = 2 * queries * chunks * kv_size

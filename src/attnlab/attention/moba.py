@@ -31,6 +31,7 @@ class Config(gqa.Config):
     formula = "o[t] = softmax over s in top-k_i q[t] . mean(k[block i]) of (q[t] k[s]^T / sqrt(H)) v[s]"
     source = "Lu et al. 2025, arXiv 2502.13189"
     caches = "keys and values of every token, the mean key of every complete block, and one running sum"
+    chooses = True
     swatch = (5, 7, 2)
     impls = ("reference", "sdpa")
     variants = {
@@ -60,8 +61,8 @@ class Config(gqa.Config):
 
 
 def sum_flops(queries: int, block: int, width: int) -> int:
-    """Return the FLOPs of `chunk_sums` of so many rows of this width; the sum of one row is no product."""
-    return 2 * (queries // block + 2) * queries * width if queries > 1 else 0
+    """Return the FLOPs of `chunk_sums` of so many rows of this width."""
+    return 2 * (queries // block + 2) * queries * width
 
 
 def completed(x: Tensor, positions: Tensor, block: int, before: Cache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Config(gqa.Config):
     formula = "o = sum_b sigmoid(W_g x)_b softmax(q k_b^T / sqrt(H)) v_b,  b: compressed, selected, window"
     source = "Yuan et al. 2025, arXiv 2502.11089"
     caches = "keys and values of every token, of every block and of the last `window` tokens, and one running sum"
+    chooses = True
     swatch = (6, 8, 3)
     signed = True  # three gates may add up to more than 1
     impls = ("reference", "sdpa")

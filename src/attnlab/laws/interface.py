@@ -54,6 +54,40 @@ def left_padding(s: Subject) -> str:
     return f"sequences of {', '.join(map(str, lengths))} tokens padded to {total} agree with each alone"
 
 
+def pads_anywhere(s: Subject) -> str:
+    """A sequence that pauses while others go on gives each token what it gives alone, whatever its pads hold."""
+    total = s.lengths[-1]
+    x = s.x(total, batch=3)
+    column = torch.arange(total)
+    real = torch.stack(
+        [
+            column >= 0,
+            (column % 7 != 3) & ((column < total // 3) | (column >= total // 3 + 9)),  # pauses of 1 and of 9 tokens
+            (column >= 2) & (column % 5 < 3) & (column < total - 4),  # pads at both ends too
+        ]
+    )
+    positions = torch.where(real, real.cumsum(1) - 1, -1)
+    alone = [s(x[i : i + 1, real[i]]) for i in range(len(x))]
+    cuts = {
+        "in one pass": [],
+        f"in chunks of {[11, 1, total - 12]}": [11, 1, total - 12],
+        "one token at a time": [1] * total,
+    }
+    for (word, value), (how, splits) in itertools.product(
+        {"not numbers": math.nan, "numbers": 10.0}.items(), cuts.items()
+    ):
+        padded = torch.where(real[..., None], x, value * x.abs().clamp(min=0.1))
+        if splits:
+            y, _ = s.feed(padded, splits, s.cache(len(x), total), positions)
+        else:
+            y, _ = s.module(padded, positions)
+        for i, want in enumerate(alone):
+            what = f"sequence {i} with {int((~real[i]).sum())} pads of {word} between its tokens, {how}"
+            require_equal(y[i : i + 1, real[i]], want, s.tolerance, what)
+    pauses = ", ".join(map(str, (~real).sum(1).tolist()))
+    return f"sequences that pause for {pauses} of {total} tokens agree with each alone"
+
+
 def masked_rows(s: Subject) -> str:
     """Pads, which may see nothing, give finite outputs, and finite gradients to the real tokens."""
     x, positions, _ = s.left_padded()
