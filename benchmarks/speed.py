@@ -325,6 +325,7 @@ def contexts(options: argparse.Namespace) -> str:
     """Every mechanism of the package beside mha, with its own defaults, so parameters differ."""
     preset = presets.get("shakespeare-gpu")
     preset = replace(preset, model=replace(preset.model, positions="rope", dropout=0.0, n_layers=2))
+    preset = tiny(preset) if options.small else preset
     names = ["mha", *(name for name in attention.names() if name != "mha")]
     found: dict[str, list[BenchRecord]] = {name: [] for name in names}
     sizes = ((32, 2), (64, 1)) if options.small else ((256, 4), (2048, 1))
