@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
-from ..errors import UserError, choose, quoted
+from ..errors import UserError, choose, is_panic, quoted
 from ..formatting import escaped
 from ..runs.launcher import launched, rank
 from ..runs.signals import Program, interruptible
@@ -51,9 +51,13 @@ def main(args: Sequence[str] | None = None) -> int:
             if debug:
                 raise
             return tell(error, out)
+        except BaseException as error:
+            if debug or not is_panic(error):
+                raise
+            return tell(error, out)
 
 
-def tell(error: Exception | SystemExit, out: Patient) -> int:
+def tell(error: BaseException, out: Patient) -> int:
     """Print an error in one sentence. Return the exit code."""
     sentence, code = explained(error)
     if launched() == 1:

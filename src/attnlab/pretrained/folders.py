@@ -191,7 +191,7 @@ def unpickle(path: Path, trust: bool) -> Any:
             f"{path} is not a plain archive of tensors: opening it could run code that it brings; "
             "add --trust only if you trust whoever wrote it"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a pickle can fail in any way
         why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({why}); fetch it again") from None
 

@@ -120,6 +120,7 @@ def _train(
             folder = RunFolder.create(out, config, corpus, processes)
         result = folder.result()
         if result is not None and result.status == "done" and result.steps >= config.train.steps:
+            folder.metrics()  # they are read by whoever asks for the run, so a damaged file is said now
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
