@@ -19,14 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-import attnlab
 from attnlab import (
     CAUSAL,
     Cache,
     CacheSpec,
     DataConfig,
     Decoder,
-    Mask,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -118,16 +116,16 @@ CALLS: Table = {
     CacheSpec(dict(k=(2,))).read: lambda: dict(tokens=3),
     CacheSpec(dict(k=(2,))).slots: lambda: dict(tokens=3),
     spec.Mask: lambda: dict(window=None, plain=False),
-    spec.AttentionConfig: lambda: {},
+    spec.AttentionConfig: dict,
     spec.AttentionConfig().check_context: lambda: dict(context=3),
     spec.AttentionConfig().flops: lambda: dict(queries=3, keys=3),
-    spec.RopeScaling: lambda: {},
-    config.ModelConfig: lambda: {},
-    config.ExpertsConfig: lambda: {},
-    config.DataConfig: lambda: {},
-    config.TrainConfig: lambda: {},
-    config.RunConfig: lambda: {},
-    config.Execution: lambda: {},
+    spec.RopeScaling: dict,
+    config.ModelConfig: dict,
+    config.ExpertsConfig: dict,
+    config.DataConfig: dict,
+    config.TrainConfig: dict,
+    config.RunConfig: dict,
+    config.Execution: dict,
     config.from_dict: lambda: dict(cls=DataConfig, data={}, where=""),
     config.to_dict: lambda: dict(config=RUN),
     config.differing: lambda: dict(held=RUN, given=RUN),
@@ -151,9 +149,9 @@ CALLS: Table = {
     recording.note: lambda: dict(name="a", value=X),
     recording.with_loss: lambda: dict(y=X, name="a", loss=X.sum(), weight=1.0),
     recording.scale_losses: lambda: dict(factor=1.0),
-    laws.check_mechanism: lambda: dict(name="mha", laws=["shape"], allow=(), tell=None),
-    laws.check_attention: lambda: dict(module=attention.build("mha", d_model=8, n_heads=2), d_model=8, call=None, step=None, build=None, laws=["shape"], allow=()),
-    generate.Sampling: lambda: {},
+    laws.check_mechanism: lambda: dict(name="mha", laws=["causality"], allow=(), tell=None),
+    laws.check_attention: lambda: dict(module=attention.build("mha", d_model=8, n_heads=2), d_model=8, call=None, step=None, build=None, laws=["causality"], allow=()),
+    generate.Sampling: dict,
     generate.generate: lambda: dict(model=TINY, prompts=[[1]], n=1, temperature=1.0, top_k=None, top_p=None, seed=0, on_token=None, stop=(), compile=False),
     generate.continuation: lambda: dict(model=TINY, prompts=[[1]], sampling=generate.Sampling(n=1), on_token=None, stop=(), compile=False),
     generate.prefill: lambda: dict(model=TINY, tokens=IDS, cache=caches(), positions=None),
@@ -194,21 +192,21 @@ CALLS: Table = {
     heads.inside: lambda: dict(model=TINY, tokens=IDS),
     heads.scores_over_training: lambda: dict(run="nowhere", sequences=2, segments=[3], seed=0, batch_size=2),
     heads.whole: lambda: dict(model=TINY, run=None, sequences=2, segments=[3], seed=0, causal=False),
-    plan.Machine: lambda: dict(gpu=GPUS[0], gpus=1, strategy="ddp", batch=None, recompute=False),
+    plan.Machine: lambda: dict(gpu=next(iter(GPUS.values())), gpus=1, strategy="ddp", batch=None, recompute=False),
     memory.footprint: lambda: dict(config=RUN, batch=1, precision="bf16", recompute=False, accumulated=False),
-    bench.Timing: lambda: {},
+    bench.Timing: dict,
     bench.bench: lambda: dict(kind="decode", preset=RUN, mechanisms=["mha"], contexts=[4], options=None, batch=1, timing=bench.Timing(repeats=1, steps=1)),
     bench.with_context: lambda: dict(config=RUN, context=4),
     Comparison: lambda: dict(preset=RUN, mechanisms=["mha"], seeds=1, match="none", sizes=(), tasks=(), options=None),
     compare: lambda: dict(comparison=Comparison(RUN, ["mha"], 1), out="/proc/nowhere", engine=engines.Local(), share=engines.Share(), command="", extras=()),
     sized: lambda: dict(preset=RUN, size="1x8"),
-    engines.Share: lambda: {},
-    engines.Slurm: lambda: {},
-    engines.Ray: lambda: {},
+    engines.Share: dict,
+    engines.Slurm: dict,
+    engines.Ray: dict,
     report.render: lambda: dict(folder="nowhere"),
     report.write_report: lambda: dict(folder="nowhere"),
     audit_target: lambda: dict(target="nowhere:Nothing", tell=None),
-    perplexity.Rolling: lambda: {},
+    perplexity.Rolling: dict,
     perplexity.evaluate: lambda: dict(model=TINY, documents=[torch.zeros(9, dtype=torch.int64)], context=None, stride=None, batch_size=2, tokenizer=None, front=None),
     perplexity.evaluate_source: lambda: dict(source="nowhere", data_source=None, split="val", rolling=perplexity.Rolling(), checkpoint=None, device="cpu", trust=False),
     exam.examine: lambda: dict(folder="nowhere"),
@@ -228,7 +226,9 @@ for mechanism in attention.names():
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the check of shapes that the tests put around it."""
-    return inspect.unwrap(function, stop=lambda each: getattr(each, "__code__", None) is None or each.__code__.co_name != "either")
+    return inspect.unwrap(
+        function, stop=lambda each: getattr(each, "__code__", None) is None or each.__code__.co_name != "either"
+    )
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -260,12 +260,23 @@ def tried(function: Callable[..., Any], make: Callable[[], dict[str, Any]]) -> I
     good = make()
     signature = inspect.signature(function)
     hints = hints_of(function)
-    names = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"]
+    names = [
+        n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"
+    ]
     for name in names:
         for value in NONSENSE:
             if callable(value) and name in CALLABLE:
                 continue
-            yield name, value, wrong(function, {**good, name: value}, name, allowed(hints.get(name, Any), signature.parameters[name].default, value))
+            yield (
+                name,
+                value,
+                wrong(
+                    function,
+                    {**good, name: value},
+                    name,
+                    allowed(hints.get(name, Any), signature.parameters[name].default, value),
+                ),
+            )
 
 
 CALLABLE = ("tell", "progress", "on_token", "on_text", "show", "call", "step", "build", "module", "logits", "cls")
@@ -273,7 +284,9 @@ CALLABLE = ("tell", "progress", "on_token", "on_text", "show", "call", "step", "
 
 def wrong(function: Callable[..., Any], arguments: dict[str, Any], name: str, fine: bool) -> str:
     """What is wrong with what becomes of a call; "" where nothing is. `fine`: the annotation takes the value."""
-    positional = [arguments.pop(each) for each, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_ONLY]
+    positional = [
+        arguments.pop(each) for each, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_ONLY
+    ]
     try:
         found = function(*positional, **arguments)
         if isinstance(found, contextlib.AbstractContextManager):
@@ -291,8 +304,12 @@ def wrong(function: Callable[..., Any], arguments: dict[str, Any], name: str, fi
     return "" if fine else "is taken"
 
 
-@pytest.mark.parametrize("function", CALLS, ids=lambda each: f"{each.__module__.removeprefix('attnlab.')}.{each.__qualname__}")
-def test_an_argument_that_makes_no_sense_is_named(function: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "function", CALLS, ids=lambda each: f"{each.__module__.removeprefix('attnlab.')}.{each.__qualname__}"
+)
+def test_an_argument_that_makes_no_sense_is_named(
+    function: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = [f"{name}={value!r:.60} {what}" for name, value, what in tried(function, CALLS[function]) if what]
     assert not found, "\n".join(found)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_tensor, checked
+from .arguments import check_tensor
 from .device import check_room
 from .errors import UserError, quoted
 from .files import regular, write_bytes
-from .ranges import Count, Size
+from .ranges import Count, Size, checked
 from .spec import CacheSpec
 
 
@@ -259,6 +259,7 @@ def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tens
         cache.positions[:, cache.capacity] = -1
 
 
+@checked
 def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
     """Write the caches of all layers to one safetensors file, whole or not at all. Return its path."""
     from safetensors.torch import save as pack
@@ -271,6 +272,7 @@ def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
     return write_bytes(path, pack(tensors, {"attnlab.cache": json.dumps(layers)}))
 
 
+@checked
 def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
     """Return the caches that `save_cache` wrote. Raise `UserError` for a missing, damaged or foreign file."""
     from safetensors import SafetensorError, safe_open

@@ -24,6 +24,7 @@ from .ranges import (
     Share,
     Size,
     check_fields,
+    checked,
 )
 from .spec import UNSCALED, RopeScaling
 
@@ -257,6 +258,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
+@checked
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Return the `cls` of which `to_dict` made `data`. `UserError` for an unknown field names the nearest known one.
 
@@ -285,6 +287,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+@checked
 def differing(held: RunConfig, given: RunConfig) -> str:
     """Return the fields in which two configs differ, as the user would name them."""
     pairs = zip(_named_fields(to_dict(held)), _named_fields(to_dict(given)), strict=False)

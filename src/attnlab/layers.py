@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .ranges import checked
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -83,6 +84,7 @@ class _Dropout(torch.autograd.Function):
         return (grads[0] * kept).mul_(ctx.scale), None
 
 
+@checked
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return a norm over d_model, as the model's config says."""
     if config.norm == "rms":

@@ -19,12 +19,13 @@ from .documents import PLAIN, PackedRows
 from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
-from .ranges import check_value
+from .ranges import Count, Positive, Size, check_value, checked
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
 
 
+@checked
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     """Return one `Config` per layer. Raise `UserError` for an unknown mechanism or option, or one that does not fit."""
     shared = {
@@ -48,7 +49,8 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     return configs
 
 
-def flops_per_token(config: ModelConfig, context: int | None = None, new: int | None = None) -> float:
+@checked
+def flops_per_token(config: ModelConfig, context: Count | None = None, new: Count | None = None) -> float:
     """Return the FLOPs of the matrix products of a forward pass, per token; training takes about three times as many.
 
     `context` is in tokens; None: the model's. `new` is how many tokens, the last of the context, one pass reads; None:
@@ -207,10 +209,11 @@ class Decoder(nn.Module):
             last = self.config.vocab_size - 1
             raise UserError(f"targets has ids outside 0 to {last}, which the model lacks; -1 does not count") from None
 
+    @checked
     def empty_cache(
         self,
-        batch: int,
-        max_len: int,
+        batch: Count,
+        max_len: Size,
         *,
         ragged: bool = False,
         dtype: torch.dtype | None = None,
@@ -258,7 +261,8 @@ def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
         check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
-def init_weights(model: nn.Module, layers: int, std: float = 0.02) -> None:
+@checked
+def init_weights(model: nn.Module, layers: Count, std: Positive = 0.02) -> None:
     """Set the weights of a decoder with so many layers, or of a mechanism in one, as GPT-2's: normal with `std`.
 
     Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). Norms, and all that a mechanism
@@ -277,12 +281,14 @@ def init_weights(model: nn.Module, layers: int, std: float = 0.02) -> None:
             nn.init.normal_(module.out, std=small)
 
 
+@checked
 def parameters(model: ModelConfig) -> int:
     """Return the number of parameters of a model, which is not allocated."""
     with torch.device("meta"):
         return Decoder(model).parameter_count()
 
 
-def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
+@checked
+def cache_floats(model: ModelConfig, tokens: Size | None = None) -> int:
     """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))

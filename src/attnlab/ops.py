@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import kernels, recording
-from .arguments import check_tensor, check_theta
+from .arguments import check_count, check_tensor, check_theta
 from .errors import UserError, quoted
 from .kernels import reference
 from .kernels.pairs import Pairs, one_row
+from .ranges import HUGE
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
@@ -68,6 +69,10 @@ def frequencies(
     device: torch.device | None = None,
 ) -> Float[Tensor, " P"]:
     """Return the radians per token of each pair of a head: spread evenly, then slowed by `scaling`."""
+    check_count("pairs", pairs)
+    check_theta(theta)
+    if not isinstance(scaling, RopeScaling):
+        raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     frequency = theta ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)
     if scaling.kind == "none":
         return frequency
@@ -113,19 +118,24 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     kernel cannot do what is asked.
     """
     check_call(q, k, v, q_pos, k_pos)
-    if not isinstance(mask, Mask):
-        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
-        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    check_rule(mask, scale, keep)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
     pairs = Pairs(mask, q_pos, k_pos, keep)
     if recording.wants_maps():
         recording.add_map(reference.weights(q, k, pairs, scale), q_pos, k_pos)
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
+
+
+def check_rule(mask: Any, scale: Any, keep: Any) -> None:
+    """Raise `UserError` where these are no mask, no scale of logits, or no choice of keys."""
+    if not isinstance(mask, Mask):
+        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
+    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
+        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -HUGE < scale < HUGE:
+        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
 
 
 def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
@@ -149,6 +159,8 @@ def attention_weights(
     q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
 ) -> Float[Tensor, "B N L S"]:
     """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
+    check_call(q, k, k, q_pos, k_pos)
+    check_rule(mask, scale, keep)
     return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
 
 
@@ -161,6 +173,11 @@ def ema(
     is a cumulative sum of x[t] / d^t, whose range stays small because d is at least 0.05. Between groups it is
     log2(L / 16) doublings.
     """
+    check_tensor("x", x, "B L D")
+    check_tensor("decay", decay, "D")
+    check_tensor("positions", positions, "B L", whole=True)
+    if start is not None:
+        check_tensor("start", start, "B D")
     L = x.shape[1]
     group = 16  # tokens
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -195,6 +212,11 @@ def chunk_sums(
     `carried` (B D) is the open sum that earlier tokens left. None: no token came earlier, and a chunk whose first token
     is missing does not count.
     """
+    check_tensor("x", x, "B L D")
+    check_tensor("positions", positions, "B L", whole=True)
+    check_count("chunk", chunk)
+    if carried is not None:
+        check_tensor("carried", carried, "B D")
     row = one_row(positions)
     real = row >= 0
     first = _first_chunk(row, chunk, begun=carried is not None)
@@ -241,6 +263,13 @@ def index_scores(
     q: Float[Tensor, "B L J E"], k: Float[Tensor, "B S E"], weight: Float[Tensor, "B L J"]
 ) -> Float[Tensor, "B L S"]:
     """Return sum_j weight[t, j] relu(q[t, j] . k[s]), in float32 at least."""
+    for name, value, shape in (("q", q, "B L J E"), ("k", k, "B S E"), ("weight", weight, "B L J")):
+        check_tensor(name, value, shape)
+    if q.shape[:3] != weight.shape or k.shape[::2] != q.shape[::3]:
+        raise UserError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and weight {tuple(weight.shape)} do not fit together: give "
+            "q B L J E, k B S E and weight B L J"
+        )
     match = torch.einsum("blje,bse->bjls", q, k.to(q.dtype)).relu()
     return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -250,6 +279,9 @@ def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
 
     Of equal scores the later index wins, so that decoding in chunks agrees with decoding at once.
     """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.ndim:
+        raise UserError(f"scores is {quoted(scores)}: give a tensor *B S of floating-point numbers")
+    check_count("count", count)
     if count >= scores.shape[-1]:
         return scores > -torch.inf
     best = scores.topk(count, sorted=False).values

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .ranges import checked
+
 Collection = TypeVar("Collection")
 
 
@@ -73,7 +75,8 @@ def note(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def scale_losses(factor: float) -> AbstractContextManager[float]:
+@checked
+def scale_losses(factor: Annotated[float, Range()]) -> AbstractContextManager[float]:
     """Multiply the auxiliary losses of forward passes in this context by `factor`.
 
     It is the factor of the main loss: where that is one part of a batch, or is scaled for float16.

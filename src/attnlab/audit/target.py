@@ -22,6 +22,7 @@ from ..laws.functions import LAYOUTS, FunctionCaller
 from ..laws.prepare import CONTEXTS, WIDTHS, find_number, has_interface, subject
 from ..laws.state import seeded
 from ..laws.subject import LENGTHS, StepCall, Subject
+from ..ranges import checked
 from ..results import LawResult, Tell
 from ..spec import AttentionConfig
 from . import find
@@ -63,6 +64,7 @@ class Instructions:
         return {**(self.config or {}), **(self.kwargs or {}), **({"d_model": self.d_model} if self.d_model else {})}
 
 
+@checked
 def audit_target(target: str, *, tell: Tell | None = None, **instructions: Any) -> Audit:
     """Audit a mechanism by name, or a class or function at `file.py:Name` or `package.module:Name`.
 

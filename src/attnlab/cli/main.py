@@ -117,7 +117,7 @@ def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
     """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
     preset = preset_of(name, rest)
     defaults = {}
-    if preset:  # --mechanism first, so that --model.options may speak of what it names
+    if preset is not None:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
     ready = read(COMMANDS[name], name, rest, defaults)
     given = getattr(ready, "keywords", {}).get("preset", preset)

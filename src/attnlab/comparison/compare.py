@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
+from ..ranges import checked
 from ..results import RunResult, environment
 from ..training.schedule import cautions
 from .engines import Engine, EngineOptions, Local, Needs, Outcome, Share
@@ -25,6 +26,7 @@ from .progress import ComparisonProgress, Show, Silent
 from .verdicts import summarize, summarize_size, summarize_task
 
 
+@checked
 def compare(
     comparison: Comparison,
     out: str | Path,

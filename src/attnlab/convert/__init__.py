@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs
+from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
@@ -34,6 +35,7 @@ Seen = Sequence[Statistics | None]  # of each layer; None: the method reads no t
 
 
 @torch.no_grad()
+@checked
 def convert(
     model: Decoder,
     mechanism: str,
@@ -58,9 +60,7 @@ def convert(
     """
     request = Request(**settings)
     if isinstance(request.rank, float) and not 0 < request.rank <= 1:
-        raise UserError(
-            f"rank {request.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number"
-        )
+        raise UserError(f"rank {request.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number")
     target = targets.module(mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
     source = computing(copy.deepcopy(model).cpu().eval())

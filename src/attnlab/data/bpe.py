@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, is_panic, need, quoted
+from ..ranges import Count, checked
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
@@ -109,7 +110,7 @@ class BPETokenizer:
         return np.array(self._cut(text).ids, np.int32)
 
     def _cut(self, text: str) -> Any:
-        """Return what the package tokenizers makes of `text`. UserError where a pattern of this tokenizer never ends."""
+        """Return what the package tokenizers makes of `text`. UserError where one of its patterns never ends."""
         tokenizers = self._tokenizers
         try:
             with _unheard() if self._has_patterns else nullcontext():
@@ -207,7 +208,8 @@ def gpt2() -> BPETokenizer:
     return made
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
+@checked
+def train_bpe(texts: Iterable[str], vocab_size: Count, special: Sequence[str] = ()) -> BPETokenizer:
     """Return a byte-level tokenizer of `vocab_size` tokens, learned from `texts`.
 
     Its tokens are every byte, the end of a document, `special` tokens of your own, and merges. Text of any kind makes

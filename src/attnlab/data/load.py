@@ -13,6 +13,7 @@ from pathlib import Path
 from ..config import DataConfig
 from ..errors import UserError
 from ..files import expanded
+from ..ranges import checked
 from .corpus import Corpus
 from .endless import Endless
 from .mixture import Mixture
@@ -35,6 +36,7 @@ class SourceKind:
     mixes: bool = True  # whether a mixture may have it as a part
 
 
+@checked
 def load(config: DataConfig) -> Corpus:
     """Return the corpus that `config.source` names: a source of one of the KINDS, or a mixture such as MIXTURE.
 

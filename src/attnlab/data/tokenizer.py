@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import UserError, quoted
 from ..files import expanded, naming, read_json
-from ..ranges import Size, check_value
+from ..ranges import Size, check_value, checked
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
 from .declared import ends_of
 
@@ -200,6 +200,7 @@ class TokenizerFile(TypedDict, total=False):
     decoder: dict[str, Any] | None
 
 
+@checked
 def from_json(data: Mapping[str, Any], ends: Sequence[str | int] = ()) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
 
@@ -230,6 +231,7 @@ def names_of(pieces: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     return list(pieces) if isinstance(pieces, Mapping) else [each[0] for each in pieces]
 
 
+@checked
 def tokenizer(name: str | Path) -> Tokenizer:
     """Return a tokenizer by name: "byte", "gpt2", a tokenizer.json, or a folder that has one.
 

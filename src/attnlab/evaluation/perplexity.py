@@ -39,6 +39,7 @@ from ..errors import UserError, choose
 from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
+from ..ranges import Count, Size, check_fields, checked
 from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
 from ..runs.tensors import computed
@@ -72,7 +73,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 class ScoredDocuments:
     """Documents as they are predicted: a token in front, where there is one, and none that only ends them."""
 
-    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: int | None = None) -> None:
+    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: Size | None = None) -> None:
         self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
         self.front = front
         self.starts = tokens.documents
@@ -117,13 +118,14 @@ def joined(documents: Iterable[Ids]) -> Tokens:
 
 
 @torch.inference_mode()
+@checked
 def evaluate(
     model: Decoder,
     documents: Tokens | Iterable[Ids],
     *,
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
+    context: Count | None = None,
+    stride: Count | None = None,
+    batch_size: Count = 8,
     tokenizer: Tokenizer | None = None,
     front: int | None = None,
     progress: Tell = lambda what, done, of: None,
@@ -279,18 +281,22 @@ def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
 class Rolling:
     """The windows in which documents are predicted."""
 
-    context: int | None = None  # tokens of the longest window; None: the model's
-    stride: int | None = None  # tokens from the end of a window to the end of the next; None: the context
-    batch_size: int = 8  # windows side by side; it changes the speed and nothing else
+    context: Count | None = None  # tokens of the longest window; None: the model's
+    stride: Count | None = None  # tokens from the end of a window to the end of the next; None: the context
+    batch_size: Count = 8  # windows side by side; it changes the speed and nothing else
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
+@checked
 def evaluate_source(
     source: str | Path,
     data_source: str | None = None,
     split: str = "val",
     *,
     rolling: Rolling = Rolling(),
-    checkpoint: int | None = None,
+    checkpoint: Size | None = None,
     device: str = "auto",
     trust: bool = False,
     progress: Tell = lambda what, done, of: None,

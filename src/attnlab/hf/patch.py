@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .. import attention
-from ..arguments import checked
 from ..config import to_dict
 from ..errors import UserError, choose
 from ..laws.interface import separate
 from ..laws.state import seeded, unchanged
 from ..laws.subject import Broken, movement, moves_by, scale
 from ..pretrained.rope_config import rotary
-from ..ranges import Seed
+from ..ranges import Seed, checked
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze_host, install
 

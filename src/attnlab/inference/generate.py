@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import checked
 from ..cache import Cache
 from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
 from ..model import FLOAT, Decoder, cache_floats
-from ..ranges import Count, NotNegative, Part, Range, Size, check_fields
+from ..ranges import Count, NotNegative, Part, Range, Size, check_fields, checked
 from ..runs.tensors import computed
 
 NUMBER = 8  # bytes of a random number
@@ -55,8 +54,7 @@ class Sampling:
     top_p: Part | None = None  # choose among the likeliest tokens that together have this probability; None: among all
     seed: Annotated[int, Range(0)] = 0
 
-    def check(self) -> None:
-        """Raise `UserError` where a number means nothing."""
+    def __post_init__(self) -> None:
         check_fields(self)
 
 
@@ -188,7 +186,8 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(width) - padding[:, None]).clamp(min=-1)
 
 
-def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
+@checked
+def uniforms(prompts: Sequence[Sequence[int]], n: Size, seed: Annotated[int, Range(0)]) -> Tensor:
     """Return float64 numbers in [0, 1), [B n]. A row depends on the seed, its prompt, and earlier rows of that."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []

@@ -109,7 +109,7 @@ class Stored:
                 )
             fields.setdefault(label, {}).setdefault(name, set()).add(field)
             yield key, label, name, field
-        for label, by_name in fields.items():
+        for by_name in fields.values():
             whole = set().union(*by_name.values())
             if short := next((name for name, held in by_name.items() if held != whole), None):
                 raise UserError(

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files import alone
 from ..measure.counters import reset_peak
 from ..measure.gpus import Peak, find_peak
+from ..ranges import NotNegative, checked
 from ..recording import record_losses
 from ..results import RunResult
 from ..runs.folder import RunFolder
@@ -61,6 +62,7 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop; it is saved."""
 
 
+@checked
 def train(
     config: RunConfig,
     out: str | Path,
@@ -68,7 +70,7 @@ def train(
     resume: bool = False,
     progress: Listener | None = None,
     how: Execution = HOW,
-    patience: float = 2.0,
+    patience: NotNegative = 2.0,
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
 
