@@ -35,7 +35,18 @@ def check_count(name: str, value: Any) -> None:
         raise UserError(f"{name} is {quoted(value)}: it must be a whole number, at least 1")
 
 
-def check_theta(theta: Any) -> None:
-    """Raise `UserError` where `theta` is no base of rotary frequencies."""
+def check_device(device: Any, name: str = "device") -> None:
+    """Raise `UserError` where `device` is no torch.device, nor the name of one, nor None."""
+    try:
+        if not isinstance(device, torch.device | str | None):
+            raise ValueError
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, ValueError):
+        raise UserError(f"{name} is {quoted(device)}: give a torch.device, or a name such as 'cpu' or 'cuda'") from None
+
+
+def check_theta(theta: Any) -> float:
+    """Return a base of rotary frequencies as a float. Raise `UserError` where it is none."""
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < HUGE:
         raise UserError(f"theta is {quoted(theta)}: give a number above 0, such as 10000.0, or None for no rotation")
+    return float(theta)

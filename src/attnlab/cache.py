@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_tensor
+from .arguments import check_device, check_tensor
 from .device import check_room
 from .errors import UserError, quoted
 from .files import regular, write_bytes
@@ -65,6 +65,7 @@ class Cache:
         device: torch.device | str | None = None,
     ) -> Cache:
         """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ."""
+        check_device(device)
         _check_memory(spec, batch, max_len, dtype, device)
         capacity = spec.slots(max_len)
         columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache
@@ -167,6 +168,8 @@ def extend(
     is full.
     """
     check_tensor("positions", positions, "B L", whole=True)
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
+        raise UserError(f"tokens is {quoted(tokens)}: give how many were passed, or None for as many as there are rows")
     if cache is not None and (not isinstance(cache, Cache) or set(new) != set(cache.rows)):
         named = sorted(cache.rows) if isinstance(cache, Cache) else "Cache.empty"
         raise UserError(f"cache is {_shape(cache)} and the rows {sorted(new)}: give a Cache and all its rows, {named}")

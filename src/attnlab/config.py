@@ -255,10 +255,11 @@ class Execution:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain JSON values: tuples become lists."""
+    if not is_dataclass(config) or isinstance(config, type):
+        raise UserError(f"config is {quoted(config)}: give a dataclass, such as a RunConfig")
     return json.loads(json.dumps(asdict(config)))
 
 
-@checked
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Return the `cls` of which `to_dict` made `data`. `UserError` for an unknown field names the nearest known one.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .errors import UserError, quoted
 from .ranges import checked
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -55,6 +56,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     The default generator draws.
     """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise UserError(f"p is {quoted(p)}: it must be a probability, at least 0 and below 1")
     if p == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ from .documents import PLAIN, PackedRows
 from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, make_norm
-from .ranges import Count, Positive, Size, check_value, checked
+from .ranges import Count, Positive, Size, Total, check_value, checked
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
@@ -148,12 +148,12 @@ class Decoder(nn.Module):
             positions = packed.places
             self._check_length(packed.positions.shape[1])
         if positions is None:
-            start = cache[0].tokens if cache else 0
-            if cache and cache[0].ragged and start:
+            start = cache[0].tokens if cache is not None else 0
+            if cache is not None and cache[0].ragged and start:
                 raise UserError("this cache holds sequences of different lengths: give the positions of the new tokens")
             self._check_length(start + tokens.shape[1])
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-            mask = PLAIN if not (cache and cache[0].ragged) else CAUSAL
+            mask = PLAIN if cache is None or not cache[0].ragged else CAUSAL
         try:
             x = self.embed(tokens)
         except IndexError:
@@ -164,13 +164,13 @@ class Decoder(nn.Module):
         x = self.drop(x)
         kept = []
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled() and not cache:
+            if self.recompute and torch.is_grad_enabled() and cache is None:
                 x, after = checkpoint(layer, x, positions, None, mask, packed, use_reentrant=False)
             else:
-                x, after = layer(x, positions, cache[i] if cache else None, mask, packed)
+                x, after = layer(x, positions, None if cache is None else cache[i], mask, packed)
             kept.append(after)
         x = self.norm(x)
-        return packed.unpacked(x) if packed else x, kept if cache else None
+        return packed.unpacked(x) if packed else x, None if cache is None else kept
 
     def experts(self) -> list[Experts]:
         """Return the experts of all layers that have them."""
@@ -185,11 +185,13 @@ class Decoder(nn.Module):
         for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
             if value is not None or name == "tokens":
                 check_tensor(name, value, "B L", whole=True)
-        if cache and not (isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)):
+        if cache is not None and not (
+            isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)
+        ):
             raise UserError(f"cache is {quoted(cache)}: give a Cache for each of {len(self.layers)} layers, or None")
-        if cache and len(cache) != len(self.layers):
+        if cache is not None and len(cache) != len(self.layers):
             raise UserError(f"cache has {len(cache)} layers: give a Cache for each of {len(self.layers)}")
-        if documents is not None and (positions is not None or cache):
+        if documents is not None and (positions is not None or cache is not None):
             raise UserError("packed documents have positions of their own and no cache: give documents alone")
 
     def _check_length(self, length: int) -> None:
@@ -289,6 +291,6 @@ def parameters(model: ModelConfig) -> int:
 
 
 @checked
-def cache_floats(model: ModelConfig, tokens: Size | None = None) -> int:
+def cache_floats(model: ModelConfig, tokens: Total | None = None) -> int:
     """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))

@@ -36,7 +36,7 @@ def rope(
     check_tensor("positions", positions, "B L", whole=True)
     if theta is None:
         return x
-    check_theta(theta)
+    theta = check_theta(theta)
     if x.shape[-1] % 2:
         raise UserError(f"x has heads of size {x.shape[-1]}: rotary embedding turns pairs, so give an even one")
     if not isinstance(places, tuple | list) or (places and len(places) != x.shape[-1] // 2):
@@ -70,7 +70,9 @@ def frequencies(
 ) -> Float[Tensor, " P"]:
     """Return the radians per token of each pair of a head: spread evenly, then slowed by `scaling`."""
     check_count("pairs", pairs)
-    check_theta(theta)
+    theta = check_theta(theta)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype is {quoted(dtype)}: give a floating-point type, such as torch.float32")
     if not isinstance(scaling, RopeScaling):
         raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     frequency = theta ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)
@@ -81,6 +83,10 @@ def frequencies(
 
 def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -> Float[Tensor, " P"]:
     """Return how much each pair is slowed: from 0, not at all, to 1, by the whole factor."""
+    check_tensor("frequency", frequency, "P")
+    theta = check_theta(theta)
+    if not isinstance(scaling, RopeScaling):
+        raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     if scaling.kind == "linear":
         return torch.ones_like(frequency)
     turns = scaling.original / math.tau  # of a pair over the original context, per radian per token
@@ -118,8 +124,7 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     kernel cannot do what is asked.
     """
     check_call(q, k, v, q_pos, k_pos)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_rule(mask, scale, keep)
+    scale = check_rule(mask, q.shape[-1] ** -0.5 if scale is None else scale, keep)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
     pairs = Pairs(mask, q_pos, k_pos, keep)
@@ -128,14 +133,15 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     return kernels.get(impl)(q, k, v, pairs, scale, dropout)
 
 
-def check_rule(mask: Any, scale: Any, keep: Any) -> None:
-    """Raise `UserError` where these are no mask, no scale of logits, or no choice of keys."""
+def check_rule(mask: Any, scale: Any, keep: Any) -> float:
+    """Return the scale of logits. Raise `UserError` where these are no mask, no scale, or no choice of keys."""
     if not isinstance(mask, Mask):
         raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
     if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
         raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not -HUGE < scale < HUGE:
         raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
+    return float(scale)
 
 
 def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
@@ -160,7 +166,7 @@ def attention_weights(
 ) -> Float[Tensor, "B N L S"]:
     """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
     check_call(q, k, k, q_pos, k_pos)
-    check_rule(mask, scale, keep)
+    scale = check_rule(mask, scale, keep)
     return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
 
 
@@ -176,6 +182,8 @@ def ema(
     check_tensor("x", x, "B L D")
     check_tensor("decay", decay, "D")
     check_tensor("positions", positions, "B L", whole=True)
+    if decay.shape != x.shape[2:]:
+        raise UserError(f"decay has the shape {tuple(decay.shape)}: give one number for each of {x.shape[2]} features")
     if start is not None:
         check_tensor("start", start, "B D")
     L = x.shape[1]

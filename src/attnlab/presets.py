@@ -263,7 +263,7 @@ CORPORA = {  # name -> the commands that make it
 @checked
 def prepared(name: str) -> DataConfig:
     """Return the data of a corpus in `CORPORA`."""
-    assert name in CORPORA
+    choose("name", name, CORPORA)
     return DataConfig(source=f"prepared:data/{name}")
 
 
@@ -301,13 +301,11 @@ def names() -> list[str]:
     return list(_PRESETS)
 
 
-@checked
 def get(name: str) -> RunConfig:
     """Return the preset called `name`. Raise `UserError` for an unknown one."""
     return _PRESETS[choose("preset", name, names())]()
 
 
-@checked
 def about(name: str) -> str:
     """Return the description of a preset, and for a recipe of another project what is mended in it."""
     preset = _PRESETS[choose("preset", name, names())]

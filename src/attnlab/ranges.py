@@ -73,6 +73,7 @@ Count = Annotated[int, Range(1, MANY)]  # at least one
 Size = Annotated[int, Range(0, MANY)]  # none or more
 Seed = Annotated[int, Range(0, LARGEST)]
 Long = Annotated[int, Range(1, LARGEST)]  # tokens, documents and steps, which no memory holds at once
+Total = Annotated[int, Range(0, LARGEST)]  # none or more of what memory need not hold at once
 Layers = Annotated[int, Range(1, 10_000)]  # more would take minutes to be made at all
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
@@ -164,7 +165,7 @@ def kind_in(hint: Any) -> Kind:
         return _dictionary(kind_in(typing.get_args(hint)[1]))
     if typing.get_origin(hint) in (tuple, list):
         return _sequence(typing.get_origin(hint), typing.get_args(hint))
-    if typing.get_origin(hint) is Sequence and typing.get_origin(typing.get_args(hint)[0]) is not Sequence:
+    if typing.get_origin(hint) is Sequence:
         return _list_like(kind_in(typing.get_args(hint)[0]))
     if hint in (int, float):
         return _whole(limits) if hint is int else _real(limits)
@@ -204,7 +205,7 @@ def _real(limits: Range) -> Kind:
     return check
 
 
-KINDS: dict[Any, str] = {
+KINDS: dict[Any, str] = {  # class -> what a value must be
     bool: "true or false",
     str: "a text",
     Mapping: "an object with fields",

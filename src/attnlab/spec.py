@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError, choose, quoted
-from .ranges import Count, Positive, Probability, Size, check_fields, checked
+from .ranges import Count, Positive, Probability, Size, Total, check_fields, checked
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class CacheSpec:
         check_fields(self)
 
     @checked
-    def floats(self, tokens: Size) -> int:
+    def floats(self, tokens: Total) -> int:
         """Return the floats in the cache after `tokens` tokens. Benchmarks, report, docs and the size law read this."""
         own = self.slots(tokens) * self._row + sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.floats(tokens) for spec in self.beside.values())
 
     @checked
-    def read(self, tokens: Size) -> int:
+    def read(self, tokens: Total) -> int:
         """Return how many of these floats one step has to read."""
         unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
 
     @checked
-    def slots(self, tokens: Size) -> int:
+    def slots(self, tokens: Total) -> int:
         """Return the rows in the cache after `tokens` tokens."""
         rows = tokens // self.every
         return rows if self.keep is None else min(rows, self.keep)
@@ -180,7 +180,7 @@ class AttentionConfig:
         """Raise `UserError` where the mechanism makes no sense in a model of this context, in tokens."""
 
     @checked
-    def flops(self, queries: Size, keys: Size) -> int:
+    def flops(self, queries: Total, keys: Total) -> int:
         """Return the FLOPs of the matrix products of one forward pass of one sequence. A mechanism must define it.
 
         `queries` are the new tokens, `keys` the stored ones, the new ones among them. A multiply-add is two FLOPs, and

@@ -20,7 +20,6 @@ from typing import Any
 
 from ..errors import UserError, choose
 from ..plugins import plugin, plugins
-from ..ranges import checked
 from ..spec import AttentionConfig
 
 
@@ -29,7 +28,6 @@ def names() -> list[str]:
     return sorted({*_own(), *_others()})
 
 
-@checked
 def module(name: str) -> ModuleType:
     """Return the module of a mechanism, which defines `Config` and `Attention`: ours, or an installed package's.
 
@@ -53,7 +51,6 @@ def usable(tell: Callable[[str], None]) -> list[str]:
     return found
 
 
-@checked
 def config(name: str, **fields: Any) -> AttentionConfig:
     """Return `module(name).Config(**fields)`. Raise `UserError` for a field that it does not have."""
     cls = module(name).Config
@@ -63,7 +60,6 @@ def config(name: str, **fields: Any) -> AttentionConfig:
     return cls(**fields)
 
 
-@checked
 def build(name: str, **fields: Any) -> Any:
     """Return the mechanism's `Attention`, a module of PyTorch, for these `Config` fields."""
     return module(name).Attention(config(name, **fields))

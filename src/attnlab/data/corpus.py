@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, choose
 from ..ranges import Count, Seed, Size, checked
 from . import order, packing
 from .tokenizer import Tokenizer
@@ -108,13 +108,14 @@ class Corpus:
     @checked
     def windows(self, count: Count, context: Count, split: str = "val") -> Batch:
         """Return `count` rows, always the same, spread over all of a split: one from each of so many equal parts."""
+        choose("split", split, ("train", "val"))
         self.check(context)
         return self._rows(order.spread_places(count, self._size(split, context)), context, split)
 
     @checked
     def split(self, name: str) -> Tokens:
         """Return "train" or "val"."""
-        return {"train": self.train, "val": self.val}[name]
+        return {"train": self.train, "val": self.val}[choose("name", name, ("train", "val"))]
 
     def training_rows(self, samples: np.ndarray, context: int, *key: int) -> Batch:
         """Return training rows by their numbers `samples` in the endless order that belongs to `key`."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..errors import UserError, choose, quoted
 from ..files import checksum, expanded, path_within, read_json, regular
-from ..ranges import check_value
+from ..ranges import check_value, checked
 from ..results import Tell
 from . import nanogpt
 from .encoding import TEXT
@@ -62,6 +62,7 @@ class Prepared:
     manifest: Mapping[str, Any]
 
     @classmethod
+    @checked
     def open(cls, folder: str | Path) -> Prepared:
         """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
         path = expanded(folder)

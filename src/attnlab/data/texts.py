@@ -44,6 +44,8 @@ def from_texts(
 
     tokenizer: characters if None. pack: "stream" or "documents", see `Corpus`.
     """
+    if not len(texts):
+        raise UserError("texts is empty: give at least one")
     made = tokenizer or CharTokenizer.of("".join(texts))
     end = [] if made.end is None else [np.array([made.end], np.int32)]
     documents = [np.concatenate([made.encode_array(text), *end]) for text in texts]

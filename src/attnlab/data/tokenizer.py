@@ -56,12 +56,14 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. UserError where it has a character without one."""
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the same as an array, int32 [n]."""
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, the inverse of `encode`; what is not whole text reads as U+FFFD."""
 
@@ -91,12 +93,14 @@ class CharTokenizer(Complete):
     ends = ()
     seam = ANYWHERE
 
+    @checked
     def __init__(self, chars: str):
         assert list(chars) == sorted(set(chars)), "characters must be distinct and in ascending order"
         self.chars = chars
         self._points = _code_points(chars)
 
     @classmethod
+    @checked
     def of(cls, text: str) -> CharTokenizer:
         """Return the tokenizer that has the characters of `text`."""
         return cls("".join(sorted(set(text))))
@@ -119,10 +123,12 @@ class CharTokenizer(Complete):
             )
         return ids
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return self.encode_array(text).tolist()
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Ids that no character has read as U+FFFD: a model may have more rows."""
         return "".join(self.chars[i] if 0 <= i < len(self.chars) else "\ufffd" for i in ids)
@@ -150,10 +156,12 @@ class ByteTokenizer(Complete):
         """Return ids, one per byte: int32 [n]. UserError for half a surrogate pair, which UTF-8 has no bytes for."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return list(utf8(text))
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`.
 

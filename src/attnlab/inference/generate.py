@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor
 from ..cache import Cache
 from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
@@ -32,6 +33,10 @@ def prefill(
 
     `positions` [B L] for prompts of different lengths: padding on the left, at position -1. None: no padding.
     """
+    if not isinstance(model, Decoder):
+        raise UserError(f"model is {quoted(model)}: give a Decoder")
+    if not isinstance(cache, list):
+        raise UserError(f"cache is {quoted(cache)}: give what model.empty_cache returned, or the call before this one")
     x, kept = model.hidden(tokens, positions, cache)
     assert kept is not None
     return model.head(x[:, -1]), kept  # the head on one token: the logits of a long prompt would outweigh its cache
@@ -41,6 +46,9 @@ def step(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
     """Add one token to each sequence, tokens [B] at `positions` [B]. Return the logits after it [B V] and the cache."""
+    check_tensor("tokens", tokens, "B", whole=True)
+    if positions is not None:
+        check_tensor("positions", positions, "B", whole=True)
     return prefill(model, tokens[:, None], cache, None if positions is None else positions[:, None])
 
 
@@ -221,7 +229,6 @@ def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Ten
 
 def check_request(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     """Raise `UserError` where `generate` could not do what is asked."""
-    sampling.check()
     config = model.config
     check_prompts(prompts)
     longest = max(map(len, prompts), default=0) + sampling.n

@@ -118,6 +118,7 @@ class RunFolder:
             raise
 
     @classmethod
+    @checked
     def open(cls, path: str | Path, processes: Processes = ONE_PROCESS) -> RunFolder:
         """Return the folder of an existing run. `UserError` when there is none, or another version wrote it."""
         path = Path(path)
