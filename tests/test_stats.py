@@ -57,7 +57,9 @@ def test_the_distribution_is_the_area_under_the_density(degrees):
 
 @pytest.mark.parametrize("confidence, degrees", [(0.0, 3), (1.0, 3), (0.95, 0)])
 def test_impossible_questions_are_refused(confidence, degrees):
-    with pytest.raises(ValueError, match="confidence is [01].0: it must be above 0 and below 1|degrees is 0: it must be at least 1"):
+    with pytest.raises(
+        ValueError, match="confidence is [01].0: it must be above 0 and below 1|degrees is 0: it must be at least 1"
+    ):
         t_quantile(confidence, degrees)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
-from .errors import choose
+from .errors import UserError, choose, quoted
 from .layers import Linear, linear
 from .ranges import Count, checked
 from .recording import note, with_loss
@@ -20,8 +20,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 def activate(kind: str, x: Tensor) -> Tensor:
     """Return the activation of x (... F): gelu, exact, or gelu_tanh, as GPT-2 approximates it; relu2, relu(x)^2 (So et
     al. 2021); swiglu, silu of the first half of x times the second half (Shazeer 2020), F / 2 wide."""
-    if kind not in ACTIVATIONS:
+    if not isinstance(kind, str) or kind not in ACTIVATIONS:
         choose("kind", kind, ACTIVATIONS)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise UserError(f"x is {quoted(x)}: give a tensor of floating-point numbers")
     if kind == "swiglu":
         gate, x = x.chunk(2, -1)
         return F.silu(gate) * x

@@ -56,6 +56,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     The default generator draws.
     """
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is {quoted(x)}: give a tensor")
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
         raise UserError(f"p is {quoted(p)}: it must be a probability, at least 0 and below 1")
     if p == 0:

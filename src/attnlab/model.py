@@ -74,7 +74,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.ff_norm = make_norm(config)
-        self.attention = attention.module(mechanism).Attention(mixer)
+        self.attention = attention.layer(mechanism, mixer)
         self.ff = Experts(config) if experts else FeedForward(config, config.resolved_ff_dim)
         self.drop = Dropout(config.dropout)
 

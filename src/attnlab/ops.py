@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import kernels, recording
-from .arguments import check_count, check_tensor, check_theta
+from .arguments import check_count, check_device, check_tensor, check_theta
 from .errors import UserError, quoted
 from .kernels import reference
 from .kernels.pairs import Pairs, one_row
@@ -71,6 +71,7 @@ def frequencies(
     """Return the radians per token of each pair of a head: spread evenly, then slowed by `scaling`."""
     check_count("pairs", pairs)
     theta = check_theta(theta)
+    check_device(device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"dtype is {quoted(dtype)}: give a floating-point type, such as torch.float32")
     if not isinstance(scaling, RopeScaling):

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from .errors import UserError, choose, quoted
@@ -230,7 +231,7 @@ def _instance(hint: Any) -> Kind:
     words = KINDS.get(cls) or f"a {cls.__name__}"
 
     def check(name: str, value: Any) -> Any:
-        if not isinstance(value, cls) or (cls in LISTS and isinstance(value, str | bytes)):
+        if not isinstance(value, cls) or (cls in LISTS and no_list(value)):
             raise UserError(f"{name} is {quoted(value)}: it must be {words}")
         if cls is str and not value.isascii():
             _encodable(name, value)
@@ -239,7 +240,12 @@ def _instance(hint: Any) -> Kind:
     return check
 
 
-LISTS = (Sequence, Iterable, Collection)  # a text is none, although Python counts it among them
+LISTS = (Sequence, Iterable, Collection)
+
+
+def no_list(value: Any) -> bool:
+    """Return whether Python counts among lists what is none: a text, or an array without dimensions."""
+    return isinstance(value, str | bytes) or getattr(value, "ndim", 1) == 0
 
 
 def _protocol(cls: Any) -> Kind:
@@ -340,8 +346,11 @@ def _joined(name: str, field: str) -> str:
 
 def _union(kinds: list[Kind], hint: Any) -> Kind:
     optional = types.NoneType in typing.get_args(hint)
+    place = {str, Path} <= set(typing.get_args(hint))
 
     def check(name: str, value: Any) -> Any:
+        if place and isinstance(value, str) and not value:
+            raise UserError(f"{name} is '': it must be the name of a file or folder")
         if value is None and optional:
             return None
         if len(kinds) > 1:

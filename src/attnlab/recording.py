@@ -110,7 +110,7 @@ def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor
 
 
 def _check_record(name: Any, what: str, value: Any) -> None:
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable():
         raise UserError(f"name is {quoted(name)}: give a text")
     if not isinstance(value, Tensor):
         raise UserError(f"{what} is {quoted(value)}: give a tensor")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+from .errors import UserError
 from .ranges import Count, Fraction, Share, checked
 
 Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
@@ -62,6 +63,8 @@ class Paired:
 @checked
 def paired(ours: Sequence[float], theirs: Sequence[float], confidence: Fraction = 0.95) -> Paired:
     """Compare ours[i] with theirs[i], where the runs of pair i have the same seed, and so the same order of data."""
+    if len(ours) != len(theirs):
+        raise UserError(f"ours has {len(ours)} numbers and theirs {len(theirs)}: give pairs")
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not differences:
         return Paired(0, math.nan, None)
@@ -78,6 +81,9 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
     The samples are independent and may have different spreads. The degrees of freedom are rounded down.
     """
+    for name, sample in (("ours", ours), ("theirs", theirs)):
+        if len(sample) < 2:
+            raise UserError(f"{name} has {len(sample)} numbers: give two or more")
     spread = [stdev(sample) ** 2 / len(sample) for sample in (ours, theirs)]
     variance = sum(spread)
     difference = fmean(ours) - fmean(theirs)
@@ -102,6 +108,8 @@ def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
     Values of one group may depend on each other, so the degrees of freedom are the number of groups minus one. Two
     groups or more are needed.
     """
+    if len(groups) < 2:
+        raise UserError(f"groups has {len(groups)}: give two or more")
     values = [each for group in groups for each in group]
     mean = fmean(values)
     spread = stdev(values)

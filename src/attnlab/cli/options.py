@@ -17,7 +17,7 @@ from ..errors import UserError, choose, quoted
 from ..files import parse_json
 from ..ranges import Long, check_value
 from ..results import RunResult
-from ..runs.launcher import rank
+from ..runs.launcher import launched, rank
 
 if TYPE_CHECKING:
     from ..comparison.progress import Show
@@ -57,10 +57,13 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
     """Train with a bar on the screen. Return the result; None where it was asked to stop, after saying how to go on."""
+    from ..costs.fits import check_step
     from ..terminal.progress import Progress
     from ..training.schedule import cautions
     from ..training.train import Stopped, train
 
+    if launched() == 1:
+        check_step(config, how.recompute)
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
     try:
         with Progress() as bars:

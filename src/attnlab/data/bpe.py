@@ -38,6 +38,7 @@ GPT2_SHA256 = "8676f8eec927f838812b2a722381bf35e0a971f5c12c9430cd3511ad64b645c4"
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SEAM = re.compile(r"(?<=\S)(?=[ \n])")  # no word of that pattern reaches across
 LONG_SPACE = 250_000  # characters; twice as many spaces overflow the stack of tiktoken's regular expressions
+LONG_WORD = re.compile(r"\S{1000}|\s{1000}")
 SMALLEST = 257  # tokens of the smallest vocabulary: bytes and the end of a document
 
 
@@ -236,11 +237,27 @@ def train_bpe(texts: Iterable[str], vocab_size: Count, special: Sequence[str] = 
         initial_alphabet=list(byte_letters()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(bounded(texts), trainer)
     model = json.loads(learner.to_str())["model"]
     return BPETokenizer(
         byte_level(model["vocab"], model["merges"], {name: len(model["vocab"]) + i for i, name in enumerate(named)})
     )
+
+
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within words of 1000 characters and more: the time to learn grows with their square.
+
+    UserError where one is no text.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"texts has {quoted(text)}: give texts")
+        utf8(text)
+        begin = 0
+        for long in LONG_WORD.finditer(text):
+            yield text[begin : long.end()]
+            begin = long.end()
+        yield text[begin:]
 
 
 def with_ends(data: Mapping[str, Any], ends: Sequence[str | int]) -> Mapping[str, Any]:

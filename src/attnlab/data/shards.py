@@ -66,6 +66,8 @@ class Prepared:
     def open(cls, folder: str | Path) -> Prepared:
         """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
         path = expanded(folder)
+        if not path.name:
+            raise UserError(f"folder is {quoted(str(folder))}: give the --out folder of 'attnlab prepare'")
         if not (path / "manifest.json").exists():
             if path.with_name(path.name + UNFINISHED).exists():
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,7 +96,8 @@ class CharTokenizer(Complete):
 
     @checked
     def __init__(self, chars: str):
-        assert list(chars) == sorted(set(chars)), "characters must be distinct and in ascending order"
+        if list(chars) != sorted(set(chars)):
+            raise UserError(f"chars is {quoted(chars)}: give distinct characters in ascending order")
         self.chars = chars
         self._points = _code_points(chars)
 
@@ -131,6 +133,7 @@ class CharTokenizer(Complete):
     @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Ids that no character has read as U+FFFD: a model may have more rows."""
+        ids = _whole(ids)
         return "".join(self.chars[i] if 0 <= i < len(self.chars) else "\ufffd" for i in ids)
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +144,16 @@ class CharTokenizer(Complete):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
         return fingerprint_of(self.to_json())
+
+
+def _whole(ids: Any) -> list[int]:
+    """The ids as Python's numbers. UserError for anything else."""
+    if getattr(ids, "ndim", 1) != 1:
+        raise UserError(f"ids is {quoted(ids)}: give token ids in one row")
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise UserError(f"ids is {quoted(ids)}: give token ids, which are whole numbers") from None
 
 
 class ByteTokenizer(Complete):
@@ -167,7 +180,7 @@ class ByteTokenizer(Complete):
 
         The end of a document reads as nothing; ids without a byte, and bytes that are not UTF-8, as U+FFFD.
         """
-        return text_of(BYTES, ids)
+        return text_of(BYTES, _whole(ids))
 
     def to_json(self) -> dict[str, Any]:
         """Return the tokenizer as JSON, which `from_json` reads."""

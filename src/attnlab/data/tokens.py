@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, quoted
+from ..ranges import Size, check_value
 
 DocumentStarts = np.ndarray | Callable[[], np.ndarray] | None  # where each begins; see `Tokens`
 UNKNOWN = -1  # bytes of a text
@@ -51,6 +52,10 @@ class Tokens:
         text_bytes: int | None = None,
     ) -> Tokens:
         """Return a row in memory. `UserError` where `ids` are no whole numbers in a row."""
+        check_value("text_bytes", text_bytes, Size | None)
+        starts = np.empty(0, int) if documents is None or callable(documents) else np.asarray(documents)
+        if starts.ndim != 1 or (len(starts) and not np.issubdtype(starts.dtype, np.integer)):
+            raise UserError(f"documents is {quoted(documents)}: give where each document begins, or None")
         row = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
         if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not len(row)):
             raise UserError(f"ids is {quoted(ids)}: give token ids in one row")

@@ -35,7 +35,7 @@ from ..data.texts import read_texts
 from ..data.tokenizer import Tokenizer
 from ..data.tokens import UNKNOWN, Tokens
 from ..device import find_device
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
 from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
@@ -113,7 +113,11 @@ class ScoredDocuments:
 
 def joined(documents: Iterable[Ids]) -> Tokens:
     """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
-    full = [np.asarray(ids) for ids in documents if len(ids)]
+    rows = [np.asarray(ids) for ids in documents]
+    for row in rows:
+        if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
+            raise UserError(f"documents has {quoted(row)}: give the token ids of each document in a row")
+    full = [row for row in rows if len(row)]
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 
@@ -127,7 +131,7 @@ def evaluate(
     stride: Count | None = None,
     batch_size: Count = 8,
     tokenizer: Tokenizer | None = None,
-    front: int | None = None,
+    front: Size | None = None,
     progress: Tell = lambda what, done, of: None,
 ) -> EvalResult:
     """Return how well `model` predicts `documents`: token lists, or a row of tokens that knows where documents begin.

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor
 from ..config import ModelConfig
 from ..errors import UserError
 from ..model import Decoder
@@ -73,6 +74,7 @@ def pattern_scores(pattern: Tensor, segment: Count) -> dict[str, Tensor]:
     `segment` is the length in tokens of the part that is repeated. Entropy is in nats, distance in tokens, all other
     scores are shares of attention.
     """
+    check_tensor("pattern", pattern, "B N L L")
     length = pattern.shape[-1]
     query = torch.arange(length, device=pattern.device)
 

@@ -65,7 +65,7 @@ def patch(
     config = attention.config(mechanism, **{**config_fields(mechanism, model.config, parts), **(options or {})})
     config.check_context(model.config.max_position_embeddings)
     with torch.device("meta"):
-        kept = carried(parts, attention.module(mechanism).Attention(config), keep_output)
+        kept = carried(parts, attention.layer(mechanism, config), keep_output)
     entry = Patch(
         mechanism=mechanism, layers=at, config=dataclasses.asdict(config), keep_output=keep_output, carried=tuple(kept)
     )

@@ -19,7 +19,7 @@ from ..cache import Cache
 from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
 from ..model import FLOAT, Decoder, cache_floats
-from ..ranges import Count, NotNegative, Part, Range, Size, check_fields, checked
+from ..ranges import Count, NotNegative, Part, Range, Size, check_fields, check_value, checked
 from ..runs.tensors import computed
 
 NUMBER = 8  # bytes of a random number
@@ -89,7 +89,8 @@ def generate(  # noqa: PLR0913  # the public function takes the fields of Sampli
     to a minute before the second token (benchmarks/decode.py has what it brings). Raises `UserError` for an empty
     prompt, a token that the model does not know, or a length that learned positions do not reach.
     """
-    sampling = Sampling(n, temperature, top_k, top_p, seed)
+    sampling = Sampling(n, float(temperature), top_k, top_p, seed)
+    stop = [check_value("stop", token, Size) for token in stop]
     check_request(model, prompts, sampling)
     return continuation(model, prompts, sampling, on_token, stop=stop, compile=compile).rows
 
@@ -199,6 +200,8 @@ def uniforms(prompts: Sequence[Sequence[int]], n: Size, seed: Annotated[int, Ran
     """Return float64 numbers in [0, 1), [B n]. A row depends on the seed, its prompt, and earlier rows of that."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
+    if not len(prompts):
+        return torch.empty(0, n, dtype=torch.float64)
     for prompt in map(tuple, prompts):
         entropy = np.random.SeedSequence([seed, seen[prompt], *prompt])
         rows.append(np.random.Philox(entropy).random_raw(n) >> np.uint64(11))

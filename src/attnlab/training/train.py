@@ -165,8 +165,14 @@ def ready(
         log = Log()
     else:
         trainer = Trainer.of(config, corpus, how, processes, folder.stored(newest, "model").all())
-        trainer.strategy.remember(folder.stored(newest, "optimizer"))
         log = Log.of(newest, folder.state(newest))
+        stored = folder.stored(newest, "optimizer")
+        if newest > log.skipped and not stored.names():
+            raise UserError(
+                f"the checkpoint of step {newest} has no optimizer state, so the run cannot go on from there: train "
+                "again into another folder"
+            )
+        trainer.strategy.remember(stored)
     if folder is not None:
         folder.forget_after(-1 if newest is None else newest)
     if past:
