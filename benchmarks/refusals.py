@@ -277,7 +277,8 @@ def main() -> int:
     chosen = [
         (number, case)
         for number, case in enumerate(CASES)
-        if given.only in f"{case.kind}: {case.name}" and zlib.crc32(case.name.encode("utf-8", "replace")) % 100 < given.sample
+        if given.only in f"{case.kind}: {case.name}"
+        and zlib.crc32(case.name.encode("utf-8", "replace")) % 100 < given.sample
     ]
     import torch
 
@@ -300,7 +301,8 @@ def main() -> int:
         (home / "base").mkdir()
         pid = os.fork()  # the parent stays without threads and without state of its own
         if not pid:
-            make_base(home / "base")
+            if any(case.needs for _, case in chosen):
+                make_base(home / "base")
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0, "the base could not be made"
         for number, case in chosen:
@@ -311,8 +313,17 @@ def main() -> int:
                 found = [f"could not be tried: {error!r}"]
             if found:
                 bad[case.kind] += 1
-                said = (home / f"log-{number:04d}-0.err").read_text("utf-8", "replace").strip() if list(home.glob(f"log-{number:04d}-0.err")) else ""
-                print(f"{case.kind}: {case.name}: {'; '.join(found)} | {said[-160:]!r}".encode("utf-8", "backslashreplace").decode(), flush=True)
+                said = (
+                    (home / f"log-{number:04d}-0.err").read_text("utf-8", "replace").strip()
+                    if list(home.glob(f"log-{number:04d}-0.err"))
+                    else ""
+                )
+                print(
+                    f"{case.kind}: {case.name}: {'; '.join(found)} | {said[-160:]!r}".encode(
+                        "utf-8", "backslashreplace"
+                    ).decode(),
+                    flush=True,
+                )
             shutil.rmtree(home / f"{number:04d}", ignore_errors=True)
     print("\n| kind | calls | with problems |\n| --- | --- | --- |")
     for kind in counts:

@@ -23,6 +23,7 @@ from .ranges import (
     Seed,
     Share,
     Size,
+    Word,
     check_fields,
     checked,
 )
@@ -79,7 +80,7 @@ class ModelConfig:
     bias: bool = False
     tied: bool = True  # the output head is the token embedding
     dropout: Probability = 0.0
-    impl: str = "sdpa"
+    impl: Word = "sdpa"
 
     def __post_init__(self) -> None:
         check_fields(self, "model.")
@@ -162,8 +163,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
-    tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
+    source: Word = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
+    tokenizer: Word = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
     val_fraction: Fraction = 0.1  # the last part of a text, never trained on
 
@@ -199,7 +200,7 @@ class TrainConfig:
     save_every: Count = 250
     keep: Size = 2  # the newest checkpoints that stay; 0: all
     log_every: Count = 10
-    device: str = "auto"
+    device: Word = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")

@@ -185,6 +185,10 @@ class Decoder(nn.Module):
         for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
             if value is not None or name == "tokens":
                 check_tensor(name, value, "B L", whole=True)
+        for name, value in (("positions", positions), ("documents", documents)):
+            rows = (len(tokens),) if name == "documents" else (1, len(tokens))
+            if value is not None and (len(value) not in rows or value.shape[1] != tokens.shape[1]):
+                raise UserError(f"{name} has the shape {tuple(value.shape)}: give {tuple(tokens.shape)}, as of tokens")
         if cache is not None and not (
             isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)
         ):
@@ -204,6 +208,9 @@ class Decoder(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats per token. `targets`: B L; -1: it does not count."""
         check_tensor("targets", targets, "B L", whole=True)
+        check_tensor("tokens", tokens, "B L", whole=True)
+        if targets.shape != tokens.shape:
+            raise UserError(f"targets has the shape {tuple(targets.shape)}: give {tuple(tokens.shape)}, as of tokens")
         logits, _ = self(tokens, documents=documents)
         try:
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)

@@ -34,6 +34,8 @@ def rope(
     """
     check_tensor("x", x, "B L N H")
     check_tensor("positions", positions, "B L", whole=True)
+    if positions.shape[1] != x.shape[1] or len(positions) not in (1, len(x)):
+        raise UserError(f"positions has the shape {tuple(positions.shape)}: give {tuple(x.shape[:2])}, as of x")
     if theta is None:
         return x
     theta = check_theta(theta)
@@ -126,6 +128,8 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     """
     check_call(q, k, v, q_pos, k_pos)
     scale = check_rule(mask, q.shape[-1] ** -0.5 if scale is None else scale, keep)
+    if keep is not None and keep.shape[2:] != (q.shape[1], k.shape[1]):
+        raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q.shape[1]} {k.shape[1]}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
     pairs = Pairs(mask, q_pos, k_pos, keep)

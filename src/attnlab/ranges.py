@@ -85,6 +85,13 @@ Threads = Annotated[int, Range(1, 4096)]  # of one process
 Runs = Annotated[int, Range(1, 10_000)]  # of one mechanism
 Probability = Annotated[float, Range(least=0, below=1)]  # of what must not always happen
 
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """The mark of a text that is not empty."""
+
+
+Word = Annotated[str, Filled()]
 Kind = Callable[[str, Any], Any]  # takes a name and a value, returns the value, or raises `UserError`
 
 
@@ -154,6 +161,8 @@ def kinds_in(cls: type) -> list[tuple[str, Kind, bool]]:
 def kind_in(hint: Any) -> Kind:
     """Return the check of an annotation; one that is not known here lets everything pass."""
     limits = range_of(hint)
+    if Filled() in getattr(hint, "__metadata__", ()):
+        return _filled
     while typing.get_origin(hint) in (Annotated, typing.Required, typing.NotRequired):
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -163,7 +172,7 @@ def kind_in(hint: Any) -> Kind:
     if typing.is_typeddict(hint):
         return _record(hint)
     if typing.get_origin(hint) is dict or (typing.get_origin(hint) is Mapping and typing.get_args(hint)[1] is not Any):
-        return _dictionary(kind_in(typing.get_args(hint)[1]))
+        return _dictionary(kind_in(typing.get_args(hint)[1]), typing.get_args(hint)[0])
     if typing.get_origin(hint) in (tuple, list):
         return _sequence(typing.get_origin(hint), typing.get_args(hint))
     if typing.get_origin(hint) is Sequence:
@@ -238,6 +247,12 @@ def _instance(hint: Any) -> Kind:
         return value
 
     return check
+
+
+def _filled(name: str, value: Any) -> Any:
+    if isinstance(value, str) and not value:
+        raise UserError(f"{name} is '': it must be a text that is not empty")
+    return kind_in(str)(name, value)
 
 
 LISTS = (Sequence, Iterable, Collection)
@@ -319,11 +334,13 @@ def _record(cls: Any) -> Kind:
     return check
 
 
-def _dictionary(kind: Kind) -> Kind:
+def _dictionary(kind: Kind, key: Any = Any) -> Kind:
     """The check of an object whose fields are all of one kind."""
 
     def check(name: str, value: Any) -> Any:
         _object(name, value)
+        if key is str and not all(isinstance(field, str) for field in value):
+            raise UserError(f"{name} is {quoted(value)}: the names of its fields must be texts")
         try:
             for part in value.values():
                 kind(name, part)

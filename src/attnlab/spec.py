@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError, choose, quoted
-from .ranges import Count, Positive, Probability, Size, Total, check_fields, checked
+from .ranges import Count, Positive, Probability, Size, Total, Word, check_fields, checked
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class AttentionConfig:
     rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
     dropout: Probability = 0.0  # on attention weights, while training
-    impl: str = "sdpa"  # the kernel; never changed silently
+    impl: Word = "sdpa"  # the kernel; never changed silently
 
     summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
     formula: ClassVar[str] = ""  # one line of mathematics

@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ def audit_target(target: str, *, tell: Tell | None = None, **instructions: Any) 
     instructions: fields of `Instructions`. tell: called with (law, how many are done, how many there are). UserError
     where it could not run. The code of the target runs in this process; `apart.audit_apart` gives it one of its own.
     """
+    for name in instructions:
+        choose("instruction", name, [field.name for field in fields(Instructions)])
     how = Instructions(**instructions)
     how.check()
     if target in attention.names():

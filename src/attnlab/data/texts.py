@@ -46,6 +46,8 @@ def from_texts(
     """
     if not len(texts):
         raise UserError("texts is empty: give at least one")
+    if not any(texts):
+        raise UserError("the text is empty: give one that has characters")
     made = tokenizer or CharTokenizer.of("".join(texts))
     end = [] if made.end is None else [np.array([made.end], np.int32)]
     documents = [np.concatenate([made.encode_array(text), *end]) for text in texts]

@@ -96,7 +96,7 @@ class CharTokenizer(Complete):
 
     @checked
     def __init__(self, chars: str):
-        if list(chars) != sorted(set(chars)):
+        if not chars or list(chars) != sorted(set(chars)):
             raise UserError(f"chars is {quoted(chars)}: give distinct characters in ascending order")
         self.chars = chars
         self._points = _code_points(chars)

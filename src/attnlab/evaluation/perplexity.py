@@ -113,11 +113,9 @@ class ScoredDocuments:
 
 def joined(documents: Iterable[Ids]) -> Tokens:
     """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
-    rows = [np.asarray(ids) for ids in documents]
-    for row in rows:
-        if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
-            raise UserError(f"documents has {quoted(row)}: give the token ids of each document in a row")
-    full = [row for row in rows if len(row)]
+    full = [row for row in map(np.asarray, documents) if row.ndim != 1 or len(row)]
+    if wrong := [row for row in full if row.ndim != 1 or row.dtype.kind not in "iu"]:
+        raise UserError(f"documents has {quoted(wrong[0])}: give the token ids of each document in a row")
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 

@@ -168,10 +168,7 @@ def ready(
         log = Log.of(newest, folder.state(newest))
         stored = folder.stored(newest, "optimizer")
         if newest > log.skipped and not stored.names():
-            raise UserError(
-                f"the checkpoint of step {newest} has no optimizer state, so the run cannot go on from there: train "
-                "again into another folder"
-            )
+            raise UserError(f"the checkpoint of step {newest} has no optimizer state: train again into another folder")
         trainer.strategy.remember(stored)
     if folder is not None:
         folder.forget_after(-1 if newest is None else newest)
