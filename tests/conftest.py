@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,22 @@ class Hook(MetaPathFinder):
 
 assert not [name for name in sys.modules if name.startswith(CHECKED)], "imported before it could be checked"
 sys.meta_path.insert(0, Hook())
+
+
+@pytest.fixture
+def audited_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`attnlab audit` judges in this process, where PyTorch is imported already; tests/audit/test_apart.py tries real
+    ones. What it is told goes through JSON, as on the way to a process and back."""
+    from attnlab.audit import apart
+    from attnlab.audit.result import Audit
+    from attnlab.audit.target import audit_target
+
+    def here(target: str, *, seconds: float, tell: Any = None, **instructions: Any) -> Audit:
+        order = json.loads(json.dumps(instructions))
+        found = json.loads(json.dumps(audit_target(target, tell=tell, **order).to_dict()))
+        return Audit.from_dict(found)
+
+    monkeypatch.setattr(apart, "audit_apart", here)
 
 
 @pytest.fixture(scope="module")

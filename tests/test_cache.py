@@ -172,3 +172,51 @@ def test_rope_turns_pairs_and_keeps_lengths_in_bfloat16_at_large_positions():
     torch.testing.assert_close(y[:, 0], x[:, 0])
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(rope(x.bfloat16(), positions, 10_000.0).float(), y, atol=0.06, rtol=0.02)
+
+
+ALONE = CacheSpec({}, state={"matrix": (2, 3)})
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_a_cache_of_state_alone_has_room_for_any_number_of_tokens(ragged, tmp_path):
+    store = Cache.empty(ALONE, 2, 3, ragged=ragged, dtype=torch.bfloat16)
+    assert store.state["matrix"].dtype == torch.float32
+    before = store.allocated_bytes()
+    for start in range(0, 4000, 1000):
+        seen, store = extend(store, torch.arange(start, start + 1000).expand(2, -1))
+        store = store.with_state(matrix=store.state["matrix"] + 1)
+    assert store.tokens == 4000 and store.held == seen.positions.shape[1] == 0
+    assert store.allocated_bytes() == before == store.nbytes() == 2 * 6 * 4 == 2 * ALONE.nbytes(4000, 2)
+    assert store.positions.numel() <= 2
+    for same in (
+        store.fork(),
+        store.widened(9999, ragged=True),
+        cache.load_cache(cache.save_cache([store], tmp_path / "c"))[0],
+    ):
+        assert same.tokens == 4000 and same.state["matrix"].eq(4).all() and same.state["matrix"].dtype == torch.float32
+    with pytest.raises(UserError, match="it keeps a running state; fork it before"):
+        store.rewind(1)
+
+
+def test_a_saved_cache_with_a_narrow_state_is_read_in_float32(tmp_path):
+    """As older versions wrote it: state in the cache's dtype, and positions for every token."""
+    old = Cache.empty(ALONE, 2, 3, dtype=torch.bfloat16)
+    old = cache.replace(
+        old, state={"matrix": torch.ones(2, 2, 3).bfloat16()}, positions=torch.full((2, 4), -1), capacity=3, tokens=3
+    )
+    (new,) = cache.load_cache(cache.save_cache([old], tmp_path / "c"))
+    assert new.state["matrix"].dtype == torch.float32 and new.tokens == 3
+    _, new = extend(new, torch.arange(3, 9).expand(2, -1))
+    assert new.tokens == 9
+
+
+def test_bytes_count_rows_in_the_cache_s_dtype_and_state_in_its_own():
+    spec = CacheSpec({"k": (3,)}, state={"s": (5,)}, beside={"x": CacheSpec({"m": (2,)}, every=2, state={"t": (1,)})})
+    store = Cache.empty(spec, 1, 4, dtype=torch.bfloat16)
+    assert spec.nbytes(0, 2) == store.nbytes() == 4 * 6
+    positions = torch.arange(4)[None]
+    _, store = extend(store, positions, k=torch.ones(1, 4, 3))
+    _, beside = extend(store.beside["x"], positions[:, :2], 4, m=torch.ones(1, 2, 2))
+    store = cache.replace(store, beside={"x": beside})
+    assert store.nbytes() == spec.nbytes(4, 2) == 2 * (12 + 4) + 4 * 6 == spec.read_nbytes(4, 2)
+    assert spec.nbytes(4, 8) == 8 * spec.floats(4)

@@ -51,6 +51,8 @@ ORDER = [
     "cache",
     "documents",
     "ops",
+    "scan",
+    "recurrence",
     "feed_forward",
     "attention",
     "model",
@@ -87,6 +89,7 @@ LISTINGS = (
     "training/strategies",
 )
 NAMES = sorted(f.stem for f in (SRC / "attention").glob("*.py") if f.stem != "__init__")
+HOMONYMS = {"linear"}  # a rule of rotary scaling and an operation of PyTorch have this name too
 # These speak of mechanisms by name: presets, the default of a model, and what a model is converted into or read from.
 NAME_MECHANISMS = ("attention/", "presets.py", "config.py", "convert/", "pretrained/families/")
 
@@ -245,7 +248,7 @@ def names_of_mechanisms(file: Path) -> Found:
     if inside(file, *NAME_MECHANISMS):
         return
     for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.Constant) and node.value in NAMES:
+        if isinstance(node, ast.Constant) and node.value in NAMES and node.value not in HOMONYMS:
             yield node.lineno, f"names the mechanism {node.value!r}"
     for node, base, name in imported(file):
         if base.startswith("attnlab.attention.") or (base == "attnlab.attention" and name in NAMES):

@@ -1,12 +1,14 @@
 """The decoder: parameter counts, experts, hybrids, losses that ride along."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from attnlab import attention, presets
+from attnlab.attention import gqa
 from attnlab.config import ExpertsConfig, ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from attnlab.errors import UserError
 from attnlab.feed_forward import Experts
@@ -294,3 +296,32 @@ def test_one_layer_may_have_options_of_its_own():
     for wrong in ("mla@0", "mla@4", "mla@x"):
         with pytest.raises(UserError, match=wrong):
             replace(config, options={wrong: {"kv_rank": 8}})
+
+
+def fill(layer: torch.nn.Linear) -> None:
+    layer.bias.data.fill_(5.0)
+
+
+def swap(layer: torch.nn.Linear) -> None:
+    layer.bias = torch.nn.Parameter(torch.full_like(layer.bias, 5.0))
+
+
+def plainly(layer: torch.nn.Linear) -> None:
+    torch.nn.init.constant_(layer.bias, 5.0)
+
+
+@pytest.mark.parametrize("how", [fill, swap, plainly])
+def test_weights_that_a_mechanism_sets_itself_stay(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sets(gqa.Attention):
+        def __init__(self, config: gqa.Config) -> None:
+            super().__init__(config)
+            self.forget = torch.nn.Linear(config.d_model, 3)
+            how(self.forget)
+
+    monkeypatch.setattr(gqa, "Attention", Sets)
+    torch.manual_seed(0)
+    model = Decoder(replace(SMALL, mechanisms=("gqa",), bias=True))
+    for block in model.blocks():
+        assert bool((block.attention.forget.bias == 5).all())
+        assert 0.015 < block.attention.forget.weight.std() < 0.025, "what it left alone follows the rule"
+        assert not block.attention.qkv.bias.any()

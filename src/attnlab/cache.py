@@ -2,7 +2,8 @@
 
 A mechanism declares the shape of its cache (`CacheSpec`), and a `Cache` has that shape. A cache is a value: a call
 takes one and returns one, and no module keeps any, so prompts can be forked, saved, batched and rewound. Rows are
-preallocated and written in place, so use it without gradients, and `fork` before two continuations of one prompt.
+preallocated and written in place, so use it without gradients, and `fork` before two continuations of one prompt. State
+is kept in float32 at least, because what is rounded at every token adds up.
 """
 
 from __future__ import annotations
@@ -64,16 +65,23 @@ class Cache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cache:
+<<<<<<< HEAD
         """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ."""
         check_device(device)
+=======
+        """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ.
+
+        A cache of state alone takes any number of tokens, and the same room for all.
+        """
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
         _check_memory(spec, batch, max_len, dtype, device)
-        capacity = spec.slots(max_len)
+        capacity = spec.slots(max_len) if spec.rows else 0
         columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache
         return cls(
             spec=spec,
             positions=torch.full((batch, columns), -1, device=device),
             rows={n: torch.zeros(batch, columns, *s, dtype=dtype, device=device) for n, s in spec.rows.items()},
-            state={n: torch.zeros(batch, *s, dtype=dtype, device=device) for n, s in spec.state.items()},
+            state={n: torch.zeros(batch, *s, dtype=state_dtype(dtype), device=device) for n, s in spec.state.items()},
             beside={
                 n: cls.empty(s, batch, max_len, ragged=ragged, dtype=dtype, device=device)
                 for n, s in spec.beside.items()
@@ -139,8 +147,10 @@ class Cache:
 
     def nbytes(self) -> int:
         """Return `floats` in bytes."""
-        sample = next(iter((*self.rows.values(), *self.state.values())), None)
-        return self.floats() * (sample.element_size() if sample is not None else 0)
+        live = int((self.positions[:, : self.capacity] >= 0).sum())
+        rows = live * sum(t.shape[2:].numel() * t.element_size() for t in self.rows.values())
+        state = sum(t.numel() * t.element_size() for t in self.state.values())
+        return rows + state + sum(c.nbytes() for c in self.beside.values())
 
     def allocated_bytes(self) -> int:
         """Return the bytes of all buffers, filled or not, positions left out."""
@@ -153,6 +163,11 @@ class Cache:
         for name, cache in self.beside.items():
             out |= cache._tensors(f"{prefix}{name}/")
         return out
+
+
+def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of state in a cache of `dtype` (None: the default): float32 at least."""
+    return torch.promote_types(torch.get_default_dtype() if dtype is None else dtype, torch.float32)
 
 
 Output = tuple[Tensor, Cache | None]  # of a mechanism's forward: y (B L D), and the cache where one was given
@@ -184,6 +199,8 @@ def extend(
         return Seen(positions, new), None
     passed = positions.shape[1] if tokens is None else tokens
     after = replace(cache, tokens=cache.tokens + passed)
+    if not cache.rows:  # state alone, of which any number of tokens makes no more
+        return Seen(positions[:, :0], {}), after
     if cache.capacity == cache.spec.keep and after.tokens > cache.capacity:
         return _extend_ring(cache, after, positions, new)
     _check_room(cache, after, positions)
@@ -197,8 +214,8 @@ def _check_memory(
     """Raise `UserError` for a cache that is larger than the memory it would lie in; nothing is allocated."""
     place = torch.get_default_device() if device is None else torch.device(device)
     if place.type in ("cpu", "cuda"):
-        size = (torch.get_default_dtype() if dtype is None else dtype).itemsize
-        needed = size * batch * spec.floats(max_len)
+        width = (torch.get_default_dtype() if dtype is None else dtype).itemsize
+        needed = batch * spec.nbytes(max_len, width)
         what = f"a cache of {batch:,} sequences of {max_len:,} tokens"
         check_room(what, needed, "ask for fewer or shorter ones", place)
 
@@ -300,12 +317,13 @@ def _describe(cache: Cache) -> dict[str, Any]:
 def _restore(layer: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Cache:
     beside = {n: _restore(c, tensors, f"{prefix}{n}/") for n, c in layer["beside"].items()}
     shapes = {part: {n: tuple(s) for n, s in layer["spec"][part].items()} for part in ("rows", "state")}
+    state = {n: tensors[f"{prefix}state.{n}"] for n in layer["spec"]["state"]}
     spec = CacheSpec(**{**layer["spec"], **shapes, "beside": {n: c.spec for n, c in beside.items()}})
     return Cache(
         spec=spec,
         positions=tensors[f"{prefix}positions"],
         rows={n: tensors[f"{prefix}row.{n}"] for n in spec.rows},
-        state={n: tensors[f"{prefix}state.{n}"] for n in spec.state},
+        state={n: t.to(state_dtype(t.dtype)) for n, t in state.items()},
         beside=beside,
         capacity=layer["capacity"],
         tokens=layer["tokens"],

@@ -1,7 +1,7 @@
 """The catalogue of mechanisms: for `attnlab list`, and for the table in docs/mechanisms.md.
 
-Nothing is written by hand. Cache sizes come from `cache_spec`, parameters are counted on the meta device, and the words
-are class variables of each Config. Laws are only declared here; `attnlab audit NAME` runs them.
+Nothing is written by hand. Cache sizes come from `cache_spec`, parameters are counted, and the words are class
+variables of each Config. Laws are only declared here; `attnlab audit NAME` runs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _record(name: str) -> dict[str, Any]:
     try:
         module = attention.module(name)
         config: AttentionConfig = attention.config(name, **SHAPE)
-        with torch.device("meta"):
+        with torch.random.fork_rng([]):  # made in full: on the meta device it would import all of torch.compile
             parameters = sum(p.numel() for p in module.Attention(config).parameters())
     except (Exception, SystemExit) as error:  # a broken mechanism must not hide the others
         return {"name": name, "error": str(error) if isinstance(error, UserError) else f"it cannot be built: {error!r}"}
@@ -85,7 +85,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             number(r["floats_per_token"]),
             number(r["floats_at_context"]),
             number(r["parameters"]),
-            ", ".join(r["impls"]),
+            ", ".join(r["impls"]) or "none",
             "yes" if r["rewinds"] else "no",
             laws_in_words(r),
         ]

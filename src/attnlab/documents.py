@@ -32,7 +32,7 @@ class PackedRows:
     positions: Tensor  # N M: positions in the documents; -1 after the end of one that is shorter than the longest
 
     @classmethod
-    @torch.compiler.disable  # its shapes follow from the data
+    @torch._disable_dynamo  # its shapes follow from the data; torch.compiler.disable would import the compiler here
     def of(cls, documents: Tensor) -> PackedRows:
         """Return the places for `documents` (B L, int): neighbours with one number are one document, -1 is padding."""
         check_tensor("documents", documents, "B L", whole=True)

@@ -173,3 +173,12 @@ def _apart(angles: Sequence[Sequence[float]]) -> str:
 def escaped(text: str) -> str:
     """Return `text` with line breaks and other control characters written as escapes, as in names of files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parameter_difference(own: float | None, base: float | None) -> str:
+    """Return how many more or fewer parameters a model has than its baseline, in words; "" where it is 1 % or less."""
+    percent = 100 * (own - base) / base if own and base else 0.0
+    if abs(percent) <= 1:
+        return ""
+    size = f"{abs(percent):.1f}" if abs(percent) < 10 else f"{abs(percent):,.0f}"
+    return f"{size} % {'more' if percent > 0 else 'fewer'} parameters"

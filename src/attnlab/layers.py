@@ -12,6 +12,8 @@ products together. Here one 64-bit draw decides for four elements. On other devi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,40 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.resolved_norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.resolved_norm_eps, bias=config.bias)
+
+
+@contextmanager
+def default_weights() -> Iterator[Callable[[Tensor | None], bool]]:
+    """Yield a function that tells whether a parameter still has the values that PyTorch gave it in this context.
+
+    It knows the weights and biases of linear layers and embeddings that are made while the context is open.
+    """
+    given: dict[int, float] = {}
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
+    resets = [kind.reset_parameters for kind in kinds]
+
+    def watched(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+        def reset_parameters(layer: Any) -> None:
+            reset(layer)
+            given.update({id(p): _sum(p) for p in layer.parameters(recurse=False)})
+
+        return reset_parameters
+
+    def untouched(parameter: Tensor | None) -> bool:
+        return parameter is not None and given.get(id(parameter)) == _sum(parameter)
+
+    for kind, reset in zip(kinds, resets, strict=True):
+        kind.reset_parameters = watched(reset)
+    try:
+        yield untouched
+    finally:
+        for kind, reset in zip(kinds, resets, strict=True):
+            kind.reset_parameters = reset
+
+
+def _sum(parameter: Tensor) -> float:
+    """Return a number that changes with the values of a parameter; 0 where it has none, on the meta device."""
+    return 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64))
 
 
 class Dropout(nn.Dropout):

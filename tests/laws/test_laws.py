@@ -20,6 +20,7 @@ from attnlab.attention import gqa, mla, sliding
 from attnlab.config import ModelConfig
 from attnlab.errors import UserError
 from attnlab.laws import LAWS, check_attention, check_class, check_mechanism, check_module, verdict
+from attnlab.laws.counting import count
 from attnlab.laws.interface import separate
 from attnlab.laws.state import unchanged
 from attnlab.laws.subject import Broken, ranges
@@ -41,24 +42,28 @@ def test_every_mechanism_obeys_every_law_but_those_it_says_it_breaks(name, law):
 COMPILE = """
 import json, sys
 from broken import interface
-from attnlab import attention, laws
+from attnlab import laws
 from attnlab.attention import gqa
-found = [result for name in attention.names() for result in laws.check_mechanism(name, laws=["compile"])]
+found = [result for name in sys.argv[1:] for result in laws.check_mechanism(name, laws=["compile"])]
 found += laws.check_class("LooksAtData", gqa.Config, interface.LooksAtData, laws=["compile"])
 print(json.dumps([result.to_dict() for result in found]))
 """
+PARTS = 2  # processes, which workers of the tests can share
 
 
 @pytest.mark.slow
-def test_every_mechanism_compiles_and_what_does_not_is_caught():
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_mechanism_compiles_and_what_does_not_is_caught(part):
     """In a process of its own: the checkers of shapes that conftest.py installs cannot be traced."""
+    names = attention.names()[part::PARTS]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", COMPILE, *names]
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     results = {result["mechanism"]: result for result in json.loads(run.stdout)}
     caught = results.pop("LooksAtData")
     assert caught["status"] == "broken" and "data-dependent expression" in caught["detail"]
     assert {name: result["detail"] for name, result in results.items() if result["status"] != "holds"} == {}
-    assert set(results) == set(attention.names())
+    assert set(results) == set(names)
 
 
 def test_what_a_config_says_it_breaks_is_a_law():
@@ -278,6 +283,12 @@ MECHANISMS = {
     "WrongBackward": (gqa.Config, interface.WrongBackward),
     "DependsOnTheKernel": (gqa.Config, interface.DependsOnTheKernel),
     "SharedWeights": (gqa.Config, interface.SharedWeights),
+    "RoundsItsState": (interface.linear.Config, interface.RoundsItsState),
+    "SmugglesItsBias": (interface.mha.Config, interface.SmugglesItsBias),
+    "TakesAPauseForZeros": (interface.KeepsOneToken, interface.TakesAPauseForZeros),
+    "MultipliesOneTerm": (gqa.Config, interface.MultipliesOneTerm),
+    "DrawsOtherMaps": (gqa.Config, interface.DrawsOtherMaps),
+    "CountsTwice": (gqa.Config, interface.CountsTwice),
 }
 INTERFACE = [
     ("DropsItsState", "chunks", r"decoding 2 tokens one token at a time, output 1 moves by"),
@@ -298,6 +309,24 @@ INTERFACE = [
     ("FlattersItself", "flops", r"37 new tokens of 37: counted 317312 FLOPs per sequence, declared 142080"),
     ("WrongBackward", "gradients", r"the gradient of \S+ is \S+, the difference in its direction"),
     ("DependsOnTheKernel", "kernels", r"sdpa: the plain output differs from the reference by"),
+    ("DrawsOtherMaps", "attention maps", r"map 0 times its values, output \d+ moves by"),
+    (
+        "CountsTwice",
+        "attention maps",
+        r"a row of the layer sums to 2 over its 2 maps: give each call",
+    ),
+    (
+        "RoundsItsState",
+        "long bfloat16",
+        r"the error of 192 tokens decoded after 832 is \S+ of the output; the budget is",
+    ),
+    ("SmugglesItsBias", "long bfloat16", r"the error over 1024 tokens is \S+ of the output; the budget is 0.031"),
+    (
+        "TakesAPauseForZeros",
+        "pads anywhere",
+        r"sequence 1 with 13 pads of not numbers between its tokens, in one pass, output \d+ moves by",
+    ),
+    ("MultipliesOneTerm", "flops", r"37 new tokens of 37: counted 319088 FLOPs per sequence, declared 317312"),
     ("SharedWeights", "own layers", r"layer 1 has no mix.weight of its own: it is layer 0's mix.weight"),
 ]
 
@@ -307,6 +336,24 @@ def test_a_mistake_behind_the_interface_is_caught_with_a_counterexample(name, la
     (result,) = check_class(name, *MECHANISMS[name], laws=[law])
     assert result.status == "broken"
     assert re.search(text, result.detail), result.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [("RoundsItsState", "bfloat16"), ("SmugglesItsBias", "bfloat16"), ("TakesAPauseForZeros", "left padding")],
+)
+def test_what_only_a_long_or_a_pausing_sequence_shows_passes_the_short_law(name, law):
+    (result,) = check_class(name, *MECHANISMS[name], laws=[law])
+    assert result.status == "holds", result.detail
+
+
+def test_products_are_counted_alike_however_many_terms_their_sums_have():
+    x = torch.randn(2, 5, 1)
+    w = torch.randn(1, 3)
+    for one_term in (lambda: x @ w, lambda: torch.einsum("bld,de->ble", x, w)):
+        assert count(one_term) == 2 * 2 * 5 * 3
+    assert count(lambda: torch.einsum("bld,de->ble", x.expand(2, 5, 4), w.expand(4, 3))) == 2 * 2 * 5 * 4 * 3
+    assert count(lambda: torch.einsum("bl,e->ble", x[..., 0], w[0])) == 0  # nothing is summed
 
 
 def test_a_closure_that_runs_the_last_layer_in_every_layer_is_caught():

@@ -114,6 +114,23 @@ def test_headline_says_what_was_found_and_no_more(found: Findings, title: str) -
     assert headline(found)[0] == title
 
 
+def test_headline_names_a_difference_in_parameters() -> None:
+    sizes = {"mha": 1000, "mlp_latent": 1400, "mla": 985, "gqa": 990, "mqa": 850}
+    found = findings(
+        mlp_latent=(-0.02, (-0.03, -0.01), BETTER),
+        gqa=(-0.01, (-0.02, -0.005), BETTER),
+        mla=(0.0, (-0.01, 0.01), SAME),
+        mqa=(0.1, (0.05, 0.15), WORSE),
+    )
+    found = replace(found, cells=[replace(cell, parameters=sizes[cell.mechanism]) for cell in found.cells])
+    title, details = headline(found)
+    assert title == "mlp_latent (40 % more parameters) and gqa learn better than mha."
+    said = " ".join(details)
+    assert (
+        "mla (1.5 % fewer parameters) is not distinguishable" in said and "mqa (15 % fewer parameters) learns" in said
+    )
+
+
 def test_a_lower_loss_that_is_not_distinguishable_is_never_called_better() -> None:
     title, details = headline(findings(gqa=(-0.5, (-1.2, 0.2), SAME), mqa=(-0.1, (-0.3, 0.1), SAME)))
     said = " ".join([title, *details])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from attnlab.cli import main as cli
 from attnlab.files import alone
 from attnlab.runs.folder import RunFolder
 
@@ -27,8 +28,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 def alone(tmp_path_factory: pytest.TempPathFactory) -> float:
     """What one process makes of it."""
     home = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "attnlab", *TRAIN, "--out", "run"]
-    subprocess.run(command, cwd=home, env=os.environ | QUIET, check=True, capture_output=True, timeout=600)
+    assert cli.main([*TRAIN, "--out", str(home / "run")]) == 0
     return loss(home / "run")
 
 

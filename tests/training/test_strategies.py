@@ -27,6 +27,7 @@ from attnlab.errors import UserError
 from attnlab.evaluation.perplexity import evaluate_source
 from attnlab.inference.generate import Sampling
 from attnlab.inference.text import sample_run
+from attnlab.results import RunResult
 from attnlab.runs import folder as run_folder
 from attnlab.runs.folder import RunFolder
 from attnlab.training import strategies as registry
@@ -56,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(home: Path, name: str, **fields: Any) -> RunConfig:
-    steps = {"steps": STEPS.get(name, 50), "warmup": 5, "log_every": 1, "eval_every": 25, "save_every": 1000}
+    steps = {"steps": STEPS.get(name, 20), "warmup": 5, "log_every": 1, "eval_every": 10, "save_every": 1000}
     train = tiny_training(**{**steps, "batch_size": 4, "lr": 3e-3, "eval_batches": 3, **fields})
     return tiny_run(home, name=name, text=TEXT, model=tiny_model(d_model=20, **MODELS[name]), train=train, seed=3)
 
@@ -122,12 +123,11 @@ def test_the_same_numbers(home: Path, alone: Results, processes: int, names: tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mla", "moe-bias"])
-def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Path, name: str) -> None:
-    """Eight launches, across the edge of an epoch (200 windows, 50 steps)."""
-    config = config_of(home, name, steps=60, eval_every=20, log_every=3)
-    whole = train(config, home / f"whole-{name}")
-    out, ways = home / f"travelling-{name}", strategies(home)
+def test_runs_go_on_under_any_other_strategy_and_number_of_processes(home: Path) -> None:
+    """Eight sittings of each of two runs, across the edge of an epoch (200 windows, 50 steps)."""
+    configs = {name: config_of(home, name, steps=60, eval_every=20, log_every=3) for name in ("mla", "moe-bias")}
+    wholes = {name: train(config, home / f"whole-{name}") for name, config in configs.items()}
+    outs, ways = {name: home / f"travelling-{name}" for name in configs}, strategies(home)
     launches = [
         (0, [("single", 6)]),
         (2, [("fsdp", 15), ("zero1", 21), ("zero3", 27), ("ddp", 33)]),
@@ -135,24 +135,31 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(home: Pa
     ]
     for processes, stops in launches:
         jobs = {
-            stop: [
+            (name, stop): [
                 to_dict(config),
-                str(out),
+                str(outs[name]),
                 {"how": {"strategy": ways.get(way, way)}, "stop_at": stop, "resume": True},
             ]
+            for name, config in configs.items()
             for way, stop in stops
         }
-        for stop, result in launch(home, processes, jobs).items():
+        for (_, stop), result in launch(home, processes, jobs).items():
             assert f"stopped after step {stop};" in result.get("stopped", ""), result
-        assert RunFolder.open(out).newest() == stops[-1][1]
-        model, _ = run_folder.load_model(out)  # by one process, whatever wrote it
-        assert sum(p.numel() for p in model.parameters()) == whole.parameters
-    result = train(config, out, resume=True)
+        for name, out in outs.items():
+            assert RunFolder.open(out).newest() == stops[-1][1]
+            model, _ = run_folder.load_model(out)  # by one process, whatever wrote it
+            assert sum(p.numel() for p in model.parameters()) == wholes[name].parameters
+    for name, config in configs.items():
+        ends_as(wholes[name], home / f"whole-{name}", train(config, outs[name], resume=True), outs[name])
+
+
+def ends_as(whole: RunResult, untouched: Path, result: RunResult, out: Path) -> None:
+    """A run of 60 steps that travelled has the numbers of one that did not."""
     assert result.status == "done" and [step for step, _ in result.curve] == [20, 40, 60]
     for curve in ("curve", "train_curve"):
         found, expected = (torch.tensor(getattr(run, curve)) for run in (result, whole))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    one, other = RunFolder.open(home / f"whole-{name}").load(), RunFolder.open(out).load()
+    one, other = RunFolder.open(untouched).load(), RunFolder.open(out).load()
     assert one.model.keys() == other.model.keys() and one.optimizer.keys() == other.optimizer.keys()
     for key, value in one.optimizer.items():
         torch.testing.assert_close(other.optimizer[key], value, rtol=1e-2, atol=1e-5, msg=key)

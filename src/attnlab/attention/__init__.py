@@ -103,6 +103,17 @@ def declared(name: str, variable: str) -> Any:
         return None
 
 
+@cache
+def defines(name: str, function: str) -> bool:
+    """Return whether a mechanism's module defines this function, as its file says, which is not imported."""
+    try:
+        file = _file(name)
+        body = [] if file is None else ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, ImportError, AttributeError):
+        return False
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in body)
+
+
 def _assigned(tree: ast.Module, variable: str) -> ast.expr | None:
     """The value that `class Config` gives to `variable`."""
     for node in tree.body:

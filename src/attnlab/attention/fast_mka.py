@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..cache import Cache, Output, extend
 from ..layers import Linear
-from ..ops import attend, ema, rope
+from ..ops import attend, ema
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
-from .gqa import head_norms
+from .gqa import capped, head_norms, turned
 from .mka import make_gate
 
 
@@ -70,13 +70,13 @@ class Attention(nn.Module):
         weight = note("gate", self.gate(q).softmax(-1).to(x.dtype))
         mixed = weight[..., :1] * x + weight[..., 1:] * summary.to(x.dtype)
         k, v = self.kv(mixed).unflatten(-1, (-1, c.head_dim)).chunk(2, 2)
-        q = self.q_norm(q.unflatten(-1, (-1, c.head_dim)))
-        k = self.k_norm(k)
-        q = rope(q, positions, c.rope_theta, (), c.rope_scaling)
-        k = rope(k, positions, c.rope_theta, (), c.rope_scaling)
+        q = turned(self.q_norm(q.unflatten(-1, (-1, c.head_dim))), positions, c)
+        k = turned(self.k_norm(k), positions, c)
         seen, cache = extend(cache, positions, k=k, v=v)
         if cache is not None:
             cache = cache.with_state(ema=summary[:, -1])
         dropout = c.dropout if self.training else 0.0
-        y = attend(q, seen.rows["k"], seen.rows["v"], positions, seen.positions, mask, impl=c.impl, dropout=dropout)
+        rows = seen.rows["k"], seen.rows["v"]
+        rule = capped(c.cap)
+        y = attend(q, *rows, positions, seen.positions, mask, impl=c.impl, dropout=dropout, score=rule)
         return self.o(y.flatten(2)), cache

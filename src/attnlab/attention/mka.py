@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache, Output, Seen, extend
 from ..layers import Linear, linear
-from ..ops import attend, chunk_sums, newest, spread
+from ..ops import chunk_sums, newest, spread
 from ..ranges import Count
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
@@ -35,6 +35,7 @@ class Config(gqa.Config):
     formula = "o[t] = sum_l lambda[t,l] softmax(q[t] (W_k M_l)^T / sqrt(H)) W_v M_l"
     source = "arXiv 2603.20586, made causal"
     caches = "keys and values of every token and of every completed chunk, and one running sum"
+    chooses = True
     swatch = (4, 5, 0)
     impls = ("reference", "sdpa")
     cache_width = "n_kv_heads"
@@ -58,7 +59,7 @@ class Config(gqa.Config):
         kv_size = self.n_kv_heads * self.head_dim
         chunks = keys // self.chunk
         completed = chunks - (keys - queries) // self.chunk
-        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model if queries > 1 else 0  # of one: no product
+        sums = 2 * (queries // self.chunk + 2) * queries * self.d_model
         projections = 4 * completed * self.d_model * kv_size
         gate = 2 * queries * gate_width(self) * (q_size + 3)
         matching = 2 * queries * chunks * kv_size
@@ -97,21 +98,16 @@ class Attention(gqa.Attention):
         seen, after = extend(cache, positions, k=k, v=v)
         chunks, after = self.summarise(x, positions, cache, after)
         recalled = self.recall(q, own, chunks, seen)
-
-        def ask(memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
-            k, v = memory.rows["k"], memory.rows["v"]
-            dropout = c.dropout if self.training else 0.0
-            return attend(q, k, v, at, memory.positions, rule, impl=c.impl, dropout=dropout, keep=keep)
-
-        answers = [
-            ask(seen, positions, replace(mask, window=c.window)),
-            ask(chunks, own - 1, CAUSAL),
-            ask(seen, positions, CAUSAL, recalled),
-        ]
         empty = (positions < c.chunk)[..., None] & torch.tensor([False, True, True], device=x.device)
         weight = note("gate", logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.dtype))
-        weighted = [weight[:, :, i, None, None] * answer for i, answer in enumerate(answers)]
-        y = weighted[0] + weighted[1] + weighted[2]
+
+        def answer(source: int, memory: Seen, at: Tensor, rule: Mask, keep: Tensor | None = None) -> Tensor:
+            part = weight[:, :, source, None].expand(-1, -1, c.n_heads)
+            return part[..., None] * self.ask(q, memory, at, rule, keep=keep, share=part)
+
+        y = answer(0, seen, positions, replace(mask, window=c.window))
+        y = y + answer(1, chunks, own - 1, CAUSAL)
+        y = y + answer(2, seen, positions, CAUSAL, recalled)
         return self.o(y.flatten(2)), after
 
     def summarise(

@@ -13,8 +13,9 @@ W_uv into the output, and attends to the latents themselves. `auto` takes the on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,7 @@ NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "none": nn.Identity}
 class Config(AttentionConfig):
     kv_rank: Count = DERIVED  # R; left out: 4 head_dim
     rope_dim: Size = DERIVED  # left out: head_dim / 2 with rotary positions, 0 without
-    rope_places: tuple[
-        NotNegative, ...
-    ] = ()  # pair i turns by position / theta^place[i]; (): evenly spread from 0 to 1
+    rope_places: tuple[NotNegative, ...] = ()  # pair i turns by position / theta^place[i]; (): evenly from 0 to 1
     v_dim: Count = DERIVED  # left out: head_dim
     q_rank: Size = 0  # 0: queries straight from x
     norm: Literal["rms", "layer", "none"] = "rms"  # of the latents
@@ -47,10 +46,10 @@ class Config(AttentionConfig):
     caches = "one latent of R floats and one rotary key"
     swatch = (1, 1, 0)
     carries = "o"
-    from_latent = ("k_up", "v_up")
     impls: ClassVar[tuple[str, ...]] = ("reference", "sdpa", "flex")
     modes = {"expanded": {"mode": "expanded"}, "absorbed": {"mode": "absorbed"}}
-    cache_width, from_latent = "kv_rank", ("k_up", "v_up")
+    cache_width = "kv_rank"
+    from_latent = ("k_up", "v_up")
     variants = {**modes, "q": {"q_rank": 24, "norm": "layer", "v_dim": 12}, "flat": {"rope_dim": 0, "norm": "none"}}
 
     def __post_init__(self) -> None:
@@ -132,22 +131,25 @@ class Attention(nn.Module):
         c = self.config
         dropout = c.dropout if self.training else 0.0
         absorbed = c.absorbs(q.shape[1], seen.positions.shape[1])
-        q, k, v = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
-        y = attend(q, k, v, positions, seen.positions, mask, self.scale, impl=c.impl, dropout=dropout, keep=keep)
+        heads: tuple[Any, Any, Tensor] = (self.absorb if absorbed else self.expand)(q, seen.rows["latent"])
+        y = attend(*heads, positions, seen.positions, mask, self.scale, impl=c.impl, dropout=dropout, keep=keep)
         if not absorbed:
             return y
         v_up = self.v_up.weight.unflatten(0, (c.n_heads, -1))  # N V R
         return torch.einsum("blnr,nvr->blnv", y, v_up)
 
-    def expand(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, and every head's keys and values, rebuilt from the stored rows (B S (R + rope_dim))."""
+    def expand(self, q: Tensor, stored: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
+        """Return q, and every head's keys and values, rebuilt from the stored rows (B S (R + rope_dim)).
+
+        Queries and keys are in two parts, because the rotary key is one for all heads.
+        """
         c = self.config
         latent, k_rope = stored.split([c.kv_rank, c.rope_dim], -1)
         k = self.k_up(latent).unflatten(-1, (c.n_heads, -1))
         v = self.v_up(latent).unflatten(-1, (c.n_heads, -1))
-        if c.rope_dim:
-            k = torch.cat([k, k_rope[:, :, None].expand(-1, -1, k.shape[2], -1)], -1)
-        return q, k, v
+        if not c.rope_dim:
+            return (q,), (k,), v
+        return q.split([c.head_dim, c.rope_dim], -1), (k, k_rope[:, :, None]), v
 
     def absorb(self, q: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries in latent space, and the stored rows as keys and values of one shared head."""

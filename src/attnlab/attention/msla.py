@@ -42,6 +42,7 @@ class Config(mla.Config):
     formula = "o[t] = mla(x[t]) over top-k_s sum_j w[t,j] relu(qI[t,j] . kI[s])"
     source = "DeepSeek-V3.2 2025, arXiv 2512.02556"
     caches = "one latent, one rotary key and one indexer key"
+    chooses = True
     swatch = (2, 2, 1)
     selects = "top_k"
     impls = ("reference", "sdpa")

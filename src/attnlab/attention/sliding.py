@@ -37,9 +37,13 @@ class Config(gqa.Config):
         return replace(super().cache_spec, keep=self.window)
 
     def flops(self, queries: int, keys: int) -> int:
-        """One new token reads the ring; a longer chunk reads what the ring held, and itself."""
-        read = self.window if queries == 1 else queries + min(keys - queries, self.window)
-        return super().flops(queries, min(keys, read))
+        return super().flops(queries, rows_read(self.window, queries, keys))
+
+
+def rows_read(window: int, queries: int, keys: int) -> int:
+    """Return the stored rows that new tokens read: one reads the ring, a longer chunk what it held, and itself."""
+    read = window if queries == 1 else queries + min(keys - queries, window)
+    return min(keys, read)
 
 
 class Attention(gqa.Attention):

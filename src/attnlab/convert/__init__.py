@@ -1,7 +1,7 @@
 """Conversion of a trained model to another attention, with a certificate of what that did to it.
 
-The source's layers are of the dense family: mha, gqa, mqa, sliding. `targets/` has a file per mechanism that they can
-become; the mathematics is in `low_rank`, `pooling` and `rotary`.
+The source's layers are of the dense family: mha, gqa, mqa, sliding. They become what has a file in `targets/`, and what
+says `weights_from` in its own module (`own_weights`); the mathematics is in `low_rank`, `pooling` and `rotary`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +16,12 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
+<<<<<<< HEAD
 from ..model import Decoder, attention_configs
 from ..ranges import checked
+=======
+from ..model import Decoder, attention_configs, cache_nbytes
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
@@ -89,8 +92,8 @@ def convert(
         method=method,
         rank=request.rank,
         per_layer=request.per_layer,
-        cache_bytes_before=width * sum(_cache_floats(model.config)),
-        cache_bytes_after=width * sum(_cache_floats(new.config)),
+        cache_bytes_before=cache_nbytes(model.config, width),
+        cache_bytes_after=cache_nbytes(new.config, width),
         context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),
@@ -106,7 +109,7 @@ def _cache_floats(config: ModelConfig) -> list[int]:
 
 
 def _widths(
-    target: ModuleType, layers: Sequence[Dense], request: Request, build: Build, config: ModelConfig
+    target: Any, layers: Sequence[Dense], request: Request, build: Build, config: ModelConfig
 ) -> list[dict[str, Any]]:
     """Return the fields of the mechanism's Config that shape each layer, the user's options among them."""
     given = dict(request.options or {})
@@ -136,7 +139,7 @@ def _builder(config: ModelConfig, mechanism: str) -> Build:
 
 
 def _spread(
-    target: ModuleType,
+    target: Any,
     layers: Sequence[Dense],
     fields: Sequence[dict[str, Any]],
     build: Build,
@@ -176,15 +179,16 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the parameters of `layer`. Raises `UserError` where a shape differs."""
     state = layer.state_dict()
     for name, value in tensors.items():
+        if name not in state and name.endswith(".bias") and not value.any():
+            continue
         if name not in state:
-            assert name.endswith(".bias") and not value.any(), f"there is no place for {name}"
-        elif state[name].shape != value.shape:
+            raise UserError(f"the conversion makes {name}, and the layer has no such tensor: it has {', '.join(state)}")
+        if state[name].shape != value.shape:
             raise UserError(
                 f"with these options {name} has the shape {tuple(state[name].shape)}, and the conversion makes "
                 f"{tuple(value.shape)}: leave out the options that change it"
             )
-        else:
-            state[name].copy_(value)
+        state[name].copy_(value)
 
 
 def _measured(source: Decoder, new: Decoder, held_out: Sequence[Tensor], seed: int, tell: Tell) -> dict[str, Any]:

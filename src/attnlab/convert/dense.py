@@ -40,6 +40,11 @@ class Dense:
             )
         assert isinstance(layer, gqa.Attention)
         c: gqa.Config = layer.config
+        if c.rope_dim is not None:
+            raise UserError(
+                f"the source turns {c.rope_dim} of {c.head_dim} dimensions of a head, and cannot be converted: give a "
+                "model that turns all"
+            )
         parts = affine(layer.qkv).unflatten(0, (-1, c.head_dim)).split([c.n_heads, c.n_kv_heads, c.n_kv_heads])
         out = affine(layer.o)
         q, k, v = parts
@@ -81,6 +86,10 @@ class Dense:
     def out(self) -> Tensor:
         """The output matrix with its bias: D (N H + 1)."""
         return torch.cat([self.o.flatten(1), self.o_bias[:, None]], 1)
+
+    def tensors(self, **maps: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of linear layers by name, from affine maps (... (D + 1)), and those of the norms."""
+        return state(**maps) | self.norms
 
 
 def affine(linear: nn.Linear) -> Tensor:

@@ -18,8 +18,12 @@ from ..errors import UserError
 from ..feed_forward import Experts
 from ..measure.counters import peak_growth
 from ..measure.gpus import Gpu
+<<<<<<< HEAD
 from ..model import Decoder, attention_configs, cache_floats, flops_per_token
 from ..ranges import Count, Part, Positive, check_fields, checked
+=======
+from ..model import Decoder, attention_configs, cache_nbytes, flops_per_token
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 from ..results import Record
 from ..training.optimizers import make_optimizers
 from .memory import META, Footprint, footprint, on_meta
@@ -250,7 +254,8 @@ class Sizes:
         if context < 1 or (model.positions == "learned" and context > model.context):
             most = f", and at most {model.context}, its learned positions" if model.positions == "learned" else ""
             raise UserError(f"the context to decode at is {context}: give 1 or more{most}")
-        weights, cache = BF16 * self.parameters, BF16 * cache_floats(model, context)
+        weights = BF16 * self.parameters
+        cache = cache_nbytes(model, BF16, context)
         room = machine.gpus * machine.usable - weights
         most_sequences: int | None
         if cache:
@@ -262,7 +267,7 @@ class Sizes:
         experts = BF16 * sum(e.into.numel() + e.out.numel() for e in self.model.modules() if isinstance(e, Experts))
         always = weights - experts - BF16 * sum(looked_up)
         unused = 1 - model.experts_per_token / model.n_experts  # the chance that a token does not use an expert
-        read = BF16 * sum(layer.cache_spec.read(context) for layer in attention_configs(model))
+        read = sum(layer.cache_spec.read_nbytes(context, BF16) for layer in attention_configs(model))
         flops = flops_per_token(model, context, 1)
 
         def seconds(batch: int) -> float:

@@ -14,8 +14,12 @@ from ..config import ModelConfig
 from ..data.tasks import Task, task_of
 from ..device import find_device
 from ..errors import UserError
+<<<<<<< HEAD
 from ..model import cache_floats
 from ..ranges import Count, checked
+=======
+from ..model import cache_nbytes
+>>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 from ..results import TaskResult
 from ..runs.folder import RunFolder, load_model
 
@@ -62,7 +66,7 @@ def examine(folder: str | Path) -> TaskResult:
                 "length": length,
                 "accuracy": each.accuracy,
                 "exact": each.exact,
-                "cache_bytes": size * cache_floats(config.model, length),
+                "cache_bytes": cache_nbytes(config.model, size, length),
             }
             for length, each in found.items()
         ],

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..model import Block, Decoder
-from ..recording import Maps, record_attention, record_notes
+from ..recording import Attended, Maps, record_attention, record_notes, shared
 from ..spec import AttentionConfig, Mask
 
 
@@ -21,8 +21,8 @@ class Layer:
     """One layer's part of a forward pass over B sequences of L tokens."""
 
     config: AttentionConfig
-    maps: tuple[Tensor, ...]  # attention weights, one tensor per memory, B N L S
-    keys: tuple[Tensor, ...]  # the positions of their keys, B S; -1: no key
+    maps: tuple[Tensor, ...]  # attention weights, one tensor per call of `attend`, B N L S
+    calls: tuple[Attended, ...]  # the companions of each
     gate: Tensor | None  # weights of the memories, B L M; None: there is one memory
     wrote: Tensor  # outputs of the heads, before the output matrix, B L N V
     residual: Tensor  # the residual stream that the layer read, B L D
@@ -30,21 +30,21 @@ class Layer:
     load: Tensor | None  # tokens that each expert got, E; None: the mechanism has no experts
 
     def pattern(self) -> Tensor:
-        """Return the share of its attention that each query gives to each token, B N L L: rows sum to 1.
+        """Return the share of its attention that each query gives to each token, B N L L: rows sum to 1, or to
+        what a sink leaves.
 
-        Several memories are added up by their gate. The weight of a key that stands for a group of tokens is divided
+        Several calls are added up by their shares. The weight of a key that stands for a group of tokens is divided
         among them equally. Raises `UserError` where there is no softmax over tokens, and where the tokens came after
         others in a cache.
         """
         if not self.maps:
             raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
         length = self.wrote.shape[1]
-        gate = self.gate if len(self.maps) > 1 else None  # one map may be of keys that were mixed before
         total = torch.zeros_like(self.maps[0][..., :1]).expand(-1, -1, -1, length).clone()
-        for i, (weights, keys) in enumerate(zip(self.maps, self.keys, strict=True)):
-            share = 1.0 if gate is None else gate[:, None, :, i, None].to(weights.dtype)
-            total += share * _over_tokens(weights, keys, self._group(keys, length), length)
-        return total
+        for weights, call in zip(self.maps, self.calls, strict=True):
+            keys = call.k_pos
+            total += shared(_over_tokens(weights, keys, self._group(keys, length), length), call)
+        return total.repeat_interleave(self.wrote.shape[2] // total.shape[1], 1)  # heads that share a map are equal
 
     def _group(self, keys: Tensor, length: int) -> int:
         """Return the number of tokens that a key stands for."""
@@ -94,7 +94,7 @@ class _Recorder:
             Layer(
                 config=config,
                 maps=tuple(self.maps),
-                keys=tuple(keys for _, keys in self.maps.at),
+                calls=tuple(self.maps.calls),
                 gate=noted.get("gate"),
                 wrote=self.wrote.unflatten(-1, (config.n_heads, -1)),
                 residual=self.residual,
@@ -103,7 +103,6 @@ class _Recorder:
             )
         )
         self.maps.clear()
-        self.maps.at.clear()
         self.notes.clear()
 
 

@@ -88,7 +88,7 @@ def pattern_scores(pattern: Tensor, segment: Count) -> dict[str, Tensor]:
         "duplicate token": weight_on(query - segment, second),
         "induction": weight_on(query - segment + 1, second),
         "first token": weight_on(torch.zeros_like(query), later),
-        "entropy": -torch.xlogy(pattern, pattern).sum(-1).mean(-1),
+        "entropy": -torch.xlogy(pattern.abs(), pattern.abs()).sum(-1).mean(-1),  # a signed map has weights below 0
         "distance": (pattern * (query[:, None] - query)).sum(-1).mean(-1),
     }
     return {name: score.double().cpu() for name, score in found.items()}

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PretrainedConfig
 from .. import attention
 from ..config import from_dict
 from ..errors import UserError, choose
+from ..layers import default_weights
 from ..model import init_weights
 from ..pretrained.families import gpt2, llama
 from .decoder import cached, refuse
@@ -157,8 +158,9 @@ def install(model: Any, patch: Patch) -> None:
         kept = ((model.output,) if patch.keep_output else ()) + model.tail
         like = getattr(host, model.output).weight
         with torch.device(like.device):
-            adapter = Adapter(patch, i, [getattr(host, name) for name in kept])
-            init_weights(adapter.mechanism, len(blocks), model.config.initializer_range)
+            with default_weights() as untouched:
+                adapter = Adapter(patch, i, [getattr(host, name) for name in kept])
+            init_weights(adapter.mechanism, len(blocks), untouched, model.config.initializer_range)
         setattr(blocks[i], model.slot, adapter.to(like.dtype).train(host.training))
 
 

@@ -1,7 +1,7 @@
 """The kernels of softmax attention. `reference` is the specification, gradients included; tests compare the others.
 
-A kernel is a module with `attend(q, k, v, pairs, scale, dropout)`: q B L N H, k B S K H and v B S K V -> B L N V. It
-raises `UserError` for what it cannot do.
+A kernel is a module with `attend(q, k, v, pairs, scoring, dropout)`. q and k are tuples of parts, B L N H and B S K H
+each, v is B S K V, the result B L N V. It raises `UserError` for what it cannot do.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, choose
-from .pairs import Pairs
+from .pairs import Heads, Pairs, Scoring
 
 NAMES = ("reference", "sdpa", "flex")
 
 
-def get(impl: str) -> Callable[[Tensor, Tensor, Tensor, Pairs, float, float], Tensor]:
+def get(impl: str) -> Callable[[Heads, Heads, Tensor, Pairs, Scoring, float], Tensor]:
     """Return `attend` of the kernel called `impl`. Raise `UserError` for an unknown one."""
     choose("impl", impl, NAMES)
     if impl == "flex":  # a plain import statement, because torch.compile must be able to trace this

@@ -23,7 +23,7 @@ from ..errors import choose
 from ..ranges import Count, checked
 from ..results import NOT_DECODED, LawResult, Tell, judged, verdict
 from ..spec import AttentionConfig
-from . import any_module, caches, causality, computation, interface
+from . import any_module, caches, causality, computation, interface, precision
 from .call import Caller, in_full
 from .functions import FunctionCaller, of_function
 from .prepare import subject
@@ -41,6 +41,7 @@ class Law:
     name: str
     needs: str  # "module", "decoding" or "interface"
     check: Callable[[Subject], str]
+    once: bool = False  # put to a mechanism's defaults alone, because it takes long
 
     @property
     def statement(self) -> str:
@@ -62,11 +63,13 @@ LAWS: dict[str, Law] = {
         Law("save and load", "module", any_module.save_and_load),
         Law("gradients", "module", computation.gradients),
         Law("bfloat16", "module", computation.bfloat16),
+        Law("long bfloat16", "interface", precision.long_bfloat16, once=True),
         Law("chunks", "decoding", caches.chunks),
         Law("rewind", "decoding", caches.rewind),
         Law("fork", "decoding", caches.fork),
         Law("cache size", "decoding", caches.cache_size),
         Law("left padding", "interface", interface.left_padding),
+        Law("pads anywhere", "interface", interface.pads_anywhere),
         Law("masked rows", "interface", interface.masked_rows),
         Law("isolated documents", "interface", interface.isolated_documents),
         Law("held rows", "interface", caches.held_rows),
@@ -211,7 +214,7 @@ def _chosen(laws: Sequence[str] | None) -> list[Law]:
 def _judge(law: Law, name: str, subjects: Sequence[tuple[str, Subject]]) -> LawResult:
     held: list[str] = []
     reasons: list[str] = []
-    for words, s in subjects:
+    for words, s in subjects[:1] if law.once else subjects:
         try:
             _require_what_it_needs(law, s)
             held.append(law.check(s.fresh()))

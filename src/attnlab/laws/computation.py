@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -17,6 +18,7 @@ from ..errors import UserError
 from ..recording import record_losses
 from ..spec import CAUSAL, Mask
 from .causality import training
+from .counting import count
 from .state import duplicate, unchanged
 from .subject import Broken, NotApplicable, Subject, positions_of, require_equal, scale
 
@@ -33,9 +35,13 @@ def kernels(s: Subject) -> str:
     reference = s.variant(impl="reference")
     want = {**_passes(reference, x, positions), "the decoded output": _decode(s, reference, x)}
     told = []
-    for impl, mode in itertools.product(s.config.impls, modes):
+    for impl, mode in itertools.product(s.config.impls or ("reference",), modes):
         name = " ".join(filter(None, (impl, mode)))
         module = s.variant(impl=impl, **modes[mode])
+        refused = _refused(module, x)
+        if refused:
+            told.append(f"{name} (not here: {refused})")
+            continue
         outputs_only = False
         try:
             got = _passes(module, x, positions)
@@ -57,6 +63,17 @@ def kernels(s: Subject) -> str:
                 raise Broken(f"{name}: {key} differs from the reference by {far:.2g}")
         told.append(name)
     return f"{', '.join(told)}: equal the reference"
+
+
+def _refused(module: nn.Module, x: Tensor) -> str:
+    """Return the sentence by which a kernel refuses this machine altogether; empty where it runs."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it runs unfused
+            module(x[:1, :2], positions_of(x[:1, :2]))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _passes(module: nn.Module, x: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -329,23 +346,18 @@ def _in_bfloat16(s: Subject, x: Tensor, rounded: nn.Module) -> Iterator[tuple[st
 
 def flops(s: Subject) -> str:
     """The counted FLOPs of the reference kernel equal the declared formula: a whole pass, a chunk and one step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     module = s.variant(impl="reference")
     batch = 2
     length = s.lengths[-1]
     x = s.x(length, batch)
     words = []
-    steps = (length, 5) if s.config.cache_spec.keep == 1 else (length, 5, 1)  # a counter sees no product in one term
-    for new in steps:
+    for new in (length, 5, 1):
         old = length - new
         cache = None
         with torch.no_grad():
             if old:
                 _, cache = module(x[:, :old], positions_of(x)[:, :old], s.cache(batch, ragged=False))
-            with FlopCounterMode(display=False) as counter:
-                module(x[:, old:], positions_of(x)[:, old:], cache)
-        counted = counter.get_total_flops()
+            counted = count(functools.partial(module, x[:, old:], positions_of(x)[:, old:], cache))
         declared = batch * s.config.flops(new, length)
         if counted != declared:
             raise Broken(

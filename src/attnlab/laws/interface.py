@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..documents import PackedRows
-from ..recording import record_attention
+from ..recording import Attended, record_attention, shared
 from ..spec import CAUSAL, Mask
 from .prepare import shaken
 from .subject import (
@@ -52,6 +52,40 @@ def left_padding(s: Subject) -> str:
             what = f"{total - n} pads of {word} before {n} tokens, {how}"
             require_equal(y[i : i + 1, total - n :], alone[i], s.tolerance, what)
     return f"sequences of {', '.join(map(str, lengths))} tokens padded to {total} agree with each alone"
+
+
+def pads_anywhere(s: Subject) -> str:
+    """A sequence that pauses while others go on gives each token what it gives alone, whatever its pads hold."""
+    total = s.lengths[-1]
+    x = s.x(total, batch=3)
+    column = torch.arange(total)
+    real = torch.stack(
+        [
+            column >= 0,
+            (column % 7 != 3) & ((column < total // 3) | (column >= total // 3 + 9)),  # pauses of 1 and of 9 tokens
+            (column >= 2) & (column % 5 < 3) & (column < total - 4),  # pads at both ends too
+        ]
+    )
+    positions = torch.where(real, real.cumsum(1) - 1, -1)
+    alone = [s(x[i : i + 1, real[i]]) for i in range(len(x))]
+    cuts = {
+        "in one pass": [],
+        f"in chunks of {[11, 1, total - 12]}": [11, 1, total - 12],
+        "one token at a time": [1] * total,
+    }
+    for (word, value), (how, splits) in itertools.product(
+        {"not numbers": math.nan, "numbers": 10.0}.items(), cuts.items()
+    ):
+        padded = torch.where(real[..., None], x, value * x.abs().clamp(min=0.1))
+        if splits:
+            y, _ = s.feed(padded, splits, s.cache(len(x), total), positions)
+        else:
+            y, _ = s.module(padded, positions)
+        for i, want in enumerate(alone):
+            what = f"sequence {i} with {int((~real[i]).sum())} pads of {word} between its tokens, {how}"
+            require_equal(y[i : i + 1, real[i]], want, s.tolerance, what)
+    pauses = ", ".join(map(str, (~real).sum(1).tolist()))
+    return f"sequences that pause for {pauses} of {total} tokens agree with each alone"
 
 
 def masked_rows(s: Subject) -> str:
@@ -187,24 +221,43 @@ def relative_position(s: Subject) -> str:
 
 
 def attention_maps(s: Subject) -> str:
-    """Recorded attention is non-negative, sums to 1, and is zero for the future and for pads."""
+    """Recorded attention times the values is the answer; rows sum to 1 or to what a rest leaves, also added up over a
+    layer, are not negative unless that is declared, and are zero for the future and for pads."""
     x, positions, _ = s.left_padded()
     with record_attention() as maps:
         s.module(x, positions)
     if not maps:
-        raise NotApplicable("it records no attention map: it does not attend")
+        raise NotApplicable("it records no attention map")
     real = positions >= 0
     future = (positions[:, None, :] > positions[:, :, None]) | ~real[:, None, :]
-    for n, weights in enumerate(maps):
-        if float(weights.min()) < 0:
-            raise Broken(f"map {n} has a negative weight, {float(weights.min()):.2g}")
-        total = weights.sum(-1).transpose(1, 2)[real]  # tokens N
-        wrong = (total - 1).abs() > 1e-6
-        if bool((wrong & (total.abs() > 1e-12)).any()):
-            raise Broken(f"a row of map {n} sums to {float(total[wrong][0]):.3g}, not to 1")
+    for n, (weights, call) in enumerate(zip(maps, maps.calls, strict=True)):
+        _require_rows(weights, call, real, f"map {n}", signed=s.config.signed)
         if weights.shape[-1] == x.shape[1]:
-            seen = (weights.amax(1) * future * real[:, :, None]).nonzero()
+            seen = (weights.abs().amax(1) * future * real[:, :, None]).nonzero()
             if len(seen):
                 _, query, key = seen[0].tolist()
                 raise Broken(f"map {n} lets token {query} see token {key}, which is later or a pad")
-    return f"{len(maps)} map{'s' * (len(maps) > 1)} of shape {list(maps[0].shape)}"
+        values = call.values.repeat_interleave(weights.shape[1] // call.values.shape[2], 2)
+        told = torch.einsum("bnls,bsnv->blnv", weights, values.to(weights.dtype))
+        require_equal(told[real], call.answer[real], s.tolerance, f"map {n} times its values")
+    total = sum(shared(weights, call).sum(-1) for weights, call in zip(maps, maps.calls, strict=True))
+    most = float(torch.as_tensor(total).transpose(1, 2)[real].max())
+    if most > 1 + 1e-6 and not s.config.signed:
+        raise Broken(
+            f"a row of the layer sums to {most:.3g} over its {len(maps)} maps: give each call of attend its share, and "
+            "where these have signs, declare signed"
+        )
+    return f"{len(maps)} map{'s' * (len(maps) > 1)} of shape {list(maps[0].shape)}, times their values the answers"
+
+
+def _require_rows(weights: Tensor, call: Attended, real: Tensor, what: str, *, signed: bool) -> None:
+    """Raise `Broken` where weights (B N L S) of `real` queries (B L) are no shares of one."""
+    if signed:
+        return
+    if float(weights.min()) < 0:
+        raise Broken(f"{what} has a negative weight, {float(weights.min()):.2g}")
+    total = weights.sum(-1).transpose(1, 2)[real]  # tokens N
+    wrong = (total > 1 + 1e-6) if call.rest else ((total - 1).abs() > 1e-6) & (total.abs() > 1e-12)
+    if bool(wrong.any()):
+        limit = "more than 1" if call.rest else "not to 1"
+        raise Broken(f"a row of {what} sums to {float(total[wrong][0]):.3g}, {limit}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,7 @@ FIXED: tuple[type, ...] = (
     *(str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType),
     *(types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.Generator),
 )  # values that hold nothing which a call could change
+PLAIN = frozenset({str, int, float, bool, type(None)})  # the most frequent of these, found faster
 NOT_STATE = ("_parameters", "_buffers", "_modules", "config")  # kept by themselves, or not the module's to change
 
 
@@ -36,34 +39,30 @@ def _keeper(module: nn.Module) -> Callable[[], None]:
         for registered in (part._parameters, part._buffers):
             restores.append(_mapping(registered, seen))
         restores.append(_attributes(part, seen))
-
-    def restore() -> None:
-        for put_back in restores:
-            put_back()
-
-    return restore
+    return _all(restores)
 
 
 def _attributes(holder: object, seen: set[int]) -> Callable[[], None]:
     """Return a function that puts an object's attributes back."""
     present = vars(holder)
-    values = [value for name, value in present.items() if name not in NOT_STATE]
-    restores = [_content(value, seen) for value in values]
+    values = [v for name, v in present.items() if type(v) not in PLAIN and name not in NOT_STATE]
+    inside = _all([_content(value, seen) for value in values])
     kept = dict(present)
 
     def restore() -> None:
         now = vars(holder)
-        if now.keys() != kept.keys() or any(now[name] is not value for name, value in kept.items()):
+        if not _same(now, kept):
             now.clear()
             now.update(kept)
-        for put_back in restores:
-            put_back()
+        inside()
 
     return restore
 
 
 def _content(value: Any, seen: set[int]) -> Callable[[], None]:
     """Return a function that puts back what is inside of a value; what cannot change is left alone."""
+    if type(value) in PLAIN:
+        return _nothing
     if isinstance(value, FIXED) or isinstance(value, nn.Module) or id(value) in seen:
         return _nothing
     seen.add(id(value))
@@ -84,12 +83,19 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def _same(now: dict[Any, Any], kept: dict[Any, Any]) -> bool:
+    """Return whether two mappings hold the very same objects in the same order."""
+    return [*now] == [*kept] and all(map(operator.is_, now.values(), kept.values()))
+
+
 def _all(restores: list[Callable[[], None]]) -> Callable[[], None]:
+    restores = [put_back for put_back in restores if put_back is not _nothing]
+
     def restore() -> None:
         for put_back in restores:
             put_back()
 
-    return restore
+    return restore if restores else _nothing
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
@@ -112,9 +118,10 @@ def _mapping(mapping: dict[Any, Any], seen: set[int]) -> Callable[[], None]:
     inside = _all([_content(item, seen) for item in kept.values()])
 
     def restore() -> None:
-        mapping.clear()
-        mapping.update(kept)
-        inside()
+        if kept or mapping:
+            mapping.clear()
+            mapping.update(kept)
+            inside()
 
     return restore
 
@@ -175,6 +182,16 @@ def duplicate(module: nn.Module, build: Callable[[], nn.Module] | None) -> nn.Mo
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw the random numbers of `seed`, and afterwards those that would have come without this."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    # where there is no accelerator, torch.manual_seed only notes down, at length, what to do should one appear
+    seed_all = torch.manual_seed if _has_accelerator() else torch.default_generator.manual_seed
+    try:
+        seed_all(seed)
         yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from ..formatting import words
+from ..formatting import parameter_difference, words
 from .results_folder import Findings, Standing, finite_number
 
 
@@ -47,11 +47,11 @@ def _title(found: Findings, verdicts: Verdicts) -> str:
     base = found.baseline
     if verdicts.better:
         first = min(verdicts.better, key=_loss)
-        title = f"{_list(verdicts.better)} {_learn(verdicts.better)} better than {base}"
+        title = f"{_list(found, verdicts.better)} {_learn(verdicts.better)} better than {base}"
         one = len(verdicts.better) == 1
         return title + (f", by {abs(first.difference or 0):.3f} nats per token" if one else "")
     if not verdicts.same:
-        return f"{_list(verdicts.worse)} {_learn(verdicts.worse)} worse than {base}; nothing learns better"
+        return f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse than {base}; nothing learns better"
     lean = _smallest(found, verdicts.same)
     if not verdicts.worse:
         return f"No mechanism is distinguishable from {base}" + (f"; {lean[0]} keeps {lean[1]} cache" if lean else "")
@@ -70,11 +70,11 @@ def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
 def _details(found: Findings, verdicts: Verdicts) -> list[str]:
     said = []
     if verdicts.same:
-        same = f"At 95 % confidence {_list(verdicts.same)} {_are(verdicts.same)} not distinguishable from"
+        same = f"At 95 % confidence {_list(found, verdicts.same)} {_are(verdicts.same)} not distinguishable from"
         lean = _smallest(found, verdicts.same) if verdicts.better else None
         said.append(f"{same} {found.baseline}" + (f"; {lean[0]} keeps {lean[1]} cache." if lean else "."))
     if verdicts.worse and (verdicts.better or verdicts.same):
-        said.append(f"{_list(verdicts.worse)} {_learn(verdicts.worse)} worse.")
+        said.append(f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse.")
     return said + _about_laws(found)
 
 
@@ -148,7 +148,7 @@ def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | N
     name = min(sizes, key=sizes.__getitem__)
     if sizes[name] >= base:
         return None
-    return name, "no" if sizes[name] == 0 else f"a {base / sizes[name]:.1f} times smaller"
+    return _named(found, name), "no" if sizes[name] == 0 else f"a {base / sizes[name]:.1f} times smaller"
 
 
 def _learn(standings: list[Standing]) -> str:
@@ -159,8 +159,15 @@ def _are(standings: list[Standing]) -> str:
     return "is" if len(standings) == 1 else "are"
 
 
-def _list(standings: list[Standing]) -> str:
-    return words(s.mechanism for s in sorted(standings, key=_loss))
+def _list(found: Findings, standings: list[Standing]) -> str:
+    return words(_named(found, s.mechanism) for s in sorted(standings, key=_loss))
+
+
+def _named(found: Findings, mechanism: str) -> str:
+    """Return the mechanism, and how its parameters differ from the baseline's where they do."""
+    own, base = (found.mean(name, "parameters") for name in (mechanism, found.baseline))
+    difference = parameter_difference(own, base)
+    return f"{mechanism} ({difference})" if difference else mechanism
 
 
 def _loss(standing: Standing) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ..formatting import parameter_difference
 from ..results import RunResult
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     seeds = len(found["seeds"])
     context = max((cell.context for cell in cells), default=0)
     notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens; Student's intervals over seeds."]
+    if unequal := _unequal(found, cells):
+        notes.append(f"[yellow]Not of one size: {escape(unequal)}; --match params makes them equal.")
     notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
     notes += [_lost(cell) for cell in cells if cell.status == "failed"]
     below: list[RenderableType] = []
@@ -63,6 +66,13 @@ def _row(row: Mapping[str, Any], cells: Sequence[RunResult]) -> tuple[str, ...]:
         f"{own[0].cache_bytes / 1024:,.0f}K" if own else "",
         f"{fmean(rates):,.0f}" if rates else "",
     )
+
+
+def _unequal(found: Mapping[str, Any], cells: Sequence[RunResult]) -> str:
+    """Return how the parameters of each mechanism differ from the baseline's; "" where none does by more than 1 %."""
+    sizes = {cell.mechanism: cell.parameters for cell in cells if cell.status == "done"}
+    said = {name: parameter_difference(size, sizes.get(found["baseline"])) for name, size in sizes.items()}
+    return ", ".join(f"{name} has {text}" for name, text in said.items() if text)
 
 
 def _lost(cell: RunResult, size: str = "") -> str:

@@ -33,7 +33,8 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     check_room("the logits of one part of a step", logits, SMALLER, device)
     part_sizes(train, processes)
     for layer in attention_configs(model):
-        check_training(layer.impl, device, layer.dropout)
+        if layer.impls:
+            check_training(layer.impl, device, layer.dropout)
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:

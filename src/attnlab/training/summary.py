@@ -44,7 +44,7 @@ def summary(trainer: Trainer, folder: RunFolder, log: Log, peak: Peak, status: s
         error=error,
         parameters=model.parameter_count(),
         floats_per_token=sum(spec.per_token for spec in specs),
-        cache_bytes=sum(spec.floats(context) for spec in specs) * next(model.parameters()).element_size(),
+        cache_bytes=sum(spec.nbytes(context, next(model.parameters()).element_size()) for spec in specs),
         flops_per_token=flops_per_token(config.model, context),
         steps=log.step,
         tokens=log.tokens,

@@ -11,22 +11,36 @@ A target says how wide it may be, and makes a layer's weights. It defines
     finish(model, source, batches, tell)           optional: trains on calibration text once all layers are in place
 
 `seen` are the layer's `Statistics`, None where the method reads no text.
+
+A mechanism, an installed package's too, needs no file here where its own module defines
+
+    weights_from(source: Dense, config)            the state dict of a layer, by name
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
+from typing import Any
 
+from ... import attention
 from ...errors import choose
+from ..own_weights import OwnWeights
 
 
 def names() -> list[str]:
     """Return the mechanisms that a dense layer can become, in alphabetical order."""
-    return sorted(found.name for found in pkgutil.iter_modules(__path__))
+    return sorted({*_files(), *(name for name in attention.names() if attention.defines(name, "weights_from"))})
 
 
-def module(name: str) -> ModuleType:
-    """Return `targets/<name>.py`. Raises `UserError` for an unknown name."""
-    return importlib.import_module(f".{choose('target of a conversion', name, names())}", __name__)
+def module(name: str) -> Any:
+    """Return `targets/<name>.py`, or the same made from the mechanism's own `weights_from`. Raises `UserError` for an
+    unknown name."""
+    choose("target of a conversion", name, names())
+    if name in _files():
+        return importlib.import_module(f".{name}", __name__)
+    return OwnWeights.of(name, attention.module(name).weights_from)
+
+
+def _files() -> set[str]:
+    return {found.name for found in pkgutil.iter_modules(__path__)}
