@@ -1,5 +1,5 @@
 """The cases of refusals.py: calls of Python, results that were changed, plugins and audited code that break,
-environments, launchers, signals, two processes at once, files that are none, damaged models, options that contradict."""
+environments, launchers, signals, two processes at once, files that are none, models, options that contradict."""
 
 from __future__ import annotations
 
@@ -70,20 +70,9 @@ def python(call: str) -> None:
     """A call of Python that an argument spoils; the names below are there for it."""
 
     def run() -> None:
-        import numpy as np
         import torch
 
         import attnlab
-        from attnlab import attention, cache, config, data, laws, ops, presets, stats
-        from attnlab.audit import audit_target
-        from attnlab.comparison.compare import compare
-        from attnlab.comparison.grid import Comparison
-        from attnlab.convert import convert
-        from attnlab.costs import bench, plan
-        from attnlab.evaluation import perplexity
-        from attnlab.heads import head_scores
-        from attnlab.inference import generate, text
-        from attnlab.training.train import train
 
         model = attnlab.Decoder(attnlab.ModelConfig(vocab_size=9, context=8, n_layers=1, d_model=8, n_heads=2))
         names = {**locals(), "ids": torch.zeros(1, 3, dtype=torch.int64), "nan": float("nan")}
@@ -402,7 +391,17 @@ for name, parts in PARTS.items():
 
 # audited code
 
-CODE = "import os, sys, time, torch\nfrom torch import nn\nclass A(nn.Module):\n    def __init__(self, d_model=16):\n        super().__init__()\n        self.w = nn.Linear(d_model, d_model)\n        {init}\n    def forward(self, x):\n        {forward}\n"
+CODE = """
+import os, sys, time, torch
+from torch import nn
+class A(nn.Module):
+    def __init__(self, d_model=16):
+        super().__init__()
+        self.w = nn.Linear(d_model, d_model)
+        {init}
+    def forward(self, x):
+        {forward}
+"""
 for name, parts in {
     "exits": {"forward": "os._exit(0)"},
     "raises SystemExit": {"forward": "sys.exit(0)"},

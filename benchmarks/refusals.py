@@ -125,8 +125,8 @@ def child(case: Case, folder: Path, log: Path) -> int:
             handle = os.open(path, flags, 0o666)
             os.dup2(handle, number)
             os.close(handle)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         for name, value in case.environment.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -196,7 +196,7 @@ def wrong(case: Case, ends: Sequence[Ended], changed: list[str], green: bool) ->
             yield "a box"
         if end.code == 2 and case.signal is None and not case.twice:
             yield from refused(end)
-        if end.code in (1, 99) and case.expected != "not green" or -99 < end.code < 0 and not case.signal:
+        if (end.code in (1, 99) and case.expected != "not green") or (-99 < end.code < 0 and not case.signal):
             yield f"exit code {end.code}"
     codes = [end.code for end in ends]
     if case.expected == "refused" and codes[0] != 2:

@@ -160,7 +160,7 @@ CALLS: Table = {
     model.parameters: lambda: {"model": CONFIG},
     model.cache_floats: lambda: {"model": CONFIG, "tokens": 3},
     model.flops_per_token: lambda: {"config": CONFIG, "context": 3, "new": 1},
-    model.init_weights: lambda: {"model": Decoder(CONFIG), "layers": 1, "std": 0.02},
+    model.init_weights: lambda: {"model": Decoder(CONFIG), "layers": 1, "untouched": lambda each: True, "std": 0.02},
     model.attention_configs: lambda: {"config": CONFIG},
     layers.dropout: lambda: {"x": X, "p": 0.0},
     layers.make_norm: lambda: {"config": CONFIG},
@@ -434,7 +434,21 @@ OTHER = {
     "sampling": "Sampling",
     "ids": "token",
 }  # its other words
-CALLABLE = ("tell", "progress", "on_token", "on_text", "show", "call", "step", "build", "module", "logits", "cls")
+CALLABLE = (
+    "tell",
+    "untouched",
+    "score",
+    "progress",
+    "on_token",
+    "on_text",
+    "show",
+    "call",
+    "step",
+    "build",
+    "module",
+    "logits",
+    "cls",
+)
 
 
 def wrong(function: Callable[..., Any], arguments: dict[str, Any], name: str, fine: bool) -> str:

@@ -65,15 +65,11 @@ class Cache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cache:
-<<<<<<< HEAD
-        """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ."""
-        check_device(device)
-=======
         """Return an empty cache for `batch` sequences of up to `max_len` tokens; `ragged` where lengths may differ.
 
         A cache of state alone takes any number of tokens, and the same room for all.
         """
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+        check_device(device)
         _check_memory(spec, batch, max_len, dtype, device)
         capacity = spec.slots(max_len) if spec.rows else 0
         columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache

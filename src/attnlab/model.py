@@ -19,13 +19,8 @@ from .device import check_room
 from .documents import PLAIN, PackedRows
 from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
-<<<<<<< HEAD
-from .layers import Dropout, Linear, make_norm
-from .ranges import Count, Positive, Size, Total, check_value, checked
-=======
 from .layers import Dropout, Linear, default_weights, make_norm
-from .ranges import check_value
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from .ranges import Count, Positive, Size, Total, check_value, checked
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
@@ -277,12 +272,10 @@ def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
         check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
-<<<<<<< HEAD
 @checked
-def init_weights(model: nn.Module, layers: Count, std: Positive = 0.02) -> None:
-=======
-def init_weights(model: nn.Module, layers: int, untouched: Callable[[Tensor | None], bool], std: float = 0.02) -> None:
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+def init_weights(
+    model: nn.Module, layers: Count, untouched: Callable[[Tensor | None], bool], std: Positive = 0.02
+) -> None:
     """Set the weights of a decoder with so many layers, or of a mechanism in one, as GPT-2's: normal with `std`.
 
     Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). What a mechanism has set itself,

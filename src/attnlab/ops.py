@@ -15,12 +15,8 @@ from . import kernels, recording
 from .arguments import check_count, check_device, check_tensor, check_theta
 from .errors import UserError, quoted
 from .kernels import reference
-<<<<<<< HEAD
-from .kernels.pairs import Pairs, one_row
-from .ranges import HUGE
-=======
 from .kernels.pairs import Pairs, Scoring, one_row
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from .ranges import HUGE
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
@@ -145,22 +141,18 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     q = _parts(q)
     k = _parts(k)
     check_call(q, k, v, q_pos, k_pos)
-<<<<<<< HEAD
-    scale = check_rule(mask, q.shape[-1] ** -0.5 if scale is None else scale, keep)
-    if keep is not None and keep.shape[2:] != (q.shape[1], k.shape[1]):
-        raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q.shape[1]} {k.shape[1]}")
+    scale = check_rule(mask, sum(part.shape[-1] for part in q) ** -0.5 if scale is None else scale, keep)
+    if keep is not None and keep.shape[2:] != (q[0].shape[1], k[0].shape[1]):
+        raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q[0].shape[1]} {k[0].shape[1]}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-=======
-    if not isinstance(mask, Mask):
-        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
-    scale = sum(part.shape[-1] for part in q) ** -0.5 if scale is None else scale
-    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
-        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
+    for name, given in (("of_query", of_query), ("of_key", of_key)):
+        if not isinstance(given, tuple | list):
+            raise UserError(f"{name} is {quoted(given)}: give a list of tensors, the data of score")
+    if not isinstance(share, Tensor) and (
+        isinstance(share, bool) or not isinstance(share, int | float) or share != share
+    ):
+        raise UserError(f"share is {quoted(share)}: give a number, or a tensor B L N")
     scoring = Scoring(scale, score, tuple(of_query), tuple(of_key), rest)
     if not scoring.plain or of_query or of_key:
         check_scoring(scoring, q[0], v)
@@ -172,7 +164,10 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     return y
 
 
-<<<<<<< HEAD
+def _parts(heads: Any) -> tuple[Any, ...]:
+    return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
+
+
 def check_rule(mask: Any, scale: Any, keep: Any) -> float:
     """Return the scale of logits. Raise `UserError` where these are no mask, no scale, or no choice of keys."""
     if not isinstance(mask, Mask):
@@ -184,14 +179,7 @@ def check_rule(mask: Any, scale: Any, keep: Any) -> float:
     return float(scale)
 
 
-def check_call(q: Any, k: Any, v: Any, q_pos: Any, k_pos: Any) -> None:
-=======
-def _parts(heads: Any) -> tuple[Any, ...]:
-    return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
-
-
 def check_call(q: tuple[Any, ...], k: tuple[Any, ...], v: Any, q_pos: Any, k_pos: Any) -> None:
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
     """Raise `UserError` where the arguments of `attend` are no tensors of these shapes, or do not fit together."""
     if len(q) != len(k) or not q:
         raise UserError(f"q has {len(q)} parts and k {len(k)}: give as many of one as of the other, at least one")
@@ -246,13 +234,9 @@ def attention_weights(
     q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
 ) -> Float[Tensor, "B N L S"]:
     """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
-<<<<<<< HEAD
-    check_call(q, k, k, q_pos, k_pos)
+    check_call((q,), (k,), k, q_pos, k_pos)
     scale = check_rule(mask, scale, keep)
-    return reference.weights(q, k, Pairs(mask, q_pos, k_pos, keep), scale)
-=======
     return reference.weights((q,), (k,), Pairs(mask, q_pos, k_pos, keep), Scoring(scale))
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
 
 
 def ema(

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-<<<<<<< HEAD
-from typing import Annotated, Any, TypeVar
-=======
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor

@@ -68,10 +68,6 @@ class CacheSpec:
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
         return own - sum(spec.floats(tokens) - spec.read(tokens) for spec in self.beside.values())
 
-<<<<<<< HEAD
-    @checked
-    def slots(self, tokens: Total) -> int:
-=======
     def nbytes(self, tokens: int, width: int) -> int:
         """Return the bytes in the cache after `tokens` tokens, where a number of a row takes `width` bytes."""
         return width * self.floats(tokens) + max(STATE_BYTES - width, 0) * self.state_floats
@@ -86,8 +82,8 @@ class CacheSpec:
         own = sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.state_floats for spec in self.beside.values())
 
-    def slots(self, tokens: int) -> int:
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+    @checked
+    def slots(self, tokens: Total) -> int:
         """Return the rows in the cache after `tokens` tokens."""
         rows = tokens // self.every
         return rows if self.keep is None else min(rows, self.keep)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from attnlab import files
 from attnlab.cli import main as cli
-from attnlab.files import alone
 from attnlab.runs.folder import RunFolder
 
 BIN = Path(sys.executable).parent
@@ -81,7 +81,7 @@ def test_one_process_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_one_process_says_that_another_trains_in_the_folder(tmp_path: Path) -> None:
     command = [*LAUNCHERS["torchrun"][0], "-m", "attnlab", *TRAIN, "--out", "run"]
-    with alone(tmp_path / "run", "trains in"):
+    with files.alone(tmp_path / "run", "trains in"):
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | QUIET, capture_output=True, text=True, timeout=600
         )

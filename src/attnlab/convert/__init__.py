@@ -16,12 +16,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
-<<<<<<< HEAD
-from ..model import Decoder, attention_configs
-from ..ranges import checked
-=======
 from ..model import Decoder, attention_configs, cache_nbytes
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig

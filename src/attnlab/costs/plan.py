@@ -18,12 +18,8 @@ from ..errors import UserError
 from ..feed_forward import Experts
 from ..measure.counters import peak_growth
 from ..measure.gpus import Gpu
-<<<<<<< HEAD
-from ..model import Decoder, attention_configs, cache_floats, flops_per_token
-from ..ranges import Count, Part, Positive, check_fields, checked
-=======
 from ..model import Decoder, attention_configs, cache_nbytes, flops_per_token
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from ..ranges import Count, Part, Positive, check_fields, checked
 from ..results import Record
 from ..training.optimizers import make_optimizers
 from .memory import META, Footprint, footprint, on_meta

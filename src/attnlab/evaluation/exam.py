@@ -14,12 +14,8 @@ from ..config import ModelConfig
 from ..data.tasks import Task, task_of
 from ..device import find_device
 from ..errors import UserError
-<<<<<<< HEAD
-from ..model import cache_floats
-from ..ranges import Count, checked
-=======
 from ..model import cache_nbytes
->>>>>>> 2eb5b5487d73e4677f588e9fba08e7c38192a8b5
+from ..ranges import Count, checked
 from ..results import TaskResult
 from ..runs.folder import RunFolder, load_model
 
