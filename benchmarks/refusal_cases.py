@@ -55,6 +55,11 @@ def edit(path: str, **fields: Any) -> Callable[[], None]:
     return change
 
 
+def each(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Make a call, so that several may stand in an expression."""
+    return call(*arguments)
+
+
 def both(*changes: Callable[[], Any]) -> Callable[[], None]:
     def change() -> None:
         for each in changes:
@@ -197,7 +202,7 @@ for call in (
 
 # results that are read
 
-BAD = {
+BAD: dict[str, str | bytes] = {
     "empty": "",
     "null": "null",
     "a number": "7",
@@ -335,7 +340,7 @@ class Attention(nn.Module):
         {forward}
 """
 SPEC = "return CacheSpec({'k': (self.d_model,)})"
-PARTS = {
+PARTS: dict[str, dict[str, str]] = {
     "exits as it is built": {"init": "sys.exit(3)"},
     "exits with 0 as it is built": {"init": "sys.exit(0)"},
     "raises as it is built": {"init": "raise RuntimeError('a\\nb')"},
@@ -459,7 +464,11 @@ def as_nobody() -> None:
 
 
 def closed(*streams: int) -> Callable[[], None]:
-    return lambda: [os.close(each) for each in streams] and None
+    def change() -> None:
+        for each in streams:
+            os.close(each)
+
+    return change
 
 
 def onto(path: str, *streams: int) -> Callable[[], None]:
@@ -499,7 +508,7 @@ for name, (words, needs) in WRITERS.items():
     case("environment", f"{name} with stdout and stderr closed", words, *needs, inside=closed(1, 2), expected="sound")
     case("environment", f"{name} onto a full disk", words, *needs, inside=onto("/dev/full", 1, 2), expected="sound")
 SAMPLE = ["sample", "run", "--tokens", "3", "--device", "cpu"]
-for name, environment in {
+STRANGE: dict[str, dict[str, str | None]] = {
     "no HOME": {"HOME": None},
     "HOME is a file": {"HOME": "/etc/passwd"},
     "HOME is nowhere": {"HOME": "/nowhere"},
@@ -516,7 +525,8 @@ for name, environment in {
     "threads of text": {"OMP_NUM_THREADS": "many"},
     "no threads": {"OMP_NUM_THREADS": "0"},
     "debug of text": {"ATTNLAB_DEBUG": "0"},
-}.items():
+}
+for name, environment in STRANGE.items():
     for words, needs in ((["list"], ()), (SAMPLE, ("run",)), ([*TRAIN, *OUT], ())):
         case(
             "environment",
@@ -531,7 +541,7 @@ case(
     "environment",
     "the folder is gone",
     [*TRAIN, *OUT],
-    inside=lambda: (os.mkdir("x"), os.chdir("x"), os.rmdir("../x")),
+    inside=lambda: (each(os.mkdir, "x"), each(os.chdir, "x"), each(os.rmdir, "../x")),
     expected="sound",
 )
 for garbage in (
@@ -601,12 +611,12 @@ def bound() -> None:
 
 
 THINGS: dict[str, Callable[[], Any]] = {
-    "a pipe": lambda: os.mkfifo("thing"),
+    "a pipe": lambda: each(os.mkfifo, "thing"),
     "a socket": bound,
-    "a folder": lambda: os.mkdir("thing"),
-    "a loop": lambda: os.symlink("thing", "thing"),
-    "a link to nothing": lambda: os.symlink("nowhere", "thing"),
-    "a link to a pipe": lambda: (os.mkfifo("pipe"), os.symlink("pipe", "thing")),
+    "a folder": lambda: each(os.mkdir, "thing"),
+    "a loop": lambda: each(os.symlink, "thing", "thing"),
+    "a link to nothing": lambda: each(os.symlink, "nowhere", "thing"),
+    "a link to a pipe": lambda: (each(os.mkfifo, "pipe"), each(os.symlink, "pipe", "thing")),
 }
 for name, make in THINGS.items():
     for words, needs in (
@@ -699,9 +709,15 @@ def index(text: Any) -> Callable[[], None]:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "weights are a folder": lambda: (os.unlink("llama/model.safetensors"), os.mkdir("llama/model.safetensors")),
-    "weights are a pipe": lambda: (os.unlink("llama/model.safetensors"), os.mkfifo("llama/model.safetensors")),
-    "weights are gone": lambda: os.unlink("llama/model.safetensors"),
+    "weights are a folder": lambda: (
+        each(os.unlink, "llama/model.safetensors"),
+        each(os.mkdir, "llama/model.safetensors"),
+    ),
+    "weights are a pipe": lambda: (
+        each(os.unlink, "llama/model.safetensors"),
+        each(os.mkfifo, "llama/model.safetensors"),
+    ),
+    "weights are gone": lambda: each(os.unlink, "llama/model.safetensors"),
     "a tensor transposed": tensors(lambda held: {n: t.T if "down_proj" in n else t for n, t in held.items()}),
     "a tensor without dimensions": tensors(lambda held: {n: t.sum() if "norm" in n else t for n, t in held.items()}),
     "a tensor of complex numbers": tensors(
@@ -721,7 +737,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "generation_config is a list": write("llama/generation_config.json", "[]"),
     "special tokens are numbers": write("llama/special_tokens_map.json", '{"eos_token": 5}'),
     "the template is binary": write("llama/chat_template.jinja", b"\xff\xff"),
-    "the template is a folder": lambda: os.mkdir("llama/chat_template.jinja"),
+    "the template is a folder": lambda: each(os.mkdir, "llama/chat_template.jinja"),
     "more heads than width": edit("llama/config.json", num_attention_heads=7, head_dim=None),
     "vocabulary too small": edit("llama/config.json", vocab_size=3),
     "vocabulary too large": edit("llama/config.json", vocab_size=10**9),

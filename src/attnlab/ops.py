@@ -146,18 +146,20 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
         raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q[0].shape[1]} {k[0].shape[1]}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
+    if not isinstance(impl, str):
+        raise UserError(f"impl is {quoted(impl)}: give one of {', '.join(kernels.NAMES)}")
     for name, given in (("of_query", of_query), ("of_key", of_key)):
         if not isinstance(given, tuple | list):
             raise UserError(f"{name} is {quoted(given)}: give a list of tensors, the data of score")
     if not isinstance(share, Tensor) and (
-        isinstance(share, bool) or not isinstance(share, int | float) or share != share
+        isinstance(share, bool) or not isinstance(share, int | float) or not -HUGE < share < HUGE
     ):
         raise UserError(f"share is {quoted(share)}: give a number, or a tensor B L N")
     scoring = Scoring(scale, score, tuple(of_query), tuple(of_key), rest)
     if not scoring.plain or of_query or of_key:
         check_scoring(scoring, q[0], v)
     pairs = Pairs(mask, q_pos, k_pos, keep)
-    y = kernels.get(impl)(q, k, v, pairs, scoring, dropout)
+    y = kernels.get(impl)(q, k, v, pairs, scoring, float(dropout))
     if recording.wants_maps():
         call = recording.Attended(q_pos, k_pos, v, y, share, rest is not None)
         recording.add_map(reference.weights(q, k, pairs, scoring), call)

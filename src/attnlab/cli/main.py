@@ -13,7 +13,7 @@ from typing import NoReturn, get_type_hints
 from .. import __version__, presets
 from ..errors import UserError, choose, is_panic, quoted
 from ..formatting import escaped
-from ..runs.launcher import launched, rank
+from ..runs.launcher import check_launcher, launched, rank
 from ..runs.signals import Program, interruptible
 from . import COMMANDS, LASTING
 from .faults import explained
@@ -106,6 +106,7 @@ def run_command(given: Sequence[str]) -> int:
         return 0
     if given[0].startswith("-"):
         raise UserError(f"{given[0]} comes before any command: give one of {', '.join(COMMANDS)} first")
+    check_launcher()
     name = choose("command", given[0], COMMANDS)
     rest = given[1:]
     if {"-h", "--help"} & set(rest):

@@ -58,8 +58,6 @@ def convert(
     tokens, and no loss is given. Raises `UserError` for what cannot be converted.
     """
     request = Request(**settings)
-    if isinstance(request.rank, float) and not 0 < request.rank <= 1:
-        raise UserError(f"rank {request.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number")
     target = targets.module(mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
     source = computing(copy.deepcopy(model).cpu().eval())

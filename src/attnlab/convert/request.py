@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
 from ..ranges import Seed, Size, check_fields
 
 
@@ -21,3 +22,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.rank, float) and not 0 < self.rank <= 1:
+            raise UserError(
+                f"rank {self.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number"
+            )

@@ -24,6 +24,8 @@ def check_step(config: RunConfig, recompute: bool = False) -> None:
     The need is that of `plan`, whose attention keeps no weights, so that no run is refused that fits.
     """
     device = find_device(config.train.device)
+    count = parameters(config.model)
+    check_room(f"a model of {count:,} parameters", FLOAT * count, SMALLER, device)
     if not _is_large(config, device):
         return
     here = Gpu("this machine", memory=1.0, flops=1.0, bandwidth=1.0)

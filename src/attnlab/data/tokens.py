@@ -53,8 +53,8 @@ class Tokens:
     ) -> Tokens:
         """Return a row in memory. `UserError` where `ids` are no whole numbers in a row."""
         check_value("text_bytes", text_bytes, Size | None)
-        starts = np.empty(0, int) if documents is None or callable(documents) else np.asarray(documents)
-        if starts.ndim != 1 or (len(starts) and starts.dtype.kind not in "iu"):
+        starts = np.zeros(1, int) if documents is None or callable(documents) else np.asarray(documents)
+        if starts.ndim != 1 or not len(starts) or starts.dtype.kind not in "iu":
             raise UserError(f"documents is {quoted(documents)}: give where each document begins, or None")
         row = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
         if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not len(row)):

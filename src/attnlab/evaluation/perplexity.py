@@ -7,8 +7,7 @@ much and shows more of the past to each token. lm_eval rolls like this with S = 
 transformers' guide is S < C with one token more of `max_length`, but its last window may be short.
 
 Where the tokenizer has an end-of-document token, it stands before the first token, which is then predicted too. So does
-the token with which a pretrained model's documents begin, where it has one of its own. Neither is ever predicted: they
-are not text, and models without one must be comparable.
+the token with which a pretrained model's documents begin, where it has one. Neither is predicted: they are not text.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from ..data.texts import read_texts
 from ..data.tokenizer import Tokenizer
 from ..data.tokens import UNKNOWN, Tokens
 from ..device import find_device
-from ..errors import UserError, choose, quoted
+from ..errors import UserError, choose
 from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
@@ -113,9 +112,9 @@ class ScoredDocuments:
 
 def joined(documents: Iterable[Ids]) -> Tokens:
     """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
-    full = [row for row in map(np.asarray, documents) if row.ndim != 1 or len(row)]
-    if wrong := [row for row in full if row.ndim != 1 or row.dtype.kind not in "iu"]:
-        raise UserError(f"documents has {quoted(wrong[0])}: give the token ids of each document in a row")
+    full = [row for row in map(np.asarray, documents) if row.size or row.ndim != 1]
+    if not all(row.ndim == 1 and row.dtype.kind in "iu" for row in full):
+        raise UserError("documents are no rows of token ids: give one row for each")
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 
