@@ -7,6 +7,7 @@
 train-vs-nanogpt  one optimizer step of nanoGPT's train.py and of ours, on nanoGPT's two Shakespeare recipes; then the
                   loss of both after the same steps on the same batches, from the same weights
 mechanisms        one training step of every mechanism at context 256, relative to mha
+contexts          one training step of every mechanism at context 256 and 2048, relative to mha
 decode            one token of mla, both ways, and of mha, at growing contexts
 recurrent         mechanisms with a state of constant size beside mha: a training step at 256 and 2048 tokens, and one
                   token after 256 to 16384
@@ -35,7 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from attnlab import presets
+from attnlab import attention, presets
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.costs import bench
 from attnlab.costs.crossover import context_crossovers, query_crossover
@@ -47,12 +48,13 @@ from attnlab.results import BenchRecord, environment
 from attnlab.training.train import Trainer, learning_rate, resolve, train_step
 
 Precision = Literal["auto", "fp32", "bf16"]
-SECTIONS = ("train-vs-nanogpt", "mechanisms", "decode", "recurrent")
+SECTIONS = ("train-vs-nanogpt", "mechanisms", "contexts", "decode", "recurrent")
 EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")
 RECURRENT = ("mha", "linear", "gated_delta", "kda", "mamba2")
 TITLES = {
     "train-vs-nanogpt": "Training, against nanoGPT",
     "mechanisms": "Training, every mechanism",
+    "contexts": "Training, every mechanism at two contexts",
     "decode": "Decoding",
     "recurrent": "Recurrent mechanisms",
     "decode-gpt2": "Decoding, against transformers",  # benchmarks/decode.py
@@ -82,7 +84,13 @@ def main() -> None:
     if options.nanogpt is None and "train-vs-nanogpt" in chosen:
         chosen.remove("train-vs-nanogpt")
         say("train-vs-nanogpt is left out: give --nanogpt PATH")
-    measure = {"train-vs-nanogpt": against_nanogpt, "mechanisms": mechanisms, "decode": decode, "recurrent": recurrent}
+    measure = {
+        "train-vs-nanogpt": against_nanogpt,
+        "mechanisms": mechanisms,
+        "contexts": contexts,
+        "decode": decode,
+        "recurrent": recurrent,
+    }
     for section in chosen:
         text = measure[section](options)
         print(text)
@@ -321,6 +329,30 @@ def mechanisms(options: argparse.Namespace) -> str:
             + markdown(["", "x mha's time", "tokens/s", "ms", "fastest to slowest", "GFLOPs", "peak memory"], rows)
         )
     return "\n\n".join(parts)
+
+
+def contexts(options: argparse.Namespace) -> str:
+    """Every mechanism of the package beside mha, with its own defaults, so parameters differ."""
+    preset = presets.get("shakespeare-gpu")
+    preset = replace(preset, model=replace(preset.model, positions="rope", dropout=0.0, n_layers=2))
+    preset = tiny(preset) if options.small else preset
+    names = ["mha", *(name for name in attention.names() if name != "mha")]
+    found: dict[str, list[BenchRecord]] = {name: [] for name in names}
+    sizes = ((32, 2), (64, 1)) if options.small else ((256, 4), (2048, 1))
+    for context, batch in sizes:
+        timing = bench.Timing(options.repeats)
+        told = progress_of(f"contexts {context}")
+        at = replace(preset, model=replace(preset.model, context=context))
+        for record in bench.bench("train", at, names, [context], batch=batch, timing=timing, progress=told):
+            found[record.mechanism].append(record)
+    rows = [
+        [name, *(cell for r in records for cell in (number(r.relative, ".2f"), number(r.ms, ",.0f"), spread(r)))]
+        for name, records in found.items()
+    ]
+    head = [""]
+    for context, batch in sizes:
+        head += [f"x mha's time at {context} (batch {batch})", "ms", "fastest to slowest"]
+    return f"{shape(preset.model)}, each with its own defaults:\n\n" + markdown(head, rows)
 
 
 def decode(options: argparse.Namespace) -> str:

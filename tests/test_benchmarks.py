@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from attnlab import attention
+
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "benchmarks"
 EIGHT = ["mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding"]
@@ -55,10 +57,12 @@ def test_every_script_is_run_here() -> None:
 def test_speed(tmp_path: Path) -> None:
     document = tmp_path / "made.md"
     document.write_text("# Mine\n\n<!-- begin decode -->\nold\n<!-- end decode -->\n\nThe end.\n")
-    run("speed.py", "--small", "--only", "mechanisms,decode", "--document", document, here=tmp_path)
+    run("speed.py", "--small", "--only", "mechanisms,contexts,decode", "--document", document, here=tmp_path)
     text = document.read_text()
     assert text.startswith("# Mine") and "old" not in text and "The end." in text and "<!-- end mechanisms -->" in text
-    decode, *train = tables(text)
+    decode, *train, contexts = tables(text)
+    assert [row[0] for row in contexts] == ["mha", *(name for name in attention.names() if name != "mha")]
+    assert min(numbers(contexts, 2)) > 0 and min(numbers(contexts, 5)) > 0 and numbers(contexts, 4)[0] == 1
     for rows in train:
         assert [row[0] for row in rows] == EIGHT
         assert min(numbers(rows, 2)) > 0 and min(numbers(rows, 3)) > 0 and numbers(rows, 1)[0] == 1
@@ -186,6 +190,15 @@ def test_audit_survey(tmp_path: Path) -> None:
     gpt2, llama = classes
     assert gpt2[2] == "modes" and gpt2[4].startswith("real:") and llama[2] == "" and llama[3] == "32"
     assert min(numbers(why, 1)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a call is a forked child")
+def test_refusals(tmp_path: Path) -> None:
+    """Its cases are those of "refusal_cases.py"."""
+    assert "from refusal_cases import" in (SCRIPTS / "refusals.py").read_text("utf-8")
+    done = run("refusals.py", "--only", "python: attnlab.Mask(window=-1)", here=tmp_path)
+    assert tables(done.stdout) == [[["python", "1", "0"], ["all", "1", "0"]]]
 
 
 @pytest.mark.slow
