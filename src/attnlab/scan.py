@@ -64,15 +64,14 @@ def chunked(parts: Parts, chunk: int) -> tuple[Tensor, Tensor]:
     end = start[..., -1, :, None]  # over the whole chunk, B K G M 1|H 1
     into = start * q
     out = k * until.exp()  # decayed from a token to the chunk's end
+    system = None
     wrote = None
-    if beta is None:
-        gram = None
-    else:
+    if beta is not None:
         v = beta * v
-        gram = beta * gram
+        system = beta * gram
         wrote = beta * start * k
     heads = v.shape[:3]
-    each = (None if t is None else t.flatten(0, 2) for t in (scores, gram, into, wrote, out, v, end, parts.state))
+    each = (None if t is None else t.flatten(0, 2) for t in (scores, system, into, wrote, out, v, end, parts.state))
     y, state = _Chunks.apply(*each)
     return y.unflatten(0, heads).flatten(3, 4)[..., :L, :], state.unflatten(0, heads)
 
@@ -151,7 +150,9 @@ class _Chunks(torch.autograd.Function):
         n, M, _, V = v.shape
         before = state.new_empty(n, M, *state.shape[1:])
         if gram is None:
-            new, triangle, w = v, None, None
+            new = v
+            triangle = None
+            w = None
             written = out.mT @ v
         else:
             assert wrote is not None

@@ -20,7 +20,7 @@ from attnlab.attention import gqa, mla, sliding
 from attnlab.config import ModelConfig
 from attnlab.errors import UserError
 from attnlab.laws import LAWS, check_attention, check_class, check_mechanism, check_module, verdict
-from attnlab.laws.counting import count
+from attnlab.laws.counting import counted_products
 from attnlab.laws.interface import separate
 from attnlab.laws.state import unchanged
 from attnlab.laws.subject import Broken, ranges
@@ -351,9 +351,9 @@ def test_products_are_counted_alike_however_many_terms_their_sums_have():
     x = torch.randn(2, 5, 1)
     w = torch.randn(1, 3)
     for one_term in (lambda: x @ w, lambda: torch.einsum("bld,de->ble", x, w)):
-        assert count(one_term) == 2 * 2 * 5 * 3
-    assert count(lambda: torch.einsum("bld,de->ble", x.expand(2, 5, 4), w.expand(4, 3))) == 2 * 2 * 5 * 4 * 3
-    assert count(lambda: torch.einsum("bl,e->ble", x[..., 0], w[0])) == 0  # nothing is summed
+        assert counted_products(one_term) == 2 * 2 * 5 * 3
+    assert counted_products(lambda: torch.einsum("bld,de->ble", x.expand(2, 5, 4), w.expand(4, 3))) == 2 * 2 * 5 * 4 * 3
+    assert counted_products(lambda: torch.einsum("bl,e->ble", x[..., 0], w[0])) == 0  # nothing is summed
 
 
 def test_a_closure_that_runs_the_last_layer_in_every_layer_is_caught():

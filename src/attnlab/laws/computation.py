@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..recording import record_losses
 from ..spec import CAUSAL, Mask
 from .causality import training
-from .counting import count
+from .counting import counted_products
 from .state import duplicate, unchanged
 from .subject import Broken, NotApplicable, Subject, positions_of, require_equal, scale
 
@@ -357,7 +357,7 @@ def flops(s: Subject) -> str:
         with torch.no_grad():
             if old:
                 _, cache = module(x[:, :old], positions_of(x)[:, :old], s.cache(batch, ragged=False))
-            counted = count(functools.partial(module, x[:, old:], positions_of(x)[:, old:], cache))
+            counted = counted_products(functools.partial(module, x[:, old:], positions_of(x)[:, old:], cache))
         declared = batch * s.config.flops(new, length)
         if counted != declared:
             raise Broken(

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count(call: Callable[[], Any]) -> int:
+def counted_products(call: Callable[[], Any]) -> int:
     """Return the FLOPs of the matrix products of `call`, two per multiply-add.
 
     Whether a sum has one term or many changes nothing: `einsum` makes an elementwise product of one term, which a
