@@ -193,6 +193,15 @@ def test_audit_survey(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a call is a forked child")
+def test_refusals(tmp_path: Path) -> None:
+    """Its cases are those of "refusal_cases.py"."""
+    assert "from refusal_cases import" in (SCRIPTS / "refusals.py").read_text("utf-8")
+    done = run("refusals.py", "--only", "python: attnlab.Mask(window=-1)", here=tmp_path)
+    assert tables(done.stdout) == [[["python", "1", "0"], ["all", "1", "0"]]]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with /proc and fork")
 def test_faults(tmp_path: Path) -> None:
     """It runs fault_worker.py, as a program and as a server."""

@@ -57,7 +57,9 @@ def test_the_distribution_is_the_area_under_the_density(degrees):
 
 @pytest.mark.parametrize("confidence, degrees", [(0.0, 3), (1.0, 3), (0.95, 0)])
 def test_impossible_questions_are_refused(confidence, degrees):
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(
+        ValueError, match=r"confidence is [01]\.0: it must be above 0 and below 1|degrees is 0: it must be at least 1"
+    ):
         t_quantile(confidence, degrees)
 
 
@@ -96,7 +98,7 @@ def test_two_pairs_have_an_interval_and_fewer_have_none():
     none = paired([], [])
     assert none.n == 0 and math.isnan(none.mean) and none.interval is None
     for ours, theirs in (([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0])):
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(ValueError, match="give pairs"):
             paired(ours, theirs)
 
 

@@ -1,51 +1,17 @@
-"""Arguments of the public functions: their kinds, and the shapes of tensors. A wrong one is refused by its name.
+"""Tensors that are given to the public functions: their shapes and types. A wrong one is refused by its name.
 
 The checks of tensors are plain comparisons, which torch.compile traces and a GPU does not wait for.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-import typing
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UserError, quoted
-from .ranges import kind_in
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `function`, which now refuses arguments of another kind or range than its annotations say.
-
-    For functions that are called once, not for those inside a forward pass. An argument whose default is None may be
-    None.
-    """
-    signature = inspect.signature(function)
-    kinds: dict[str, Any] = {}
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not kinds:
-            hints = typing.get_type_hints(function, include_extras=True)
-            kinds.update({name: kind_in(hint) for name, hint in hints.items() if name != "return"})
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            optional = value is None and signature.parameters[name].default is None
-            if name in kinds and not optional and signature.parameters[name].kind not in VARIABLE:
-                kinds[name](name, value)
-        return function(*args, **kwargs)
-
-    return call
-
-
-VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+from .ranges import HUGE, MANY
 
 
 def check_tensor(name: str, value: Any, shape: str, whole: bool = False) -> None:
@@ -63,7 +29,24 @@ def check_tensor(name: str, value: Any, shape: str, whole: bool = False) -> None
         raise UserError(f"{name} is a tensor of {value.dtype}: give floating-point numbers, such as torch.float32")
 
 
-def check_theta(theta: Any) -> None:
-    """Raise `UserError` where `theta` is no base of rotary frequencies."""
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+def check_count(name: str, value: Any) -> None:
+    """Raise `UserError` where `value` is no whole number of at least 1 that memory can hold so many of."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MANY:
+        raise UserError(f"{name} is {quoted(value)}: it must be a whole number, at least 1")
+
+
+def check_device(device: Any, name: str = "device") -> None:
+    """Raise `UserError` where `device` is no torch.device, nor the name of one, nor None."""
+    try:
+        if not isinstance(device, torch.device | str | None):
+            raise ValueError
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, ValueError):
+        raise UserError(f"{name} is {quoted(device)}: give a torch.device, or a name such as 'cpu' or 'cuda'") from None
+
+
+def check_theta(theta: Any) -> float:
+    """Return a base of rotary frequencies as a float. Raise `UserError` where it is none."""
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < HUGE:
         raise UserError(f"theta is {quoted(theta)}: give a number above 0, such as 10000.0, or None for no rotation")
+    return float(theta)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_tensor, checked
+from .arguments import check_device, check_tensor
 from .device import check_room
 from .errors import UserError, quoted
 from .files import regular, write_bytes
-from .ranges import Count, Size
+from .ranges import Count, Size, checked
 from .spec import CacheSpec
 
 
@@ -69,6 +69,7 @@ class Cache:
 
         A cache of state alone takes any number of tokens, and the same room for all.
         """
+        check_device(device)
         _check_memory(spec, batch, max_len, dtype, device)
         capacity = spec.slots(max_len) if spec.rows else 0
         columns = capacity + 1 if ragged else capacity  # padding is written to the last column of a ragged cache
@@ -178,6 +179,8 @@ def extend(
     is full.
     """
     check_tensor("positions", positions, "B L", whole=True)
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
+        raise UserError(f"tokens is {quoted(tokens)}: give how many were passed, or None for as many as there are rows")
     if cache is not None and (not isinstance(cache, Cache) or set(new) != set(cache.rows)):
         named = sorted(cache.rows) if isinstance(cache, Cache) else "Cache.empty"
         raise UserError(f"cache is {_shape(cache)} and the rows {sorted(new)}: give a Cache and all its rows, {named}")
@@ -272,6 +275,7 @@ def _scatter(cache: Cache, positions: Tensor, slots: Tensor, new: dict[str, Tens
         cache.positions[:, cache.capacity] = -1
 
 
+@checked
 def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
     """Write the caches of all layers to one safetensors file, whole or not at all. Return its path."""
     from safetensors.torch import save as pack
@@ -284,6 +288,7 @@ def save_cache(caches: Sequence[Cache], path: str | Path) -> Path:
     return write_bytes(path, pack(tensors, {"attnlab.cache": json.dumps(layers)}))
 
 
+@checked
 def load_cache(path: str | Path, device: torch.device | str = "cpu") -> list[Cache]:
     """Return the caches that `save_cache` wrote. Raise `UserError` for a missing, damaged or foreign file."""
     from safetensors import SafetensorError, safe_open

@@ -23,7 +23,9 @@ from .ranges import (
     Seed,
     Share,
     Size,
+    Word,
     check_fields,
+    checked,
 )
 from .spec import UNSCALED, RopeScaling
 
@@ -78,7 +80,7 @@ class ModelConfig:
     bias: bool = False
     tied: bool = True  # the output head is the token embedding
     dropout: Probability = 0.0
-    impl: str = "sdpa"
+    impl: Word = "sdpa"
 
     def __post_init__(self) -> None:
         check_fields(self, "model.")
@@ -161,8 +163,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
-    tokenizer: str = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
+    source: Word = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
+    tokenizer: Word = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
     val_fraction: Fraction = 0.1  # the last part of a text, never trained on
 
@@ -198,7 +200,7 @@ class TrainConfig:
     save_every: Count = 250
     keep: Size = 2  # the newest checkpoints that stay; 0: all
     log_every: Count = 10
-    device: str = "auto"
+    device: Word = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")
@@ -254,6 +256,8 @@ class Execution:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain JSON values: tuples become lists."""
+    if not is_dataclass(config) or isinstance(config, type):
+        raise UserError(f"config is {quoted(config)}: give a dataclass, such as a RunConfig")
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -285,6 +289,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+@checked
 def differing(held: RunConfig, given: RunConfig) -> str:
     """Return the fields in which two configs differ, as the user would name them."""
     pairs = zip(_named_fields(to_dict(held)), _named_fields(to_dict(given)), strict=False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import check_tensor
 from .cache import Output
 from .spec import Mask
 
@@ -34,6 +35,7 @@ class PackedRows:
     @torch._disable_dynamo  # its shapes follow from the data; torch.compiler.disable would import the compiler here
     def of(cls, documents: Tensor) -> PackedRows:
         """Return the places for `documents` (B L, int): neighbours with one number are one document, -1 is padding."""
+        check_tensor("documents", documents, "B L", whole=True)
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         real = (documents >= 0).flatten().nonzero()[:, 0]

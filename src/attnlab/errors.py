@@ -38,6 +38,11 @@ def quoted(value: object) -> str:
     return text if len(text) <= WORD else f"{text[:WORD]}…"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust broke off: that is no Exception, and its class has no public home."""
+    return type(error).__name__ == "PanicException"
+
+
 def need(module: str, extra: str) -> ModuleType:
     """Return the optional `module`, imported. Raise `UserError` where it is missing: the `extra` installs it."""
     try:

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .errors import UserError, choose, quoted
 from .layers import Linear, linear
+from .ranges import Count, checked
 from .recording import note, with_loss
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
     """Return the activation of x (... F): gelu, exact, or gelu_tanh, as GPT-2 approximates it; relu2, relu(x)^2 (So et
     al. 2021); swiglu, silu of the first half of x times the second half (Shazeer 2020), F / 2 wide."""
+    if not isinstance(kind, str) or kind not in ACTIVATIONS:
+        choose("kind", kind, ACTIVATIONS)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise UserError(f"x is {quoted(x)}: give a tensor of floating-point numbers")
     if kind == "swiglu":
         gate, x = x.chunk(2, -1)
         return F.silu(gate) * x
@@ -27,7 +35,8 @@ def activate(kind: str, x: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """W_out activate(W_in x)."""
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    @checked
+    def __init__(self, config: ModelConfig, width: Count) -> None:
         super().__init__()
         self.kind = config.ff_kind
         self.into = Linear(config.d_model, width * (2 if self.kind == "swiglu" else 1), bias=config.bias)

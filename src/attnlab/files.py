@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import UserError, quoted
 from .ranges import check_value
-from .unfinished import begin, drop_empty, forget, make_folders, settle, sync_folder, umask
+from .unfinished import begin, drop_empty, forget, make_folders, probe, settle, sync_folder, umask
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file as large as it may be
 PATIENCE = 60.0  # seconds; a run whose driver died finishes its step and saves
@@ -43,12 +43,8 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     _check_replaceable(path)
     try:
         handle, half = begin(path, folder=False)
-    except FileNotFoundError:
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first") from None
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from None
+        raise UserError(_no_place(path, error)) from None
     try:
         with full_disk(f"cannot write {path}: the disk is full; free space and run the same command again"):
             with os.fdopen(handle, "wb") as file:
@@ -76,7 +72,22 @@ def check_target(path: str | Path) -> Path:
         raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} is not yours to write to; choose another")
+    try:
+        probe(path.parent)
+    except OSError as error:
+        raise UserError(_no_place(path, error)) from None
     return path
+
+
+def _no_place(path: Path, error: OSError) -> str:
+    """Return the sentence that nothing can be made beside `path`, and why."""
+    if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        return f"cannot write {path}: the folder {path.parent} does not exist; make it first"
+    if error.errno in DISK_FULL:
+        return f"cannot write {path}: the disk is full; free space and run the same command again"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"cannot write {path}: its name is too long; give a shorter one"
+    return f"cannot write {path}: the folder {path.parent} takes no new files; choose another"
 
 
 def _check_replaceable(path: Path) -> None:
@@ -140,6 +151,10 @@ def check_free(folder: Path) -> None:
             raise UserError(
                 f"{folder} cannot be made, because {above} is not a folder that you may write to; name another"
             ) from None
+        try:
+            probe(above)
+        except OSError:
+            raise UserError(f"{folder} cannot be made, because {above} takes no new files; name another") from None
         return
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error

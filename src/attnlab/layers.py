@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .errors import UserError, quoted
+from .ranges import checked
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -56,6 +58,10 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     The default generator draws.
     """
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is {quoted(x)}: give a tensor")
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise UserError(f"p is {quoted(p)}: it must be a probability, at least 0 and below 1")
     if p == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -85,6 +91,7 @@ class _Dropout(torch.autograd.Function):
         return (grads[0] * kept).mul_(ctx.scale), None
 
 
+@checked
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return a norm over d_model, as the model's config says."""
     if config.norm == "rms":

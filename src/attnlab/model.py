@@ -20,12 +20,13 @@ from .documents import PLAIN, PackedRows
 from .errors import UserError, quoted
 from .feed_forward import Experts, FeedForward
 from .layers import Dropout, Linear, default_weights, make_norm
-from .ranges import check_value
+from .ranges import Count, Positive, Size, Total, check_value, checked
 from .spec import CAUSAL, AttentionConfig, Mask
 
 FLOAT = 4  # bytes
 
 
+@checked
 def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     """Return one `Config` per layer. Raise `UserError` for an unknown mechanism or option, or one that does not fit."""
     shared = {
@@ -49,7 +50,8 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
     return configs
 
 
-def flops_per_token(config: ModelConfig, context: int | None = None, new: int | None = None) -> float:
+@checked
+def flops_per_token(config: ModelConfig, context: Count | None = None, new: Count | None = None) -> float:
     """Return the FLOPs of the matrix products of a forward pass, per token; training takes about three times as many.
 
     `context` is in tokens; None: the model's. `new` is how many tokens, the last of the context, one pass reads; None:
@@ -73,7 +75,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.ff_norm = make_norm(config)
-        self.attention = attention.module(mechanism).Attention(mixer)
+        self.attention = attention.layer(mechanism, mixer)
         self.ff = Experts(config) if experts else FeedForward(config, config.resolved_ff_dim)
         self.drop = Dropout(config.dropout)
 
@@ -148,12 +150,12 @@ class Decoder(nn.Module):
             positions = packed.places
             self._check_length(packed.positions.shape[1])
         if positions is None:
-            start = cache[0].tokens if cache else 0
-            if cache and cache[0].ragged and start:
+            start = cache[0].tokens if cache is not None else 0
+            if cache is not None and cache[0].ragged and start:
                 raise UserError("this cache holds sequences of different lengths: give the positions of the new tokens")
             self._check_length(start + tokens.shape[1])
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-            mask = PLAIN if not (cache and cache[0].ragged) else CAUSAL
+            mask = PLAIN if cache is None or not cache[0].ragged else CAUSAL
         try:
             x = self.embed(tokens)
         except IndexError:
@@ -164,13 +166,13 @@ class Decoder(nn.Module):
         x = self.drop(x)
         kept = []
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled() and not cache:
+            if self.recompute and torch.is_grad_enabled() and cache is None:
                 x, after = checkpoint(layer, x, positions, None, mask, packed, use_reentrant=False)
             else:
-                x, after = layer(x, positions, cache[i] if cache else None, mask, packed)
+                x, after = layer(x, positions, None if cache is None else cache[i], mask, packed)
             kept.append(after)
         x = self.norm(x)
-        return packed.unpacked(x) if packed else x, kept if cache else None
+        return packed.unpacked(x) if packed else x, None if cache is None else kept
 
     def experts(self) -> list[Experts]:
         """Return the experts of all layers that have them."""
@@ -185,11 +187,17 @@ class Decoder(nn.Module):
         for name, value in (("tokens", tokens), ("positions", positions), ("documents", documents)):
             if value is not None or name == "tokens":
                 check_tensor(name, value, "B L", whole=True)
-        if cache and not (isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)):
+        for name, value in (("positions", positions), ("documents", documents)):
+            rows = (len(tokens),) if name == "documents" else (1, len(tokens))
+            if value is not None and (len(value) not in rows or value.shape[1] != tokens.shape[1]):
+                raise UserError(f"{name} has the shape {tuple(value.shape)}: give {tuple(tokens.shape)}, as of tokens")
+        if cache is not None and not (
+            isinstance(cache, list | tuple) and all(isinstance(each, Cache) for each in cache)
+        ):
             raise UserError(f"cache is {quoted(cache)}: give a Cache for each of {len(self.layers)} layers, or None")
-        if cache and len(cache) != len(self.layers):
+        if cache is not None and len(cache) != len(self.layers):
             raise UserError(f"cache has {len(cache)} layers: give a Cache for each of {len(self.layers)}")
-        if documents is not None and (positions is not None or cache):
+        if documents is not None and (positions is not None or cache is not None):
             raise UserError("packed documents have positions of their own and no cache: give documents alone")
 
     def _check_length(self, length: int) -> None:
@@ -202,6 +210,9 @@ class Decoder(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats per token. `targets`: B L; -1: it does not count."""
         check_tensor("targets", targets, "B L", whole=True)
+        check_tensor("tokens", tokens, "B L", whole=True)
+        if targets.shape != tokens.shape:
+            raise UserError(f"targets has the shape {tuple(targets.shape)}: give {tuple(tokens.shape)}, as of tokens")
         logits, _ = self(tokens, documents=documents)
         try:
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -209,10 +220,11 @@ class Decoder(nn.Module):
             last = self.config.vocab_size - 1
             raise UserError(f"targets has ids outside 0 to {last}, which the model lacks; -1 does not count") from None
 
+    @checked
     def empty_cache(
         self,
-        batch: int,
-        max_len: int,
+        batch: Count,
+        max_len: Size,
         *,
         ragged: bool = False,
         dtype: torch.dtype | None = None,
@@ -260,7 +272,10 @@ def check_size(config: ModelConfig, mixers: list[AttentionConfig]) -> None:
         check_room(f"a model of {total:,} parameters", FLOAT * total, advice)
 
 
-def init_weights(model: nn.Module, layers: int, untouched: Callable[[Tensor | None], bool], std: float = 0.02) -> None:
+@checked
+def init_weights(
+    model: nn.Module, layers: Count, untouched: Callable[[Tensor | None], bool], std: Positive = 0.02
+) -> None:
     """Set the weights of a decoder with so many layers, or of a mechanism in one, as GPT-2's: normal with `std`.
 
     Where a branch is added to the residual stream, `std` is smaller by sqrt(2 layers). What a mechanism has set itself,
@@ -276,13 +291,15 @@ def init_weights(model: nn.Module, layers: int, untouched: Callable[[Tensor | No
             nn.init.normal_(module.out, std=small)
 
 
+@checked
 def parameters(model: ModelConfig) -> int:
     """Return the number of parameters of a model, which is not allocated."""
     with torch.device("meta"):
         return Decoder(model).parameter_count()
 
 
-def cache_floats(model: ModelConfig, tokens: int | None = None) -> int:
+@checked
+def cache_floats(model: ModelConfig, tokens: Total | None = None) -> int:
     """Return the floats that one sequence of so many tokens (None: the context) leaves in the caches of all layers."""
     return sum(config.cache_spec.floats(tokens or model.context) for config in attention_configs(model))
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import kernels, recording
-from .arguments import check_tensor, check_theta
+from .arguments import check_count, check_device, check_tensor, check_theta
 from .errors import UserError, quoted
 from .kernels import reference
 from .kernels.pairs import Pairs, Scoring, one_row
+from .ranges import HUGE
 from .spec import CAUSAL, UNSCALED, Mask, RopeScaling
 
 
@@ -33,9 +34,11 @@ def rope(
     """
     check_tensor("x", x, "B L N H")
     check_tensor("positions", positions, "B L", whole=True)
+    if positions.shape[1] != x.shape[1] or len(positions) not in (1, len(x)):
+        raise UserError(f"positions has the shape {tuple(positions.shape)}: give {tuple(x.shape[:2])}, as of x")
     if theta is None:
         return x
-    check_theta(theta)
+    theta = check_theta(theta)
     if x.shape[-1] % 2:
         raise UserError(f"x has heads of size {x.shape[-1]}: rotary embedding turns pairs, so give an even one")
     if not isinstance(places, tuple | list) or (places and len(places) != x.shape[-1] // 2):
@@ -68,6 +71,13 @@ def frequencies(
     device: torch.device | None = None,
 ) -> Float[Tensor, " P"]:
     """Return the radians per token of each pair of a head: spread evenly, then slowed by `scaling`."""
+    check_count("pairs", pairs)
+    theta = check_theta(theta)
+    check_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype is {quoted(dtype)}: give a floating-point type, such as torch.float32")
+    if not isinstance(scaling, RopeScaling):
+        raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     frequency = theta ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)
     if scaling.kind == "none":
         return frequency
@@ -76,6 +86,10 @@ def frequencies(
 
 def slowed(frequency: Float[Tensor, " P"], theta: float, scaling: RopeScaling) -> Float[Tensor, " P"]:
     """Return how much each pair is slowed: from 0, not at all, to 1, by the whole factor."""
+    check_tensor("frequency", frequency, "P")
+    theta = check_theta(theta)
+    if not isinstance(scaling, RopeScaling):
+        raise UserError(f"scaling is {quoted(scaling)}: give a RopeScaling")
     if scaling.kind == "linear":
         return torch.ones_like(frequency)
     turns = scaling.original / math.tau  # of a pair over the original context, per radian per token
@@ -127,20 +141,25 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
     q = _parts(q)
     k = _parts(k)
     check_call(q, k, v, q_pos, k_pos)
-    if not isinstance(mask, Mask):
-        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
-    scale = sum(part.shape[-1] for part in q) ** -0.5 if scale is None else scale
-    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
-        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    scale = check_rule(mask, sum(part.shape[-1] for part in q) ** -0.5 if scale is None else scale, keep)
+    if keep is not None and keep.shape[2:] != (q[0].shape[1], k[0].shape[1]):
+        raise UserError(f"keep has the shape {tuple(keep.shape)}: give B|1 N|1 {q[0].shape[1]} {k[0].shape[1]}")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"dropout is {quoted(dropout)}: it must be at least 0 and below 1")
+    if not isinstance(impl, str):
+        raise UserError(f"impl is {quoted(impl)}: give one of {', '.join(kernels.NAMES)}")
+    for name, given in (("of_query", of_query), ("of_key", of_key)):
+        if not isinstance(given, tuple | list):
+            raise UserError(f"{name} is {quoted(given)}: give a list of tensors, the data of score")
+    if not isinstance(share, Tensor) and (
+        isinstance(share, bool) or not isinstance(share, int | float) or not -HUGE < share < HUGE
+    ):
+        raise UserError(f"share is {quoted(share)}: give a number, or a tensor B L N")
     scoring = Scoring(scale, score, tuple(of_query), tuple(of_key), rest)
     if not scoring.plain or of_query or of_key:
         check_scoring(scoring, q[0], v)
     pairs = Pairs(mask, q_pos, k_pos, keep)
-    y = kernels.get(impl)(q, k, v, pairs, scoring, dropout)
+    y = kernels.get(impl)(q, k, v, pairs, scoring, float(dropout))
     if recording.wants_maps():
         call = recording.Attended(q_pos, k_pos, v, y, share, rest is not None)
         recording.add_map(reference.weights(q, k, pairs, scoring), call)
@@ -149,6 +168,17 @@ def attend(  # noqa: PLR0913  # the one interface of all kernels
 
 def _parts(heads: Any) -> tuple[Any, ...]:
     return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
+
+
+def check_rule(mask: Any, scale: Any, keep: Any) -> float:
+    """Return the scale of logits. Raise `UserError` where these are no mask, no scale, or no choice of keys."""
+    if not isinstance(mask, Mask):
+        raise UserError(f"mask is {quoted(mask)}: give a Mask, such as CAUSAL")
+    if keep is not None and not (isinstance(keep, Tensor) and keep.ndim == 4 and keep.dtype == torch.bool):
+        raise UserError(f"keep is {quoted(keep)}: give a tensor B|1 N|1 L S of torch.bool, or None")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -HUGE < scale < HUGE:
+        raise UserError(f"scale is {quoted(scale)}: give a finite number, or None for H^-0.5")
+    return float(scale)
 
 
 def check_call(q: tuple[Any, ...], k: tuple[Any, ...], v: Any, q_pos: Any, k_pos: Any) -> None:
@@ -206,6 +236,8 @@ def attention_weights(
     q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, mask: Mask, scale: float, *, keep: Tensor | None = None
 ) -> Float[Tensor, "B N L S"]:
     """Return the weights of `attend`, as the reference kernel computes them; a query that sees no key has weights 0."""
+    check_call((q,), (k,), k, q_pos, k_pos)
+    scale = check_rule(mask, scale, keep)
     return reference.weights((q,), (k,), Pairs(mask, q_pos, k_pos, keep), Scoring(scale))
 
 
@@ -218,6 +250,13 @@ def ema(
     is a cumulative sum of x[t] / d^t, whose range stays small because d is at least 0.05. Between groups it is
     log2(L / 16) doublings.
     """
+    check_tensor("x", x, "B L D")
+    check_tensor("decay", decay, "D")
+    check_tensor("positions", positions, "B L", whole=True)
+    if decay.shape != x.shape[2:]:
+        raise UserError(f"decay has the shape {tuple(decay.shape)}: give one number for each of {x.shape[2]} features")
+    if start is not None:
+        check_tensor("start", start, "B D")
     L = x.shape[1]
     group = 16  # tokens
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -252,6 +291,11 @@ def chunk_sums(
     `carried` (B D) is the open sum that earlier tokens left. None: no token came earlier, and a chunk whose first token
     is missing does not count.
     """
+    check_tensor("x", x, "B L D")
+    check_tensor("positions", positions, "B L", whole=True)
+    check_count("chunk", chunk)
+    if carried is not None:
+        check_tensor("carried", carried, "B D")
     row = one_row(positions)
     real = row >= 0
     first = _first_chunk(row, chunk, begun=carried is not None)
@@ -298,6 +342,13 @@ def index_scores(
     q: Float[Tensor, "B L J E"], k: Float[Tensor, "B S E"], weight: Float[Tensor, "B L J"]
 ) -> Float[Tensor, "B L S"]:
     """Return sum_j weight[t, j] relu(q[t, j] . k[s]), in float32 at least."""
+    for name, value, shape in (("q", q, "B L J E"), ("k", k, "B S E"), ("weight", weight, "B L J")):
+        check_tensor(name, value, shape)
+    if q.shape[:3] != weight.shape or k.shape[::2] != q.shape[::3]:
+        raise UserError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and weight {tuple(weight.shape)} do not fit together: give "
+            "q B L J E, k B S E and weight B L J"
+        )
     match = torch.einsum("blje,bse->bjls", q, k.to(q.dtype)).relu()
     return (weight.transpose(1, 2)[..., None] * match).sum(1, dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -307,6 +358,9 @@ def newest(scores: Float[Tensor, "*B S"], count: int) -> Tensor:
 
     Of equal scores the later index wins, so that decoding in chunks agrees with decoding at once.
     """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.ndim:
+        raise UserError(f"scores is {quoted(scores)}: give a tensor *B S of floating-point numbers")
+    check_count("count", count)
     if count >= scores.shape[-1]:
         return scores > -torch.inf
     best = scores.topk(count, sorted=False).values

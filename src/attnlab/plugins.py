@@ -10,11 +10,12 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
-from .errors import UserError
+from .errors import UserError, quoted
 from .spec import AttentionConfig
 
 GROUP = "attnlab.attention"
@@ -67,6 +68,21 @@ def plugin(name: str) -> ModuleType:
         )
     os.environ[TRIED] = os.pathsep.join(filter(None, (os.environ.get(TRIED), mark)))
     return module
+
+
+@contextlib.contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Raise a `UserError` that names another package's mechanism for whatever its code raises, an exit too."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"mechanism {name!r} comes from {plugins()[name].value}, which cannot be built "
+            f"({type(error).__name__}: {quoted(error)}): mend it, or uninstall its package"
+        ) from error
 
 
 def trial(point: EntryPoint) -> str:

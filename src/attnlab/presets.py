@@ -13,6 +13,7 @@ from . import hybrids
 from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
+from .ranges import checked
 
 BASELINE = "mha"  # the mechanism that others are compared with, where it is among them
 # the mechanisms of a default comparison; docs/mechanisms.md says why these
@@ -261,12 +262,14 @@ CORPORA = {  # name -> the commands that make it
 }
 
 
+@checked
 def prepared(name: str) -> DataConfig:
     """Return the data of a corpus in `CORPORA`."""
-    assert name in CORPORA
+    choose("name", name, CORPORA)
     return DataConfig(source=f"prepared:data/{name}")
 
 
+@checked
 def check_corpus(config: RunConfig) -> None:
     """Raise `UserError` where a corpus of these presets is missing, with the commands that make it."""
     path = Path(config.data.source.removeprefix("prepared:"))
@@ -316,6 +319,7 @@ def about(name: str) -> str:
 Options = Mapping[str, Mapping[str, Any]]
 
 
+@checked
 def variant(preset: RunConfig, label: str, options: Options | None = None) -> RunConfig:
     """Return `preset` with the mechanism `label`: "mla", or a hybrid "sliding+sliding+mla", one per layer, repeated.
 
@@ -330,6 +334,7 @@ def variant(preset: RunConfig, label: str, options: Options | None = None) -> Ru
     return replace(preset, name=label, model=replace(preset.model, mechanisms=names, options=chosen))
 
 
+@checked
 def with_options(config: RunConfig, options: Options) -> RunConfig:
     """Return `config` with these Config fields of mechanisms set as well."""
     merged = {name: {**config.model.options.get(name, {}), **fields} for name, fields in options.items()}

@@ -7,14 +7,17 @@ a dataclass, `check_value` one argument, and the command line shows `Range.words
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from .errors import UserError, choose, quoted
 
@@ -71,6 +74,7 @@ Count = Annotated[int, Range(1, MANY)]  # at least one
 Size = Annotated[int, Range(0, MANY)]  # none or more
 Seed = Annotated[int, Range(0, LARGEST)]
 Long = Annotated[int, Range(1, LARGEST)]  # tokens, documents and steps, which no memory holds at once
+Total = Annotated[int, Range(0, LARGEST)]  # none or more of what memory need not hold at once
 Layers = Annotated[int, Range(1, 10_000)]  # more would take minutes to be made at all
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
@@ -82,6 +86,13 @@ Threads = Annotated[int, Range(1, 4096)]  # of one process
 Runs = Annotated[int, Range(1, 10_000)]  # of one mechanism
 Probability = Annotated[float, Range(least=0, below=1)]  # of what must not always happen
 
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """The mark of a text that is not empty."""
+
+
+Word = Annotated[str, Filled()]
 Kind = Callable[[str, Any], Any]  # takes a name and a value, returns the value, or raises `UserError`
 
 
@@ -105,6 +116,35 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     return kind_in(hint)(name, value)
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function`, which now refuses arguments of another kind or range than its annotations say.
+
+    For functions that are called once, not for those inside a forward pass. An argument whose default is None may be
+    None. Numbers of other libraries become Python's.
+    """
+    signature = inspect.signature(function)
+    kinds: dict[str, Kind] = {}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kinds:
+            hints = typing.get_type_hints(function, include_extras=True)
+            variable = [name for name, each in signature.parameters.items() if each.kind in VARIABLE]
+            kinds.update({name: kind_in(hint) for name, hint in hints.items() if name not in ("return", *variable)})
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if name in kinds and not (value is None and signature.parameters[name].default is None):
+                given.arguments[name] = kinds[name](name, value)
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
 @cache
 def kinds_in(cls: type) -> list[tuple[str, Kind, bool]]:
     """Return the name and kind of each field of a dataclass, and whether it may be None whatever its annotation."""
@@ -122,6 +162,8 @@ def kinds_in(cls: type) -> list[tuple[str, Kind, bool]]:
 def kind_in(hint: Any) -> Kind:
     """Return the check of an annotation; one that is not known here lets everything pass."""
     limits = range_of(hint)
+    if Filled() in getattr(hint, "__metadata__", ()):
+        return _filled
     while typing.get_origin(hint) in (Annotated, typing.Required, typing.NotRequired):
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -131,9 +173,11 @@ def kind_in(hint: Any) -> Kind:
     if typing.is_typeddict(hint):
         return _record(hint)
     if typing.get_origin(hint) is dict or (typing.get_origin(hint) is Mapping and typing.get_args(hint)[1] is not Any):
-        return _dictionary(kind_in(typing.get_args(hint)[1]))
+        return _dictionary(kind_in(typing.get_args(hint)[1]), typing.get_args(hint)[0])
     if typing.get_origin(hint) in (tuple, list):
         return _sequence(typing.get_origin(hint), typing.get_args(hint))
+    if typing.get_origin(hint) is Sequence:
+        return _list_like(kind_in(typing.get_args(hint)[0]))
     if hint in (int, float):
         return _whole(limits) if hint is int else _real(limits)
     return _instance(hint)
@@ -172,13 +216,15 @@ def _real(limits: Range) -> Kind:
     return check
 
 
-KINDS: dict[Any, str] = {
+KINDS: dict[Any, str] = {  # class -> what a value must be
     bool: "true or false",
     str: "a text",
     Mapping: "an object with fields",
     dict: "an object with fields",
     list: "a list",
     Sequence: "a list",
+    Iterable: "a list",
+    Collection: "a list",
     Callable: "something that can be called",
 }
 
@@ -186,19 +232,60 @@ KINDS: dict[Any, str] = {
 def _instance(hint: Any) -> Kind:
     """The check of a class: bool, str, a mapping, or a dataclass of ours."""
     cls = typing.get_origin(hint) or hint
-    known = isinstance(cls, type) and not getattr(cls, "_is_protocol", False) and cls not in (object, Any)
-    if cls not in KINDS and not known:
+    if getattr(cls, "_is_protocol", False) and cls not in KINDS:
+        return _protocol(cls)
+    if cls not in KINDS and (not isinstance(cls, type) or cls in (object, Any)):
         return lambda name, value: value
     if cls not in KINDS and cls.__module__.startswith("jaxtyping"):  # shapes, which are checked elsewhere
         return lambda name, value: value
     words = KINDS.get(cls) or f"a {cls.__name__}"
 
     def check(name: str, value: Any) -> Any:
-        if not isinstance(value, cls) or (cls is Sequence and isinstance(value, str | bytes)):
+        if not isinstance(value, cls) or (cls in LISTS and no_list(value)):
             raise UserError(f"{name} is {quoted(value)}: it must be {words}")
         if cls is str and not value.isascii():
             _encodable(name, value)
         return value
+
+    return check
+
+
+def _filled(name: str, value: Any) -> Any:
+    if isinstance(value, str) and not value:
+        raise UserError(f"{name} is '': it must be a text that is not empty")
+    return kind_in(str)(name, value)
+
+
+LISTS = (Sequence, Iterable, Collection)
+
+
+def no_list(value: Any) -> bool:
+    """Return whether Python counts among lists what is none: a text, or an array without dimensions."""
+    return isinstance(value, str | bytes) or getattr(value, "ndim", 1) == 0
+
+
+def _protocol(cls: Any) -> Kind:
+    """The check of an interface: an object that has what it names."""
+    wanted = sorted(name for name in {*vars(cls), *getattr(cls, "__annotations__", {})} if not name.startswith("_"))
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, type) or not all(hasattr(value, each) for each in wanted):
+            raise UserError(f"{name} is {quoted(value)}: it must have {', '.join(wanted)}")
+        return value
+
+    return check
+
+
+def _list_like(kind: Kind) -> Kind:
+    """The check of a sequence whose parts are of one kind; an array of one dimension is one."""
+
+    def check(name: str, value: Any) -> Any:
+        if getattr(value, "ndim", None) == 1:
+            value = value.tolist()
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise UserError(f"{name} is {quoted(value)}: it must be a list")
+        found = [kind(name, part) for part in value]
+        return value if all(a is b for a, b in zip(found, value, strict=True)) else found
 
     return check
 
@@ -248,11 +335,13 @@ def _record(cls: Any) -> Kind:
     return check
 
 
-def _dictionary(kind: Kind) -> Kind:
+def _dictionary(kind: Kind, key: Any = Any) -> Kind:
     """The check of an object whose fields are all of one kind."""
 
     def check(name: str, value: Any) -> Any:
         _object(name, value)
+        if key is str and not all(isinstance(field, str) for field in value):
+            raise UserError(f"{name} is {quoted(value)}: the names of its fields must be texts")
         try:
             for part in value.values():
                 kind(name, part)
@@ -275,8 +364,11 @@ def _joined(name: str, field: str) -> str:
 
 def _union(kinds: list[Kind], hint: Any) -> Kind:
     optional = types.NoneType in typing.get_args(hint)
+    place = {str, Path} <= set(typing.get_args(hint))
 
     def check(name: str, value: Any) -> Any:
+        if place and isinstance(value, str) and not value:
+            raise UserError(f"{name} is '': it must be the name of a file or folder")
         if value is None and optional:
             return None
         if len(kinds) > 1:
@@ -287,10 +379,16 @@ def _union(kinds: list[Kind], hint: Any) -> Kind:
 
 
 def _first(kinds: list[Kind], name: str, value: Any) -> Any:
-    """The value as the first kind takes it that does; the last one's sentence where none does."""
-    for kind in kinds[:-1]:
+    """The value as the first kind takes it that does; where none does, the sentence says what it may be."""
+    said = []
+    for kind in kinds:
         try:
             return kind(name, value)
-        except UserError:
-            continue
-    return kinds[-1](name, value)
+        except UserError as error:
+            said.append(str(error).partition(MUST)[2])
+    if not all(said):
+        return kinds[-1](name, value)
+    raise UserError(f"{name} is {quoted(value)}{MUST}{' or '.join(dict.fromkeys(said))}")
+
+
+MUST = ": it must be "

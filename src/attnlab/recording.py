@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import UserError, quoted
+from .ranges import HUGE, Range, checked
 
 Collection = TypeVar("Collection")
 
@@ -98,12 +101,14 @@ def add_map(weights: Tensor, call: Attended) -> None:
 
 def note(name: str, value: Tensor) -> Tensor:
     """Record `value` under this name where `record_notes` is open, and return it as it is."""
+    _check_record(name, "value", value)
     if _notes is not None:
         _notes[name].append(value.detach())
     return value
 
 
-def scale_losses(factor: float) -> AbstractContextManager[float]:
+@checked
+def scale_losses(factor: Annotated[float, Range()]) -> AbstractContextManager[float]:
     """Multiply the auxiliary losses of forward passes in this context by `factor`.
 
     It is the factor of the main loss: where that is one part of a batch, or is scaled for float16.
@@ -124,9 +129,21 @@ def begins_step() -> bool:
 
 def with_loss(y: Tensor, name: str, loss: Tensor, weight: float = 1.0) -> Tensor:
     """Return `y` unchanged. The backward pass through it adds the gradient of `weight * loss`."""
+    _check_record(name, "loss", loss)
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise UserError(f"y is {quoted(y)}: give the tensor of floating-point numbers that the pass goes on with")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not -HUGE < weight < HUGE:
+        raise UserError(f"weight is {quoted(weight)}: give a finite number")
     if _losses is not None:
         _losses[name].append(loss.detach())
     return _Attach.apply(y, loss, weight * _scale)
+
+
+def _check_record(name: Any, what: str, value: Any) -> None:
+    if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f"name is {quoted(name)}: give a text")
+    if not isinstance(value, Tensor):
+        raise UserError(f"{what} is {quoted(value)}: give a tensor")
 
 
 class _Attach(torch.autograd.Function):

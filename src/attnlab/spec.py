@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError, choose, quoted
-from .ranges import Count, Positive, Probability, Size, check_fields
+from .ranges import Count, Positive, Probability, Size, Total, Word, check_fields, checked
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ class CacheSpec:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def floats(self, tokens: int) -> int:
+    @checked
+    def floats(self, tokens: Total) -> int:
         """Return the floats in the cache after `tokens` tokens. Benchmarks, report, docs and the size law read this."""
         own = self.slots(tokens) * self._row + sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.floats(tokens) for spec in self.beside.values())
 
-    def read(self, tokens: int) -> int:
+    @checked
+    def read(self, tokens: Total) -> int:
         """Return how many of these floats one step has to read."""
         unread = {name: max(self.slots(tokens) - most, 0) for name, most in self.reads.items()}
         own = self.floats(tokens) - sum(rows * math.prod(self.rows[name]) for name, rows in unread.items())
@@ -80,7 +82,8 @@ class CacheSpec:
         own = sum(math.prod(shape) for shape in self.state.values())
         return own + sum(spec.state_floats for spec in self.beside.values())
 
-    def slots(self, tokens: int) -> int:
+    @checked
+    def slots(self, tokens: Total) -> int:
         """Return the rows in the cache after `tokens` tokens."""
         rows = tokens // self.every
         return rows if self.keep is None else min(rows, self.keep)
@@ -137,7 +140,7 @@ class AttentionConfig:
     rope_scaling: RopeScaling = UNSCALED
     bias: bool = False
     dropout: Probability = 0.0  # on attention weights, while training
-    impl: str = "sdpa"  # the kernel; never changed silently
+    impl: Word = "sdpa"  # the kernel; never changed silently
 
     summary: ClassVar[str] = ""  # one line for people; not set: the first line of the mechanism's file
     formula: ClassVar[str] = ""  # one line of mathematics
@@ -193,10 +196,12 @@ class AttentionConfig:
         """Return whether adding the same number to all positions changes nothing."""
         return True
 
-    def check_context(self, context: int) -> None:
+    @checked
+    def check_context(self, context: Count) -> None:
         """Raise `UserError` where the mechanism makes no sense in a model of this context, in tokens."""
 
-    def flops(self, queries: int, keys: int) -> int:
+    @checked
+    def flops(self, queries: Total, keys: Total) -> int:
         """Return the FLOPs of the matrix products of one forward pass of one sequence. A mechanism must define it.
 
         `queries` are the new tokens, `keys` the stored ones, the new ones among them. A multiply-add is two FLOPs, and

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+from .errors import UserError
+from .ranges import Count, Fraction, Share, checked
+
 Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
 
 
-def t_within(t: float, degrees: int) -> float:
+@checked
+def t_within(t: float, degrees: Count) -> float:
     """Return P(|T| <= t) of Student's distribution, exact for whole degrees (Abramowitz and Stegun 26.7.3-4)."""
     angle = math.atan2(t, math.sqrt(degrees))
     cos2 = math.cos(angle) ** 2
@@ -26,10 +30,9 @@ def t_within(t: float, degrees: int) -> float:
     return math.sin(angle) * total
 
 
-def t_quantile(confidence: float, degrees: int) -> float:
+@checked
+def t_quantile(confidence: Fraction, degrees: Count) -> float:
     """Return the t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303. Bisection to the last bit."""
-    if not 0 < confidence < 1 or degrees < 1:
-        raise ValueError(f"confidence {confidence} must lie in (0, 1) and degrees {degrees} be at least 1")
     low, high = 0.0, 1.0
     while t_within(high, degrees) < confidence:
         low, high = high, 2 * high
@@ -57,8 +60,11 @@ class Paired:
         return "worse" if low > 0 else "not distinguishable"
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> Paired:
+@checked
+def paired(ours: Sequence[float], theirs: Sequence[float], confidence: Fraction = 0.95) -> Paired:
     """Compare ours[i] with theirs[i], where the runs of pair i have the same seed, and so the same order of data."""
+    if len(ours) != len(theirs):
+        raise UserError(f"ours has {len(ours)} numbers and theirs {len(theirs)}: give pairs")
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not differences:
         return Paired(0, math.nan, None)
@@ -69,11 +75,15 @@ def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0
     return Paired(len(differences), mean, (mean - half, mean + half))
 
 
+@checked
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the one-sided p-value of Welch's test (1947) that the mean of `ours` is above that of `theirs`.
 
     The samples are independent and may have different spreads. The degrees of freedom are rounded down.
     """
+    for name, sample in (("ours", ours), ("theirs", theirs)):
+        if len(sample) < 2:
+            raise UserError(f"{name} has {len(sample)} numbers: give two or more")
     spread = [stdev(sample) ** 2 / len(sample) for sample in (ours, theirs)]
     variance = sum(spread)
     difference = fmean(ours) - fmean(theirs)
@@ -91,12 +101,15 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return tail if t > 0 else 1 - tail
 
 
+@checked
 def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
     """Return the probability that one more value from such groups is at least as large as `value`, one-sided.
 
     Values of one group may depend on each other, so the degrees of freedom are the number of groups minus one. Two
     groups or more are needed.
     """
+    if len(groups) < 2:
+        raise UserError(f"groups has {len(groups)}: give two or more")
     values = [each for group in groups for each in group]
     mean = fmean(values)
     spread = stdev(values)
@@ -107,7 +120,8 @@ def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
     return tail if t > 0 else 1 - tail
 
 
-def holm(p: Sequence[float], alpha: float) -> list[bool]:
+@checked
+def holm(p: Sequence[Share], alpha: Fraction) -> list[bool]:
     """Return which p-values are significant, where the chance of any false one is at most `alpha` (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     marked = [False] * len(p)

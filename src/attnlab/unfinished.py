@@ -55,6 +55,11 @@ def begin(path: Path, *, folder: bool) -> tuple[int, Path]:
         _writing.discard(Path(name))
 
 
+def probe(folder: Path) -> None:
+    """Raise `OSError` where nothing can be made in a folder, whatever its permissions say."""
+    os.rmdir(tempfile.mkdtemp(dir=folder, prefix=f".{MARK}"))
+
+
 def _lock(handle: int) -> bool | None:
     """Return whether the lock of a file or folder is now held; None where there are no locks."""
     try:

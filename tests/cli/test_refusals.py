@@ -54,6 +54,10 @@ def written(path: str, content: str) -> Callable[[], None]:
     return lambda: Path(path).write_text(content, "utf-8", "surrogatepass") and None
 
 
+def spoilt(path: str) -> Callable[[], None]:
+    return lambda: Path(path).write_bytes(b"\xff\xfe\x00\n") and None
+
+
 def unfinished(metrics: str) -> Callable[[], None]:
     """What makes a run that has ended one that has not, with these records."""
 
@@ -216,7 +220,25 @@ FILES = [
     Case(["export", "run", "--out", "new", "--results", "r.json"], "r.json", ("run",), written("r.json", '["loss"]')),
     Case(["report", "."], "compare.json", (), written("compare.json", "\x01")),
 ]
-CASES = [*NUMBERS, *CHOICES, *SIZES, *WORDS, *JSONS, *OTHERS, *FILES]
+DAMAGED = [  # kinds that a search for calls that cannot work has found
+    Case([*TRAIN, "--track", ","], "--track is ','"),
+    Case(["compare", "quick", *TINY, "--sizes", ",", "--out", "new"], "--sizes is ','"),
+    Case(["train", "", "--out", "new"], "unknown preset ''"),
+    Case([*TRAIN, "--data", "0.5*shakespeare"], "a mixture of one"),
+    Case([*TRAIN, "--data.tokenizer="], "data.tokenizer"),
+    Case(["convert", "run", "--to", "mla", "--rank", "1.5", "--out", "new"], "rank 1.5 is no share", ("run",)),
+    Case(["heal", "exported", "--teacher", "run", "--out", "new"], "--teacher run teaches nothing", ("exported",)),
+    Case(["tokenizer", "train", "shakespeare", "--out", "/proc/new"], "takes no new files"),
+    Case(["export", "run", "--out", "/proc/new"], "/proc takes no new files", ("run",)),
+    Case(["audit", "torch.nn:Linear", "--call", "x"], "calls nothing that could be judged"),
+    Case(["infer", "c.pt"], "c.pt", (), written("c.pt", "hello")),
+    Case(["prepare", "shakespeare-char", "--tokenizer=", "--out", "new"], "--tokenizer is ''"),
+    Case(["heads", "run", "--png", "run"], "run exists already", ("run",)),
+    Case(["infer", "exported"], "chat_template.jinja", ("exported",), spoilt("exported/chat_template.jinja")),
+    Case([*TRAIN[:-1], "run", "--resume"], "metrics.jsonl", ("run",), spoilt("run/metrics.jsonl")),
+    Case([*TRAIN, "--train.batch-size", "900000", "--model.d-model", "512"], "would take"),
+]
+CASES = [*DAMAGED, *NUMBERS, *CHOICES, *SIZES, *WORDS, *JSONS, *OTHERS, *FILES]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from attnlab import files
 from attnlab.cli import main as cli
 from attnlab.runs.folder import RunFolder
 
@@ -76,6 +77,18 @@ def test_one_process_says_what_is_wrong(tmp_path: Path) -> None:
     assert done.returncode and len(said) == 1
     assert "5 sequences a step" in said[0] and "among 2 processes" in said[0] and "process 0 of 2" in said[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_says_that_another_trains_in_the_folder(tmp_path: Path) -> None:
+    command = [*LAUNCHERS["torchrun"][0], "-m", "attnlab", *TRAIN, "--out", "run"]
+    with files.alone(tmp_path / "run", "trains in"):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | QUIET, capture_output=True, text=True, timeout=600
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    said = [line for line in done.stderr.splitlines() if line.startswith("attnlab,")]
+    assert done.returncode and len(said) == 1 and "process 0 of 2: another process trains in run" in said[0]
+    assert "exitcode  : 2" in done.stderr and "Traceback (most recent call last)" not in said[0]
 
 
 def free_port() -> int:

@@ -11,16 +11,17 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError, choose
-from ..plugins import plugin, plugins
-from ..spec import AttentionConfig
+from ..errors import UserError, choose, quoted
+from ..plugins import blamed, plugin, plugins
+from ..spec import AttentionConfig, CacheSpec
 
 
 def names() -> list[str]:
@@ -54,6 +55,8 @@ def usable(tell: Callable[[str], None]) -> list[str]:
 def config(name: str, **fields: Any) -> AttentionConfig:
     """Return `module(name).Config(**fields)`. Raise `UserError` for a field that it does not have."""
     cls = module(name).Config
+    if name not in _own():
+        return _stranger(name, cls, fields)
     known = sorted(field.name for field in dataclasses.fields(cls))  # class variables are no options
     for field in fields:
         choose(f"option of {name}", field, known)
@@ -62,7 +65,26 @@ def config(name: str, **fields: Any) -> AttentionConfig:
 
 def build(name: str, **fields: Any) -> Any:
     """Return the mechanism's `Attention`, a module of PyTorch, for these `Config` fields."""
-    return module(name).Attention(config(name, **fields))
+    return layer(name, config(name, **fields))
+
+
+def layer(name: str, config: AttentionConfig) -> Any:
+    """Return the mechanism's `Attention` for its `Config`. `UserError` where another package's cannot be built."""
+    made = module(name).Attention
+    with nullcontext() if name in _own() else blamed(name):
+        return made(config)
+
+
+def _stranger(name: str, cls: type[AttentionConfig], fields: Mapping[str, Any]) -> AttentionConfig:
+    """The Config of another package's mechanism, which must declare its cache."""
+    with blamed(name):
+        for field in fields:
+            choose(f"option of {name}", field, sorted(field.name for field in dataclasses.fields(cls)))
+        made = cls(**fields)
+        spec = made.cache_spec
+    if not isinstance(spec, CacheSpec):
+        raise UserError(f"mechanism {name!r} declares the cache {quoted(spec)}: its Config must give a CacheSpec")
+    return made
 
 
 @cache

@@ -20,7 +20,7 @@ from ..cache import Cache, Output, extend
 from ..errors import UserError
 from ..layers import Linear
 from ..ops import attend
-from ..ranges import Count
+from ..ranges import Count, check_fields
 from ..recording import note
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import mla
@@ -37,6 +37,7 @@ class Config(mla.Config):
     variants = {**mla.Config.modes, "four": {"groups": 4, "q_rank": 24, "v_dim": 12}, "flat": {"rope_dim": 0}}
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kv_rank is None:
             self.set("kv_rank", 2 * self.head_dim)
         super().__post_init__()

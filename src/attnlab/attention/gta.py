@@ -19,7 +19,7 @@ from ..cache import Cache, Output, extend
 from ..errors import UserError
 from ..layers import Linear
 from ..ops import attend, rope
-from ..ranges import DERIVED, Size
+from ..ranges import DERIVED, Size, check_fields
 from ..spec import CAUSAL, CacheSpec, Mask
 from . import gqa
 
@@ -36,6 +36,7 @@ class Config(gqa.Config):
     variants = {"wide": {"n_kv_heads": 2, "rope_dim": 2, "bias": True, "cap": 3.0}, "normed": {"qk_norm": 1e-6}}
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rope_dim is None:
             self.set("rope_dim", max(self.head_dim // 4 * 2, 2))
         super().__post_init__()

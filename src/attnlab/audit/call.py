@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
 from ..laws.call import MASKS, NAMES, Caller, first_tensor, is_sequence_first
 from ..laws.functions import FunctionCaller, OfFunction, of_function
 from ..laws.state import unchanged
@@ -47,13 +48,15 @@ def _is_right_way_round(attempt: Caller, module: nn.Module, x: Tensor) -> bool:
 
 
 def require_python(option: str, expression: str) -> str:
-    """Return the expression. UserError where it is no Python expression."""
+    """Return the expression. UserError where it is no Python expression, or does not use the module."""
     try:
-        compile(expression, option, "eval")
+        tree = ast.parse(expression, option, "eval")
     except SyntaxError as error:
         raise UserError(
             f"{option} {expression!r} is not a Python expression ({error.msg}): write it as module(x)"
         ) from None
+    if not any(isinstance(node, ast.Name) and node.id in ("module", "function") for node in ast.walk(tree)):
+        raise UserError(f"{option} {quoted(expression)} calls nothing that could be judged: write module(x)")
     return expression
 
 

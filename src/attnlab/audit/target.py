@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..laws.functions import LAYOUTS, FunctionCaller
 from ..laws.prepare import CONTEXTS, WIDTHS, find_number, has_interface, subject
 from ..laws.state import seeded
 from ..laws.subject import LENGTHS, StepCall, Subject
+from ..ranges import checked
 from ..results import LawResult, Tell
 from ..spec import AttentionConfig
 from . import find
@@ -63,12 +64,15 @@ class Instructions:
         return {**(self.config or {}), **(self.kwargs or {}), **({"d_model": self.d_model} if self.d_model else {})}
 
 
+@checked
 def audit_target(target: str, *, tell: Tell | None = None, **instructions: Any) -> Audit:
     """Audit a mechanism by name, or a class or function at `file.py:Name` or `package.module:Name`.
 
     instructions: fields of `Instructions`. tell: called with (law, how many are done, how many there are). UserError
     where it could not run. The code of the target runs in this process; `apart.audit_apart` gives it one of its own.
     """
+    for name in instructions:
+        choose("instruction", name, [field.name for field in fields(Instructions)])
     how = Instructions(**instructions)
     how.check()
     if target in attention.names():

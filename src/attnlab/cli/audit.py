@@ -11,7 +11,7 @@ from ..ranges import Count, Positive
 from ..terminal import tables
 from ..terminal.audit import table
 from ..terminal.progress import working
-from .options import Json, json_object, split_commas
+from .options import Json, json_object, listed
 
 
 def audit(
@@ -64,8 +64,8 @@ def audit(
             mask_shape=mask_shape,
             layout=layout,
             d_model=d_model,
-            laws=None if laws is None else split_commas(laws),
-            allow=[] if allow is None else split_commas(allow),
+            laws=None if laws is None else listed("--laws", laws),
+            allow=listed("--allow", allow),
         )
     if json_:
         print(json.dumps(found.to_dict(), indent=1))

@@ -14,7 +14,18 @@ from ..comparison.engines import EngineOptions, Local, Ray, Share, Slurm
 from ..errors import UserError, choose
 from ..ranges import Count, Runs, Size, Threads
 from ..terminal import tables
-from .options import Fields, Flag, Json, Pack, options_of_mechanisms, progress, split_commas, this_command, with_choices
+from .options import (
+    Fields,
+    Flag,
+    Json,
+    Pack,
+    listed,
+    options_of_mechanisms,
+    progress,
+    split_commas,
+    this_command,
+    with_choices,
+)
 
 
 def compare(
@@ -88,8 +99,8 @@ def compare(
         mechanisms=split_commas(mechanisms),
         seeds=seeds,
         match=match,
-        sizes=split_commas(sizes or ""),
-        tasks=[presets.get(choose("task", name, TASKS)) for name in split_commas(tasks or "")],
+        sizes=listed("--sizes", sizes),
+        tasks=[presets.get(choose("task", name, TASKS)) for name in listed("--tasks", tasks)],
         options=options_of_mechanisms("--options", options),
     )
     share = Share(jobs=jobs, threads=threads, gpus=gpus)

@@ -16,7 +16,7 @@ NO_MEMORY = re.compile(
 DEBUG = "--debug shows where"
 
 
-def explained(error: Exception | SystemExit) -> tuple[str, int]:
+def explained(error: BaseException) -> tuple[str, int]:
     """Return an error in one sentence, and the exit code: 2 where the input is to blame, 1 where nobody knows."""
     if isinstance(error, UserError):
         return str(error), 2

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from .. import presets
-from ..errors import UserError
+from ..errors import UserError, need
 from ..ranges import Count, Seed, Size
 from ..terminal import tables
 from ..terminal.progress import working
@@ -44,7 +44,7 @@ def heads(
         seed: Of the random tokens.
         device: "cpu", "cuda", "mps", or "auto" for the best one there.
         out: Write everything to this JSON file.
-        png: Write the figures as PNG files into this folder.
+        png: Write the figures as PNG files into this folder, which is new or empty.
         json_: Print everything as one JSON object instead of tables.
     """
     lengths = whole_numbers("--segments", segments, Count)
@@ -55,12 +55,13 @@ def heads(
         )
     if emergence and untrained:
         raise UserError("an untrained model has no checkpoints: leave out --emergence or --untrained")
-    from ..files import check_target, write_json
+    from ..files import check_free, check_target, write_json
 
     if out is not None:
         check_target(out)
-    if png is not None and png.exists() and not png.is_dir():
-        raise UserError(f"--png {png} is not a folder: name a new one, or one that there is")
+    if png is not None:
+        check_free(png)
+        need("matplotlib", "figures")
     from ..device import find_device
     from ..heads import whole
 

@@ -76,6 +76,8 @@ def heal(
     proof = folder / "certificate.json"
     certificate = read_json(proof, Certified, "convert the model again") if proof.is_file() else {}
     original = teacher or certificate.get("model", "")
+    if teacher is not None and not distill:
+        raise UserError(f"--teacher {teacher} teaches nothing while --distill is 0: give a share, or leave it out")
     if distill and not original:
         raise UserError(f"{source} does not say which model it was made from: name it with --teacher")
     loaded = pretrained.load(source)

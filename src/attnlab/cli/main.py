@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, get_type_hints
 
 from .. import __version__, presets
-from ..errors import UserError, choose, quoted
+from ..errors import UserError, choose, is_panic, quoted
 from ..formatting import escaped
-from ..runs.launcher import launched, rank
+from ..runs.launcher import check_launcher, launched, rank
 from ..runs.signals import Program, interruptible
 from . import COMMANDS, LASTING
 from .faults import explained
@@ -51,9 +51,13 @@ def main(args: Sequence[str] | None = None) -> int:
             if debug:
                 raise
             return tell(error, out)
+        except BaseException as error:
+            if debug or not is_panic(error):
+                raise
+            return tell(error, out)
 
 
-def tell(error: Exception | SystemExit, out: Patient) -> int:
+def tell(error: BaseException, out: Patient) -> int:
     """Print an error in one sentence. Return the exit code."""
     sentence, code = explained(error)
     if launched() == 1:
@@ -102,6 +106,7 @@ def run_command(given: Sequence[str]) -> int:
         return 0
     if given[0].startswith("-"):
         raise UserError(f"{given[0]} comes before any command: give one of {', '.join(COMMANDS)} first")
+    check_launcher()
     name = choose("command", given[0], COMMANDS)
     rest = given[1:]
     if {"-h", "--help"} & set(rest):
@@ -113,7 +118,7 @@ def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
     """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
     preset = preset_of(name, rest)
     defaults = {}
-    if preset:  # --mechanism first, so that --model.options may speak of what it names
+    if preset is not None:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)
     ready = read(COMMANDS[name], name, rest, defaults)
     given = getattr(ready, "keywords", {}).get("preset", preset)

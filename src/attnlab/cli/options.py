@@ -17,7 +17,7 @@ from ..errors import UserError, choose, quoted
 from ..files import parse_json
 from ..ranges import Long, check_value
 from ..results import RunResult
-from ..runs.launcher import rank
+from ..runs.launcher import launched, rank
 
 if TYPE_CHECKING:
     from ..comparison.progress import Show
@@ -57,10 +57,13 @@ def with_choices(config: RunConfig, mechanism: str | None, data: str | None, pac
 
 def train_and_tell(config: RunConfig, out: Path, name: str, resume: bool, how: Execution) -> RunResult | None:
     """Train with a bar on the screen. Return the result; None where it was asked to stop, after saying how to go on."""
+    from ..costs.fits import check_step
     from ..terminal.progress import Progress
     from ..training.schedule import cautions
     from ..training.train import Stopped, train
 
+    if launched() == 1:
+        check_step(config, how.recompute)
     again = "the same command goes on from there" if resume else "the same command with --resume goes on from there"
     try:
         with Progress() as bars:
@@ -98,6 +101,14 @@ def this_command() -> str:
 def split_commas(text: str) -> list[str]:
     """Return the words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def listed(option: str, text: str | None) -> list[str]:
+    """Return the words between commas; none where the option was not given. `UserError` where it holds none."""
+    found = split_commas(text or "")
+    if text is not None and not found:
+        raise UserError(f"{option} is {quoted(text)}: give words, with commas between them, or leave it out")
+    return found
 
 
 def whole_numbers(option: str, text: str | None, kind: Any) -> list[int] | None:

@@ -65,7 +65,8 @@ def tokenizer(
             blocks = blocks if max_documents is None else first_documents(blocks, max_documents)
             for piece in pieces_of(blocks, bpe.SEAM):  # no word is cut in two
                 lengths.append(len(piece.text))
-                tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})
+                if piece.text:
+                    tell({"split": "reading", "done": piece.done, "of": split.total, "unit": split.unit})
                 yield piece.text
 
         made = bpe.train_bpe(texts(), vocab_size, split_commas(special))

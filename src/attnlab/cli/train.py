@@ -15,7 +15,7 @@ from ..formatting import known
 from ..ranges import Positive
 from ..runs.launcher import rank
 from ..terminal import tables
-from .options import Fields, Flag, Pack, split_commas, train_and_tell, with_choices
+from .options import Fields, Flag, Pack, listed, train_and_tell, with_choices
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
         raise UserError("--flops is for --dry-run alone: give both or neither")
     presets.check_corpus(config)
     out = out or Path("runs") / f"{preset}-{config.mechanism}-s{config.seed}"
-    how = Execution(strategy=strategy, recompute=recompute, track=tuple(split_commas(track or "")), peak=peak)
+    how = Execution(strategy=strategy, recompute=recompute, track=tuple(listed("--track", track)), peak=peak)
     result = train_and_tell(config, out, f"{config.mechanism} s{config.seed}", resume, how)
     if result is not None and rank() == 0:
         loss = known(result.val_loss)

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..costs.fits import check_step
 from ..errors import UserError, need
 from ..files import alone, write_json
 from ..model import parameters
+from ..ranges import checked
 from ..results import RunResult, environment
 from ..training.schedule import cautions
 from .engines import Engine, EngineOptions, Local, Needs, Outcome, Share
@@ -25,6 +27,7 @@ from .progress import ComparisonProgress, Show, Silent
 from .verdicts import summarize, summarize_size, summarize_task
 
 
+@checked
 def compare(
     comparison: Comparison,
     out: str | Path,
@@ -49,6 +52,9 @@ def compare(
     need("accelerate", "train")
     out = Path(out)
     work = sweep(comparison, out)
+    if isinstance(engine, Local):
+        for config in {(cell.size, cell.label): cell.config for cell in work.cells if not cell.finished()}.values():
+            check_step(config)
     runs = Runs(work, out, command or default_command(work, out))
     progress = show(sum(cell.config.train.steps for cell in runs.todo))
     opened = engine.open(_needs(comparison, runs.todo, out, share, progress))

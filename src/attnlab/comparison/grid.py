@@ -15,6 +15,7 @@ from ..evaluation.exam import examine
 from ..files import PATIENCE, alone, naming, read_json, write_json
 from ..model import parameters
 from ..presets import BASELINE, Options, variant
+from ..ranges import Runs, Seed, check_fields, checked
 from ..results import RunResult, TaskResult
 from ..runs.folder import RunFolder
 from ..training.limits import resolve
@@ -29,11 +30,14 @@ class Comparison:
 
     preset: RunConfig  # the run that all share
     mechanisms: Sequence[str]  # labels; a hybrid is written sliding+sliding+mla
-    seeds: int | Sequence[int]  # how many, from the preset's on; or which
+    seeds: Runs | Sequence[Seed]  # how many, from the preset's on; or which
     match: What = "none"  # in which they are made equal, within 1 %
     sizes: Sequence[str] = ()  # LAYERSxWIDTH, such as "4x128", compared each by itself; none: the preset's
     tasks: Sequence[RunConfig] = ()  # presets of synthetic tasks, on which each mechanism is trained and examined too
     options: Options | None = None  # Config fields by mechanism; None: as the preset says
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +131,7 @@ class Grid:
     size: str = ""  # LAYERSxWIDTH; "": the preset's
 
 
+@checked
 def sized(preset: RunConfig, size: str) -> RunConfig:
     """Return `preset` with LAYERSxWIDTH, as "4x128", or LAYERSxWIDTHxHEADS. Raises `UserError` for anything else.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..model import Decoder, attention_configs, cache_nbytes
+from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
@@ -33,6 +34,7 @@ Seen = Sequence[Statistics | None]  # of each layer; None: the method reads no t
 
 
 @torch.no_grad()
+@checked
 def convert(
     model: Decoder,
     mechanism: str,

@@ -36,10 +36,6 @@ class Budget:
             return widths[-1]
         if isinstance(self.rank, int):
             return self.among(field, self.rank, widths)
-        if not 0 < self.rank <= 1:
-            raise UserError(
-                f"rank {self.rank} is no share of the cache: give one above 0, up to 1.0, or a whole number"
-            )
         fits = [w for w in widths if self.share(others | {field: w}) <= self.rank]
         if not fits:
             least = self.share(others | {field: widths[0]})

@@ -18,6 +18,7 @@ from ..config import RunConfig
 from ..errors import UserError, choose
 from ..measure.counters import counted_flops, interleaved, peak_growth
 from ..presets import BASELINE, Options, variant, with_options
+from ..ranges import Count, check_fields, checked
 from ..results import BenchRecord, Tell
 from ..training.limits import resolve
 from .workloads import Case, Kind, Workload
@@ -27,18 +28,22 @@ from .workloads import Case, Kind, Workload
 class Timing:
     """The number of calls from which a time is taken. The time is the median of the repeats."""
 
-    repeats: int = 7
-    steps: int = 16  # new tokens in a repeat, when decoding is measured
+    repeats: Count = 7
+    steps: Count = 16  # new tokens in a repeat, when decoding is measured
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
+@checked
 def bench(
     kind: Kind,
     preset: RunConfig,
     mechanisms: Sequence[str],
-    contexts: Sequence[int] | None = None,
+    contexts: Sequence[Count] | None = None,
     *,
     options: Options | None = None,
-    batch: int | None = None,
+    batch: Count | None = None,
     timing: Timing = Timing(),
     progress: Tell | None = None,
 ) -> list[BenchRecord]:
@@ -165,6 +170,7 @@ def modes_of(config: RunConfig, *, split: bool) -> list[tuple[str, RunConfig]]:
     ]
 
 
-def with_context(config: RunConfig, context: int) -> RunConfig:
+@checked
+def with_context(config: RunConfig, context: Count) -> RunConfig:
     """Return `config` with `context` tokens per sequence."""
     return replace(config, model=replace(config.model, context=context))

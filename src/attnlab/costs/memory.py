@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import RunConfig
 from ..measure.counters import Follow, flop_counter
 from ..model import Decoder, attention_configs
+from ..ranges import Count, checked
 from ..training.objective import freeze
 
 META = torch.device("meta")
@@ -79,9 +80,10 @@ def on_meta(config: RunConfig) -> Decoder:
     return model
 
 
+@checked
 def footprint(
     config: RunConfig,
-    batch: int,
+    batch: Count,
     *,
     precision: str = "bf16",
     recompute: bool = False,

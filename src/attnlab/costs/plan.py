@@ -19,6 +19,7 @@ from ..feed_forward import Experts
 from ..measure.counters import peak_growth
 from ..measure.gpus import Gpu
 from ..model import Decoder, attention_configs, cache_nbytes, flops_per_token
+from ..ranges import Count, Part, Positive, check_fields, checked
 from ..results import Record
 from ..training.optimizers import make_optimizers
 from .memory import META, Footprint, footprint, on_meta
@@ -35,15 +36,13 @@ class Machine:
     """The GPUs that a model is trained on, and the strategy. Raises `UserError` for numbers that mean nothing."""
 
     gpu: Gpu
-    gpus: int = 1
+    gpus: Count = 1
     strategy: str = "ddp"
-    batch: int | None = None  # sequences on each GPU at a time; None: the config's
+    batch: Count | None = None  # sequences on each GPU at a time; None: the config's
     recompute: bool = False  # activation checkpointing: of each layer only the input is kept
 
     def __post_init__(self) -> None:
-        for what, number in (("the number of GPUs", self.gpus), ("the batch", self.batch)):
-            if number is not None and number < 1:
-                raise UserError(f"{what} is {number}: give 1 or more")
+        check_fields(self)
         find_sharding(self.strategy)
 
     @property
@@ -106,13 +105,14 @@ class Plan(Record):
     decode: DecodingCost
 
 
+@checked
 def plan(
     config: RunConfig,
     machine: Machine,
     *,
-    tokens: float | None = None,
-    mfu: float = MFU,
-    context: int | None = None,
+    tokens: Positive | None = None,
+    mfu: Part = MFU,
+    context: Count | None = None,
     advise: bool = True,
 ) -> Plan:
     """Return what training and decoding cost on `machine`.

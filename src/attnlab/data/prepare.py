@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import LOCK, check_free, checksum, expanded, full_disk, locked, naming, read_json, write_json
+from ..ranges import Count, checked
 from ..results import environment
 from ..unfinished import clean, sync_folder
 from .document_rules import EACH, RULES, TextBlock, first_documents, is_delimiter
@@ -46,12 +47,13 @@ KNOWN_LOST = 100  # unknown characters that the state keeps, the most frequent o
 Event = Mapping[str, Any]  # split, done, of (None where unknown), unit, and tokens_per_s where text is encoded
 
 
+@checked
 def prepare(
     recipe: Recipe,
     out: str | Path,
     *,
     command: str = "",
-    workers: int | None = None,
+    workers: Count | None = None,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> Prepared:
     """Make the folder `out`, go on with it, or, where it is whole already, read it again and compare every byte.

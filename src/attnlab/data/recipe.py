@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
+from ..ranges import Fraction, Long, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,20 +18,18 @@ class Recipe:
     test: str | None = None  # source of the test part; None: the source's own part, if it has one
     tokenizer: str | None = None  # char, byte, gpt2 or a path; None: that of a known source, or gpt2
     documents: str | None = None  # a rule of `document_rules`; None: the source's own
-    val_fraction: float | None = None  # share of the documents; None: the source's own, or 0.1
-    max_tokens: int | None = None  # tokens of the training part: stop after the document that reaches it; None: all
-    max_documents: int | None = None  # documents of the training part; None: all
-    shard_tokens: int = 100_000_000  # tokens in one file
+    val_fraction: Fraction | None = None  # share of the documents; None: the source's own, or 0.1
+    max_tokens: Long | None = None  # tokens of the training part: stop after the document that reaches it; None: all
+    max_documents: Long | None = None  # documents of the training part; None: all
+    shard_tokens: Long = 100_000_000  # tokens in one file
     layout: Literal["shards", "nanogpt"] = "shards"
     end: bool = True  # put a token after each document, where the tokenizer has one
     revision: str | None = None  # of the source on the hub; None: the newest
 
     def __post_init__(self) -> None:
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}: it must lie between 0 and 1")
+        check_fields(self)
+        for name in ("source", "val", "test", "tokenizer", "documents", "revision"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is '': name one, or leave it out")
         if self.val_fraction is not None and self.val is not None:
             raise UserError("--val and --val-fraction both say what to validate on: give one of them")
-        for name in ("max_tokens", "max_documents", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..errors import UserError, choose, quoted
 from ..files import checksum, expanded, path_within, read_json, regular
-from ..ranges import check_value
+from ..ranges import check_value, checked
 from ..results import Tell
 from . import nanogpt
 from .encoding import TEXT
@@ -62,9 +62,12 @@ class Prepared:
     manifest: Mapping[str, Any]
 
     @classmethod
+    @checked
     def open(cls, folder: str | Path) -> Prepared:
         """Open a folder. UserError where there is none, or where it is unfinished, cut short or contradicts itself."""
         path = expanded(folder)
+        if not path.name:
+            raise UserError(f"folder is {quoted(str(folder))}: give the --out folder of 'attnlab prepare'")
         if not (path / "manifest.json").exists():
             if path.with_name(path.name + UNFINISHED).exists():
                 raise UserError(

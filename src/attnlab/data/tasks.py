@@ -18,6 +18,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError, choose
+from ..ranges import checked
 
 HELD_OUT = 2**63  # seeds stay below it
 
@@ -247,6 +248,7 @@ TASKS = {
 }
 
 
+@checked
 def task(name: str) -> Task:
     """Return the task of this name. UserError where there is none."""
     return TASKS[choose("task", name, TASKS)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import regular
+from ..ranges import Fraction, checked
 from .bpe import BPETokenizer
 from .compressed import opened
 from .corpus import Corpus
@@ -22,7 +23,8 @@ SHAKESPEARE = "shakespeare"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Corpus:
+@checked
+def from_text(text: str, source: str = "text", val_fraction: Fraction = 0.1) -> Corpus:
     """Return the corpus of one text, with characters as tokens.
 
     The first 1 - val_fraction of them train, the rest validate (nanoGPT's split).
@@ -30,10 +32,11 @@ def from_text(text: str, source: str = "text", val_fraction: float = 0.1) -> Cor
     return from_texts([text], source, val_fraction)
 
 
+@checked
 def from_texts(
     texts: Sequence[str],
     source: str = "text",
-    val_fraction: float = 0.1,
+    val_fraction: Fraction = 0.1,
     tokenizer: Tokenizer | None = None,
     pack: str = "stream",
 ) -> Corpus:
@@ -41,6 +44,10 @@ def from_texts(
 
     tokenizer: characters if None. pack: "stream" or "documents", see `Corpus`.
     """
+    if not len(texts):
+        raise UserError("texts is empty: give at least one")
+    if not any(texts):
+        raise UserError("the text is empty: give one that has characters")
     made = tokenizer or CharTokenizer.of("".join(texts))
     end = [] if made.end is None else [np.array([made.end], np.int32)]
     documents = [np.concatenate([made.encode_array(text), *end]) for text in texts]
@@ -65,6 +72,7 @@ def _text_bytes(texts: Sequence[str], starts: np.ndarray, tokenizer: BPETokenize
     return before, sum(sizes) - before
 
 
+@checked
 def read_text(path: Path) -> str:
     """Return the text of one file, or of all files under a folder in the order of their paths, hidden ones left out.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import UserError, quoted
 from ..files import expanded, naming, read_json
-from ..ranges import Size, check_value
+from ..ranges import Size, check_value, checked
 from .bpe import BPETokenizer, fingerprint_of, gpt2, text_of, utf8
 from .declared import ends_of
 
@@ -56,12 +57,14 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. UserError where it has a character without one."""
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the same as an array, int32 [n]."""
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, the inverse of `encode`; what is not whole text reads as U+FFFD."""
 
@@ -91,12 +94,15 @@ class CharTokenizer(Complete):
     ends = ()
     seam = ANYWHERE
 
+    @checked
     def __init__(self, chars: str):
-        assert list(chars) == sorted(set(chars)), "characters must be distinct and in ascending order"
+        if not chars or list(chars) != sorted(set(chars)):
+            raise UserError(f"chars is {quoted(chars)}: a vocabulary needs distinct characters in ascending order")
         self.chars = chars
         self._points = _code_points(chars)
 
     @classmethod
+    @checked
     def of(cls, text: str) -> CharTokenizer:
         """Return the tokenizer that has the characters of `text`."""
         return cls("".join(sorted(set(text))))
@@ -119,12 +125,15 @@ class CharTokenizer(Complete):
             )
         return ids
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return self.encode_array(text).tolist()
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Ids that no character has read as U+FFFD: a model may have more rows."""
+        ids = _whole(ids)
         return "".join(self.chars[i] if 0 <= i < len(self.chars) else "\ufffd" for i in ids)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,6 +144,16 @@ class CharTokenizer(Complete):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
         return fingerprint_of(self.to_json())
+
+
+def _whole(ids: Any) -> list[int]:
+    """The ids as Python's numbers. UserError for anything else."""
+    if getattr(ids, "ndim", 1) != 1:
+        raise UserError(f"ids is {quoted(ids)}: give token ids in one row")
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise UserError(f"ids is {quoted(ids)}: give token ids, which are whole numbers") from None
 
 
 class ByteTokenizer(Complete):
@@ -150,16 +169,18 @@ class ByteTokenizer(Complete):
         """Return ids, one per byte: int32 [n]. UserError for half a surrogate pair, which UTF-8 has no bytes for."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return list(utf8(text))
 
+    @checked
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`.
 
         The end of a document reads as nothing; ids without a byte, and bytes that are not UTF-8, as U+FFFD.
         """
-        return text_of(BYTES, ids)
+        return text_of(BYTES, _whole(ids))
 
     def to_json(self) -> dict[str, Any]:
         """Return the tokenizer as JSON, which `from_json` reads."""
@@ -200,6 +221,7 @@ class TokenizerFile(TypedDict, total=False):
     decoder: dict[str, Any] | None
 
 
+@checked
 def from_json(data: Mapping[str, Any], ends: Sequence[str | int] = ()) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `data`, or that of a tokenizer.json of Hugging Face's tokenizers.
 
@@ -230,6 +252,7 @@ def names_of(pieces: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     return list(pieces) if isinstance(pieces, Mapping) else [each[0] for each in pieces]
 
 
+@checked
 def tokenizer(name: str | Path) -> Tokenizer:
     """Return a tokenizer by name: "byte", "gpt2", a tokenizer.json, or a folder that has one.
 

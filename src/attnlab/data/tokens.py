@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError, quoted
+from ..ranges import Size, check_value
+
 DocumentStarts = np.ndarray | Callable[[], np.ndarray] | None  # where each begins; see `Tokens`
 UNKNOWN = -1  # bytes of a text
 DIGESTED = 1 << 20  # tokens that are hashed at a time
@@ -48,8 +51,15 @@ class Tokens:
         documents: DocumentStarts = None,
         text_bytes: int | None = None,
     ) -> Tokens:
-        """Return a row in memory."""
-        return cls([ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)], documents, text_bytes=text_bytes)
+        """Return a row in memory. `UserError` where `ids` are no whole numbers in a row."""
+        check_value("text_bytes", text_bytes, Size | None)
+        starts = np.zeros(1, int) if documents is None or callable(documents) else np.asarray(documents)
+        if starts.ndim != 1 or not len(starts) or starts.dtype.kind not in "iu":
+            raise UserError(f"documents is {quoted(documents)}: give where each document begins, or None")
+        row = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or not len(row)):
+            raise UserError(f"ids is {quoted(ids)}: give token ids in one row")
+        return cls([row], documents, text_bytes=text_bytes)
 
     def __len__(self) -> int:
         return int(self._edges[-1])

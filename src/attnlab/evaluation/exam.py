@@ -15,6 +15,7 @@ from ..data.tasks import Task, task_of
 from ..device import find_device
 from ..errors import UserError
 from ..model import cache_nbytes
+from ..ranges import Count, checked
 from ..results import TaskResult
 from ..runs.folder import RunFolder, load_model
 
@@ -22,6 +23,7 @@ SEQUENCES = 512  # held-out sequences of each length
 DEPTHS = 8  # parts of the haystack, by depth
 
 
+@checked
 def examine(folder: str | Path) -> TaskResult:
     """Return what the newest checkpoint of a run folder answers to held-out sequences.
 
@@ -104,7 +106,8 @@ class Score:
 
 
 @torch.inference_mode()
-def score(logits: Callable[[Tensor], Tensor], task: Task, length: int, count: int, batch: int = 64) -> Score:
+@checked
+def score(logits: Callable[[Tensor], Tensor], task: Task, length: Count, count: Count, batch: Count = 64) -> Score:
     """Return the answers of a model to `count` held-out sequences; `logits` takes token ids [B T] to [B T V]."""
     tokens, targets = task.held_out(count, length)
     answers = torch.cat([logits(x).argmax(-1) for x in torch.from_numpy(tokens).split(batch)]).numpy()

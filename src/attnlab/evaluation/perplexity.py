@@ -7,8 +7,7 @@ much and shows more of the past to each token. lm_eval rolls like this with S = 
 transformers' guide is S < C with one token more of `max_length`, but its last window may be short.
 
 Where the tokenizer has an end-of-document token, it stands before the first token, which is then predicted too. So does
-the token with which a pretrained model's documents begin, where it has one of its own. Neither is ever predicted: they
-are not text, and models without one must be comparable.
+the token with which a pretrained model's documents begin, where it has one. Neither is predicted: they are not text.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from ..errors import UserError, choose
 from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
+from ..ranges import Count, Size, check_fields, checked
 from ..results import EvalResult, Tell
 from ..runs.folder import RunFolder
 from ..runs.tensors import computed
@@ -72,7 +72,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 class ScoredDocuments:
     """Documents as they are predicted: a token in front, where there is one, and none that only ends them."""
 
-    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: int | None = None) -> None:
+    def __init__(self, documents: Tokens | Iterable[Ids], end: int | None = None, front: Size | None = None) -> None:
         self.tokens = tokens = documents if isinstance(documents, Tokens) else joined(documents)
         self.front = front
         self.starts = tokens.documents
@@ -112,20 +112,23 @@ class ScoredDocuments:
 
 def joined(documents: Iterable[Ids]) -> Tokens:
     """Return token lists as one row. Empty ones have nothing to predict, and are left out."""
-    full = [np.asarray(ids) for ids in documents if len(ids)]
+    full = [row for row in map(np.asarray, documents) if row.size or row.ndim != 1]
+    if not all(row.ndim == 1 and row.dtype.kind in "iu" for row in full):
+        raise UserError("documents are no rows of token ids: give one row for each")
     return Tokens.of(np.concatenate(full), np.cumsum([0, *map(len, full[:-1])])) if full else Tokens([])
 
 
 @torch.inference_mode()
+@checked
 def evaluate(
     model: Decoder,
     documents: Tokens | Iterable[Ids],
     *,
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
+    context: Count | None = None,
+    stride: Count | None = None,
+    batch_size: Count = 8,
     tokenizer: Tokenizer | None = None,
-    front: int | None = None,
+    front: Size | None = None,
     progress: Tell = lambda what, done, of: None,
 ) -> EvalResult:
     """Return how well `model` predicts `documents`: token lists, or a row of tokens that knows where documents begin.
@@ -279,18 +282,22 @@ def binned(losses: np.ndarray, counts: np.ndarray) -> list[list[float]]:
 class Rolling:
     """The windows in which documents are predicted."""
 
-    context: int | None = None  # tokens of the longest window; None: the model's
-    stride: int | None = None  # tokens from the end of a window to the end of the next; None: the context
-    batch_size: int = 8  # windows side by side; it changes the speed and nothing else
+    context: Count | None = None  # tokens of the longest window; None: the model's
+    stride: Count | None = None  # tokens from the end of a window to the end of the next; None: the context
+    batch_size: Count = 8  # windows side by side; it changes the speed and nothing else
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
+@checked
 def evaluate_source(
     source: str | Path,
     data_source: str | None = None,
     split: str = "val",
     *,
     rolling: Rolling = Rolling(),
-    checkpoint: int | None = None,
+    checkpoint: Size | None = None,
     device: str = "auto",
     trust: bool = False,
     progress: Tell = lambda what, done, of: None,

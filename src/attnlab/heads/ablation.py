@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model import Decoder
+from ..ranges import Count, Seed, checked
 from ..results import Ablation, Tell
 from ..stats import t_quantile
 from .capture import heads_replaced, watch
@@ -22,13 +23,14 @@ from .scores import check_sequences, repeated, segment_lengths
 
 
 @torch.no_grad()
+@checked
 def ablate(
     model: Decoder,
     *,
-    sequences: int = 64,
-    segment: int | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
+    sequences: Count = 64,
+    segment: Count | None = None,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     tell: Tell = lambda what, done, of: None,
 ) -> Ablation:
     """Return what mean-ablating each head of `model` in turn does to the loss, in nats per token.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..ranges import Count, Seed, checked
 from ..results import Emergence, Tell
 from ..runs.folder import RunFolder, load_model
 from .ablation import losses
@@ -15,13 +16,14 @@ from .scores import PATTERNS, mean_scores, repeated, segment_lengths
 
 
 @torch.no_grad()
+@checked
 def scores_over_training(
     run: str | Path,
     *,
-    sequences: int = 64,
-    segments: Sequence[int] | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
+    sequences: Count = 64,
+    segments: Sequence[Count] | None = None,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     tell: Tell = lambda what, done, of: None,
 ) -> Emergence:
     """Return the scores of every head at every checkpoint in the run folder `run`, and the losses there.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Decoder
+from ..ranges import checked
 from ..recording import record_attention
 from .capture import Layer, watch
 
@@ -38,6 +39,7 @@ class Inside:
 
 
 @torch.no_grad()
+@checked
 def inside(model: Decoder, tokens: Tensor) -> list[Inside]:
     """Return the findings about every layer of `model` as it reads `tokens` (B L).
 

@@ -5,13 +5,12 @@ The colours are cividis and those of Okabe and Ito, which differ for colour-blin
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, need
-from ..files import write_bytes
+from ..errors import need
+from ..files import whole_folder
 
 BLUE = "#0072b2"
 VERMILLION = "#d55e00"
@@ -21,18 +20,14 @@ DPI = 200  # dots per inch
 
 
 def write_pngs(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write the findings of `attnlab heads` as PNG files into `folder`, which is made. Return their paths.
+    """Write the findings of `attnlab heads` as PNG files into `folder`, all of them or none. Return their paths.
 
-    Raises `UserError` where matplotlib is missing, and where the folder cannot be made.
+    Raises `UserError` where matplotlib is missing, and where anything but an empty folder is at `folder`.
     """
     need("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): name a folder that you may write to") from None
     figures = {"scores": _scores(found["scores"])}
     if ablation := found.get("ablation"):
         figures["ablation"] = _ablation(found["scores"], ablation)
@@ -43,12 +38,10 @@ def write_pngs(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
     figures["patterns"] = _patterns(found["patterns"])
     if curve := found.get("emergence"):
         figures["emergence"] = _emergence(curve)
-    written = []
-    for name, figure in figures.items():
-        page = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(page)
-        written.append(write_bytes(folder / f"{name}.png", page.getvalue()))
-    return written
+    with whole_folder(folder) as half:
+        for name, figure in figures.items():
+            FigureCanvasAgg(figure).print_png(half / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

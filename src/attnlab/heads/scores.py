@@ -29,9 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor
 from ..config import ModelConfig
 from ..errors import UserError
 from ..model import Decoder
+from ..ranges import Count, Seed, checked
 from ..results import HeadScores, Tell
 from ..stats import beyond, holm, welch
 from .capture import output_matrix, watch
@@ -46,7 +48,8 @@ Samples = dict[str, list[Tensor]]  # score -> layers -> [sequences heads], each 
 Scores = dict[str, list[list[float]]]  # score -> layers -> heads
 
 
-def repeated(vocab_size: int, sequences: int, segment: int, seed: int, *, repeat: bool = True) -> Tensor:
+@checked
+def repeated(vocab_size: Count, sequences: Count, segment: Count, seed: Seed, *, repeat: bool = True) -> Tensor:
     """Return random tokens [B 2n]: a segment and its repeat or, for the null, a segment and another one.
 
     The first segment is the same in both cases. The tokens of a segment differ from each other where the vocabulary is
@@ -64,13 +67,15 @@ def repeated(vocab_size: int, sequences: int, segment: int, seed: int, *, repeat
     return torch.from_numpy(np.concatenate([first, second], 1).astype(np.int64))
 
 
-def pattern_scores(pattern: Tensor, segment: int) -> dict[str, Tensor]:
+@checked
+def pattern_scores(pattern: Tensor, segment: Count) -> dict[str, Tensor]:
     """Return every score of `PATTERNS` and `SPREAD` (B N) from patterns (B N L L).
 
     `segment` is the length in tokens of the part that is repeated. Entropy is in nats, distance in tokens, all other
     scores are shares of attention, which are negative where a signed pattern subtracts. Entropy and distance are those
     of the sizes of the shares.
     """
+    check_tensor("pattern", pattern, "B N L L")
     sizes = pattern.abs()
     length = pattern.shape[-1]
     query = torch.arange(length, device=pattern.device)
@@ -123,14 +128,15 @@ def _gain(model: Decoder, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@checked
 def head_scores(
     model: Decoder,
     *,
     untrained: Iterable[Decoder] | None = None,
-    sequences: int = 64,
-    segments: Sequence[int] | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
+    sequences: Count = 64,
+    segments: Sequence[Count] | None = None,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     tell: Tell = lambda what, done, of: None,
 ) -> HeadScores:
     """Return the scores of every head of `model`, with both null distributions and the marks.
@@ -316,6 +322,8 @@ def _means(found: Samples) -> Scores:
     return {name: [layer.mean(0).tolist() for layer in layers] for name, layers in found.items()}
 
 
-def mean_scores(model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: int = 16) -> Scores:
+def mean_scores(
+    model: Decoder, *, sequences: int, segments: Sequence[int], seed: int, batch_size: Count = 16
+) -> Scores:
     """Return the scores of `PATTERNS` and `SPREAD` without a null: score -> layers -> heads."""
     return _means(_samples(model, sequences, segments, seed, batch_size))

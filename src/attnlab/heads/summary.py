@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model import Decoder
+from ..ranges import Count, Seed, checked
 from ..results import HeadScores, Tell
 from ..runs.tensors import computing
 from .ablation import ablate
@@ -21,13 +22,14 @@ from .scores import PATTERNS, head_scores, repeated
 SHOWN = 8  # sequences that `inside` and the patterns are averaged over
 
 
+@checked
 def whole(
     model: Decoder,
     *,
     run: str | Path | None = None,
-    sequences: int = 64,
-    segments: Sequence[int] | None = None,
-    seed: int = 0,
+    sequences: Count = 64,
+    segments: Sequence[Count] | None = None,
+    seed: Seed = 0,
     causal: bool = True,
     tell: Tell = lambda what, done, of: None,
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +97,9 @@ def theirs(folder: Path) -> Iterator[None]:
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # what is wrong is said in one sentence, and not in a table besides
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            yield
     except UserError:
         raise
     except Exception as error:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .. import attention
-from ..arguments import checked
 from ..config import to_dict
 from ..errors import UserError, choose
 from ..laws.interface import separate
 from ..laws.state import seeded, unchanged
 from ..laws.subject import Broken, movement, moves_by, scale
 from ..pretrained.rope_config import rotary
-from ..ranges import Seed
+from ..ranges import Seed, checked
 from ..spec import UNSCALED, AttentionConfig
 from .hosts import MODELS, TRAIN, Adapter, Patch, freeze_host, install
 
@@ -66,7 +65,7 @@ def patch(
     config = attention.config(mechanism, **{**config_fields(mechanism, model.config, parts), **(options or {})})
     config.check_context(model.config.max_position_embeddings)
     with torch.device("meta"):
-        kept = carried(parts, attention.module(mechanism).Attention(config), keep_output)
+        kept = carried(parts, attention.layer(mechanism, config), keep_output)
     entry = Patch(
         mechanism=mechanism, layers=at, config=dataclasses.asdict(config), keep_output=keep_output, carried=tuple(kept)
     )

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import check_tensor
 from ..cache import Cache
 from ..device import check_compiler, check_room, wait_for
 from ..errors import UserError, quoted
 from ..model import FLOAT, Decoder, cache_floats
-from ..ranges import Count, NotNegative, Part, Range, Size, check_fields
+from ..ranges import Count, NotNegative, Part, Range, Size, check_fields, check_value, checked
 from ..runs.tensors import computed
 
 NUMBER = 8  # bytes of a random number
@@ -33,6 +33,10 @@ def prefill(
 
     `positions` [B L] for prompts of different lengths: padding on the left, at position -1. None: no padding.
     """
+    if not isinstance(model, Decoder):
+        raise UserError(f"model is {quoted(model)}: give a Decoder")
+    if not isinstance(cache, list):
+        raise UserError(f"cache is {quoted(cache)}: give what model.empty_cache returned, or the call before this one")
     x, kept = model.hidden(tokens, positions, cache)
     assert kept is not None
     return model.head(x[:, -1]), kept  # the head on one token: the logits of a long prompt would outweigh its cache
@@ -42,6 +46,9 @@ def step(
     model: Decoder, tokens: Tensor, cache: list[Cache], positions: Tensor | None = None
 ) -> tuple[Tensor, list[Cache]]:
     """Add one token to each sequence, tokens [B] at `positions` [B]. Return the logits after it [B V] and the cache."""
+    check_tensor("tokens", tokens, "B", whole=True)
+    if positions is not None:
+        check_tensor("positions", positions, "B", whole=True)
     return prefill(model, tokens[:, None], cache, None if positions is None else positions[:, None])
 
 
@@ -55,8 +62,7 @@ class Sampling:
     top_p: Part | None = None  # choose among the likeliest tokens that together have this probability; None: among all
     seed: Annotated[int, Range(0)] = 0
 
-    def check(self) -> None:
-        """Raise `UserError` where a number means nothing."""
+    def __post_init__(self) -> None:
         check_fields(self)
 
 
@@ -83,7 +89,8 @@ def generate(  # noqa: PLR0913  # the public function takes the fields of Sampli
     to a minute before the second token (benchmarks/decode.py has what it brings). Raises `UserError` for an empty
     prompt, a token that the model does not know, or a length that learned positions do not reach.
     """
-    sampling = Sampling(n, temperature, top_k, top_p, seed)
+    sampling = Sampling(n, float(temperature), top_k, top_p, seed)
+    stop = [check_value("stop", token, Size) for token in stop]
     check_request(model, prompts, sampling)
     return continuation(model, prompts, sampling, on_token, stop=stop, compile=compile).rows
 
@@ -188,10 +195,13 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(width) - padding[:, None]).clamp(min=-1)
 
 
-def uniforms(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
+@checked
+def uniforms(prompts: Sequence[Sequence[int]], n: Size, seed: Annotated[int, Range(0)]) -> Tensor:
     """Return float64 numbers in [0, 1), [B n]. A row depends on the seed, its prompt, and earlier rows of that."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
+    if not len(prompts):
+        return torch.empty(0, n, dtype=torch.float64)
     for prompt in map(tuple, prompts):
         entropy = np.random.SeedSequence([seed, seen[prompt], *prompt])
         rows.append(np.random.Philox(entropy).random_raw(n) >> np.uint64(11))
@@ -222,7 +232,6 @@ def choose_token(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Ten
 
 def check_request(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     """Raise `UserError` where `generate` could not do what is asked."""
-    sampling.check()
     config = model.config
     check_prompts(prompts)
     longest = max(map(len, prompts), default=0) + sampling.n

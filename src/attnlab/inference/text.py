@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..feed_forward import Experts
 from ..measure.counters import tensor_bytes
 from ..model import Decoder
+from ..ranges import Size, checked
 from ..runs.folder import RunFolder
 from . import chat
 from .generate import Continuation, Sampling, check_request, continuation
@@ -44,6 +45,7 @@ class Samples:
         return asdict(self)
 
 
+@checked
 def continue_texts(
     loaded: pretrained.Loaded,
     prompts: Sequence[str],
@@ -109,12 +111,13 @@ def samples(
     )
 
 
+@checked
 def sample_run(
     path: str | Path,
     prompts: Sequence[str],
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
-    checkpoint: int | None = None,
+    checkpoint: Size | None = None,
     device: str = "auto",
     on_text: Callable[[int, str], None] | None = None,
 ) -> Samples:

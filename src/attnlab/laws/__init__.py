@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import attention
 from ..errors import choose
+from ..ranges import Count, checked
 from ..results import NOT_DECODED, LawResult, Tell, judged, verdict
 from ..spec import AttentionConfig
 from . import any_module, caches, causality, computation, interface, precision
@@ -83,6 +84,7 @@ LAWS: dict[str, Law] = {
 }
 
 
+@checked
 def check_mechanism(
     name: str,
     *,
@@ -100,6 +102,7 @@ def check_mechanism(
     return check_class(name, module.Config, module.Attention, laws=laws, allow=allow, tell=tell, **fields)
 
 
+@checked
 def check_class(
     name: str,
     config: type[AttentionConfig],
@@ -121,10 +124,11 @@ def check_class(
     return _judge_all(name, subjects, laws, allow, tell)
 
 
+@checked
 def check_module(
     module: nn.Module | Callable[..., Any],
     *,
-    d_model: int | None = None,
+    d_model: Count | None = None,
     call: ModuleCall | None = None,
     step: StepCall | None = None,
     build: Callable[[], nn.Module] | None = None,
@@ -180,10 +184,11 @@ def _is_allowed(result: LawResult, allow: Sequence[str]) -> bool:
     return result.status == "broken" and result.law in allow
 
 
+@checked
 def check_attention(
     module: nn.Module | Callable[..., Any],
     *,
-    d_model: int | None = None,
+    d_model: Count | None = None,
     call: ModuleCall | None = None,
     step: StepCall | None = None,
     build: Callable[[], nn.Module] | None = None,

@@ -22,6 +22,7 @@ from ..config import ModelConfig, to_dict
 from ..errors import UserError, choose
 from ..files import expanded, regular
 from ..model import Decoder, attention_configs
+from ..ranges import Size, checked
 from ..runs.folder import RunFolder, load_model
 from . import extras, families, folders, model_card, tensor_names
 
@@ -51,10 +52,11 @@ def module(name: str) -> ModuleType:
     return families.module(choose("family", name, names()))
 
 
+@checked
 def load(
     source: str | Path,
     *,
-    checkpoint: int | None = None,
+    checkpoint: Size | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust: bool = False,
@@ -134,6 +136,7 @@ def empty(config: ModelConfig) -> Decoder:
         return Decoder(config)
 
 
+@checked
 def save(
     loaded: Loaded,
     folder: str | Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,8 +76,17 @@ def describe(folder: Path) -> dict[str, Any]:
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
+        template = _template(folder / "chat_template.jinja")
     return found if template is None else {**found, "chat_template": template}
+
+
+def _template(path: Path) -> str:
+    try:
+        return regular(path).read_text("utf-8")
+    except OSError as error:
+        raise UserError(unreadable(path, error)) from None
+    except ValueError:
+        raise UserError(f"{path} is not UTF-8 text: {ORIGINAL}") from None
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +191,9 @@ def unpickle(path: Path, trust: bool) -> Any:
     Raises `UserError` for a file that is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(regular(path), map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the file is, which is said below
+            return torch.load(regular(path), map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; fetch it again") from None
     except PermissionError as error:
@@ -191,7 +203,7 @@ def unpickle(path: Path, trust: bool) -> Any:
             f"{path} is not a plain archive of tensors: opening it could run code that it brings; "
             "add --trust only if you trust whoever wrote it"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a pickle can fail in any way
         why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({why}); fetch it again") from None
 

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..files import write_bytes
+from ..ranges import checked
 from .page import page, plotly_script
 from .results_folder import read_results
 
 __all__ = ["render", "write_report"]
 
 
+@checked
 def write_report(folder: str | Path, tell: Callable[[str], None] = lambda sentence: None) -> Path:
     """Write `folder`/report.html, whole or not at all, and return its path. `UserError` as in `render`.
 
@@ -27,6 +29,7 @@ def write_report(folder: str | Path, tell: Callable[[str], None] = lambda senten
     return write_bytes(Path(folder) / "report.html", page(found, plotly_script()).encode("utf-8", "replace"))
 
 
+@checked
 def render(folder: str | Path) -> str:
     """Return the report as one HTML document.
 

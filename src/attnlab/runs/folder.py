@@ -27,13 +27,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import data
-from ..arguments import checked
 from ..config import RunConfig, differing, from_dict, to_dict
 from ..device import find_device
 from ..errors import UserError
 from ..files import disk_errors, naming, parse_json, read_json, regular, unreadable, write_bytes, write_json
 from ..model import Decoder
-from ..ranges import Size, check_value
+from ..ranges import Size, check_value, checked
 from ..results import FORMAT, RunResult, environment
 from ..unfinished import clean
 from .checkpoint import (
@@ -119,6 +118,7 @@ class RunFolder:
             raise
 
     @classmethod
+    @checked
     def open(cls, path: str | Path, processes: Processes = ONE_PROCESS) -> RunFolder:
         """Return the folder of an existing run. `UserError` when there is none, or another version wrote it."""
         path = Path(path)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..files import disk_errors, parse_json, regular, write_bytes
+from ..errors import UserError
+from ..files import disk_errors, parse_json, regular, unreadable, write_bytes
 from .schemas import Metrics
 
 
@@ -22,9 +23,13 @@ def add_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return every whole record; a last line that a crash cut short is left out."""
-    if not regular(path).exists():
+    try:
+        held = regular(path).read_bytes()
+    except FileNotFoundError:
         return []
-    lines = path.read_text("utf-8").split("\n")[:-1]  # after the last newline is nothing, or a line that was cut short
+    except OSError as error:
+        raise UserError(unreadable(path, error)) from None
+    lines = held.split(b"\n")[:-1]  # after the last newline is nothing, or a line that was cut short
     name = f"a line of {path}"
     return [parse_json(name, line, Metrics, "delete this line or the file, and run again") for line in lines]
 

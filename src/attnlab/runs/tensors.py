@@ -42,12 +42,14 @@ class Stored:
     def __init__(self, files: Iterable[Path]):
         """Raises `ValueError` when parts of a tensor are missing or do not fit each other."""
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kinds: dict[str, str] = {}  # safetensors' names of types: F32, BF16, I64
         self._places: dict[str, list[Place]] = {}
         for file in files:
             with safe_open(file, "pt") as opened:
                 pieces = json.loads((opened.metadata() or {}).get("pieces", "{}"))
                 for name in opened.keys():
                     held = tuple(opened.get_slice(name).get_shape())
+                    self._kinds[name] = opened.get_slice(name).get_dtype()
                     start, shape = pieces.get(name, (0, held))
                     if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
                         raise ValueError(f"parts of {name} are missing: its pieces are of tensors of several shapes")
@@ -89,20 +91,39 @@ class Stored:
     ) -> Iterator[tuple[str, str, str, str]]:
         """Yield each key of the optimizers' states, and its optimizer, parameter and field.
 
-        Raises `UserError` for an optimizer or a parameter that this model lacks.
+        Raises `UserError` for an optimizer or a parameter that this model lacks, for states of another type than the
+        optimizers have, and where a parameter has fewer of them than others.
         """
+        fields: dict[str, dict[str, set[str]]] = {}
         for key in self.names():
-            label, name, field = key.split("/")
+            label, name, field = key.split("/") if key.count("/") == 2 else ("", key, "")
             if label not in optimizers or name not in parameters:
                 raise UserError(
                     f"the checkpoint's optimizer state names {name!r} of {label!r}, which this model lacks; "
                     "load it with the version and the mechanisms it was trained with"
                 )
+            if self._shapes[key] and not self._kinds[key].startswith(("F", "BF")):  # a count of steps has no shape
+                raise UserError(
+                    f"the checkpoint's optimizer state {key} is in {self._kinds[key]}, and optimizers have "
+                    "floating-point numbers: it is not of this run; train again into another folder"
+                )
+            fields.setdefault(label, {}).setdefault(name, set()).add(field)
             yield key, label, name, field
+        for by_name in fields.values():
+            whole = set().union(*by_name.values())
+            if short := next((name for name, held in by_name.items() if held != whole), None):
+                raise UserError(
+                    f"the checkpoint's optimizer state of {short} lacks {', '.join(sorted(whole - by_name[short]))}: "
+                    "it is not whole; train again into another folder"
+                )
 
 
 def _read(place: Place, name: str, start: int, stop: int) -> Tensor:
-    """Return elements `start` to `stop` of the piece at `place`, flattened."""
+    """Return elements `start` to `stop` of the piece at `place`, flattened. `UserError` where they are not finite."""
+    return finite_weights(name, _held(place, name, start, stop), place.file, floating=False)
+
+
+def _held(place: Place, name: str, start: int, stop: int) -> Tensor:
     with safe_open(place.file, "pt") as opened:
         if stop - start == place.length:
             return opened.get_tensor(name).flatten()

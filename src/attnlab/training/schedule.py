@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from ..config import RunConfig, TrainConfig
 from ..errors import UserError
+from ..ranges import Size, checked
 from ..runs.folder import RunFolder
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+@checked
+def learning_rate(config: TrainConfig, step: Size) -> float:
     """Return the learning rate of step 0, 1, ...
 
     After the warm-up it is a cosine to `min_lr`, a constant rate with a linear fall at the end (wsd), or constant.

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files import alone
 from ..measure.counters import reset_peak
 from ..measure.gpus import Peak, find_peak
+from ..ranges import NotNegative, checked
 from ..recording import record_losses
 from ..results import RunResult
 from ..runs.folder import RunFolder
@@ -61,6 +62,7 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop; it is saved."""
 
 
+@checked
 def train(
     config: RunConfig,
     out: str | Path,
@@ -68,7 +70,7 @@ def train(
     resume: bool = False,
     progress: Listener | None = None,
     how: Execution = HOW,
-    patience: float = 2.0,
+    patience: NotNegative = 2.0,
 ) -> RunResult:
     """Train `config` into the run folder `out`. `resume`: go on from its newest checkpoint, if there is one.
 
@@ -120,6 +122,7 @@ def _train(
             folder = RunFolder.create(out, config, corpus, processes)
         result = folder.result()
         if result is not None and result.status == "done" and result.steps >= config.train.steps:
+            folder.metrics()  # they are read by whoever asks for the run, so a damaged file is said now
             return result
     device = find_device(config.train.device)
     peak = find_peak(device, find_precision(config.train.precision, device), how.peak)
@@ -162,8 +165,11 @@ def ready(
         log = Log()
     else:
         trainer = Trainer.of(config, corpus, how, processes, folder.stored(newest, "model").all())
-        trainer.strategy.remember(folder.stored(newest, "optimizer"))
         log = Log.of(newest, folder.state(newest))
+        stored = folder.stored(newest, "optimizer")
+        if newest > log.skipped and not stored.names():
+            raise UserError(f"the checkpoint of step {newest} has no optimizer state: train again into another folder")
+        trainer.strategy.remember(stored)
     if folder is not None:
         folder.forget_after(-1 if newest is None else newest)
     if past:

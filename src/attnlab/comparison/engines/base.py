@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from ...errors import UserError
+from ...ranges import Count, Size, Threads, check_fields
 from ...runs.signals import on_stop_signal
 
 Outcome = Literal["note", "start", "event", "again", "done", "failed", "interrupted"]
@@ -48,24 +49,22 @@ Waiting = deque[tuple[int, Call]]
 class Share:
     """The share of the machine that runs get. None: the engine decides."""
 
-    jobs: int | None = None  # runs side by side
-    threads: int | None = None  # CPU threads of each run
-    gpus: int | None = None  # GPUs of each run
+    jobs: Count | None = None  # runs side by side
+    threads: Threads | None = None  # CPU threads of each run
+    gpus: Size | None = None  # GPUs of each run
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs(Share):
     """The work for which an engine is opened. Raises `UserError` for a share that is too small."""
 
-    runs: int  # number of calls that will come
+    runs: Size  # number of calls that will come
     folder: Path  # where the engine keeps files of its own
     device: str = "auto"  # train.device
     say: Callable[[str], None] = lambda text: None  # shows a line about something that takes long
-
-    def __post_init__(self) -> None:
-        for name, least in (("jobs", 1), ("threads", 1), ("gpus", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} is {value}: give {least} or more, or leave it out")
 
 
 class Engine(ABC):

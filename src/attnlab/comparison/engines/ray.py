@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...errors import UserError, need
+from ...ranges import check_fields
 from .base import Call, Failure, Needs, Outcome, attempt, cores, torch_threads
 from .remote import Remote
 
@@ -25,6 +26,9 @@ class Ray:
     """The options of the engine ray."""
 
     address: str = "local"  # auto: the cluster that this machine belongs to; HOST:PORT: that one
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def open(self, needs: Needs) -> OnRay:
         """Return an engine that has not connected yet. Raises `UserError` where Ray is not installed."""

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 from ...errors import UserError, need
 from ...files import read_json, write_json
+from ...ranges import check_fields
 from .base import Call, Failure, Listener, Needs, Outcome, Waiting, attempt, cores, torch_threads
 from .local import Workers
 from .remote import Refused, Remote
@@ -39,6 +40,9 @@ class Slurm:
     account: str | None = None  # who is charged
     sbatch: tuple[str, ...] = ()  # further options of sbatch, without dashes: mem=32G constraint=a100 exclusive
     cluster: Literal["slurm", "local"] = "slurm"  # local: to try it out without Slurm, submitit runs processes here
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def open(self, needs: Needs) -> OnSlurm:
         """Return an engine that has submitted nothing. Raises `UserError` for options that sbatch does not take."""
