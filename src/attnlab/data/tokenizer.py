@@ -96,8 +96,8 @@ class CharTokenizer(Complete):
 
     @checked
     def __init__(self, chars: str):
-        if not chars or list(chars) != sorted(set(chars)):
-            raise UserError(f"chars is {quoted(chars)}: a vocabulary needs distinct characters in ascending order")
+        if list(chars) != sorted(set(chars)):
+            raise UserError(f"chars is {quoted(chars)}: give distinct characters in ascending order")
         self.chars = chars
         self._points = _code_points(chars)
 
