@@ -57,7 +57,6 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. UserError where it has a character without one."""
 
@@ -125,7 +124,6 @@ class CharTokenizer(Complete):
             )
         return ids
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return self.encode_array(text).tolist()
@@ -169,7 +167,6 @@ class ByteTokenizer(Complete):
         """Return ids, one per byte: int32 [n]. UserError for half a surrogate pair, which UTF-8 has no bytes for."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return list(utf8(text))
