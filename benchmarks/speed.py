@@ -7,7 +7,10 @@
 train-vs-nanogpt  one optimizer step of nanoGPT's train.py and of ours, on nanoGPT's two Shakespeare recipes; then the
                   loss of both after the same steps on the same batches, from the same weights
 mechanisms        one training step of every mechanism at context 256, relative to mha
+contexts          one training step of every mechanism at context 256 and 2048, relative to mha
 decode            one token of mla, both ways, and of mha, at growing contexts
+recurrent         mechanisms with a state of constant size beside mha: a training step at 256 and 2048 tokens, and one
+                  token after 256 to 16384
 
 Contenders take turns in one process (A B C A B C ...), times are medians, and nothing is timed before it was checked.
 """
@@ -33,7 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from attnlab import presets
+from attnlab import attention, presets
 from attnlab.config import ModelConfig, RunConfig
 from attnlab.costs import bench
 from attnlab.costs.crossover import context_crossovers, query_crossover
@@ -45,12 +48,15 @@ from attnlab.results import BenchRecord, environment
 from attnlab.training.train import Trainer, learning_rate, resolve, train_step
 
 Precision = Literal["auto", "fp32", "bf16"]
-SECTIONS = ("train-vs-nanogpt", "mechanisms", "decode")
+SECTIONS = ("train-vs-nanogpt", "mechanisms", "contexts", "decode", "recurrent")
 EIGHT = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")
+RECURRENT = ("mha", "linear", "gated_delta", "kda", "mamba2")
 TITLES = {
     "train-vs-nanogpt": "Training, against nanoGPT",
     "mechanisms": "Training, every mechanism",
+    "contexts": "Training, every mechanism at two contexts",
     "decode": "Decoding",
+    "recurrent": "Recurrent mechanisms",
     "decode-gpt2": "Decoding, against transformers",  # benchmarks/decode.py
     "corpora-preparing": "Preparing a corpus",  # benchmarks/prepare.py
     "corpora-reading": "Reading a corpus",
@@ -78,7 +84,13 @@ def main() -> None:
     if options.nanogpt is None and "train-vs-nanogpt" in chosen:
         chosen.remove("train-vs-nanogpt")
         say("train-vs-nanogpt is left out: give --nanogpt PATH")
-    measure = {"train-vs-nanogpt": against_nanogpt, "mechanisms": mechanisms, "decode": decode}
+    measure = {
+        "train-vs-nanogpt": against_nanogpt,
+        "mechanisms": mechanisms,
+        "contexts": contexts,
+        "decode": decode,
+        "recurrent": recurrent,
+    }
     for section in chosen:
         text = measure[section](options)
         print(text)
@@ -319,6 +331,30 @@ def mechanisms(options: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
+def contexts(options: argparse.Namespace) -> str:
+    """Every mechanism of the package beside mha, with its own defaults, so parameters differ."""
+    preset = presets.get("shakespeare-gpu")
+    preset = replace(preset, model=replace(preset.model, positions="rope", dropout=0.0, n_layers=2))
+    preset = tiny(preset) if options.small else preset
+    names = ["mha", *(name for name in attention.names() if name != "mha")]
+    found: dict[str, list[BenchRecord]] = {name: [] for name in names}
+    sizes = ((32, 2), (64, 1)) if options.small else ((256, 4), (2048, 1))
+    for context, batch in sizes:
+        timing = bench.Timing(options.repeats)
+        told = progress_of(f"contexts {context}")
+        at = replace(preset, model=replace(preset.model, context=context))
+        for record in bench.bench("train", at, names, [context], batch=batch, timing=timing, progress=told):
+            found[record.mechanism].append(record)
+    rows = [
+        [name, *(cell for r in records for cell in (number(r.relative, ".2f"), number(r.ms, ",.0f"), spread(r)))]
+        for name, records in found.items()
+    ]
+    head = [""]
+    for context, batch in sizes:
+        head += [f"x mha's time at {context} (batch {batch})", "ms", "fastest to slowest"]
+    return f"{shape(preset.model)}, each with its own defaults:\n\n" + markdown(head, rows)
+
+
 def decode(options: argparse.Namespace) -> str:
     model = ModelConfig(context=4096, n_layers=4, d_model=768, n_heads=12, positions="rope")
     preset = RunConfig(name="gpt2-width", model=model)
@@ -348,6 +384,45 @@ def decode(options: argparse.Namespace) -> str:
             f"{shape(mla.model)}, rotary positions, batch 1, {records[0].dtype}; one step with all but one token held.",
             markdown(["", "tokens", "ms", "fastest to slowest", "x mha's time", "live cache"], rows),
             "Measured crossovers: " + "; ".join(map(str, crossovers)) + ".",
+        ]
+    )
+
+
+def recurrent(options: argparse.Namespace) -> str:
+    preset = presets.get("shakespeare-cpu")
+    preset = replace(preset, model=replace(preset.model, positions="rope", dropout=0.0))
+    preset = tiny(preset) if options.small else preset
+    timing = bench.Timing(options.repeats)
+    tell = progress_of("recurrent")
+    trained = []
+    for context, batch in ((16, 2), (32, 1)) if options.small else ((256, 12), (2048, 2)):
+        longer = replace(preset, model=replace(preset.model, context=context))
+        trained += bench.bench("train", longer, RECURRENT, [context], batch=batch, timing=timing, progress=tell)
+    contexts = [16, 32] if options.small else [256, 1024, 4096, 16384]
+    longest = replace(preset, model=replace(preset.model, context=contexts[-1]))
+    decoded = bench.bench("decode", longest, RECURRENT, contexts, timing=timing, progress=tell)
+    steps = [
+        [r.mechanism, f"{r.context:,} x {r.batch}", number(r.relative, ".2f"), number(r.ms, ",.1f"), spread(r)]
+        for r in trained
+    ]
+    tokens = [
+        [
+            " ".join(filter(None, (r.mechanism, r.mode))),
+            f"{r.context:,}",
+            number(r.ms, ",.2f"),
+            spread(r),
+            number(r.relative, ".2f"),
+            size(r.cache_bytes),
+        ]
+        for r in decoded
+        if r.mode != "chunked"  # of one token
+    ]
+    return "\n\n".join(
+        [
+            f"{shape(preset.model)}. One training step, {trained[0].dtype} products; tokens x sequences:",
+            markdown(["", "step", "x mha's time", "ms", "fastest to slowest"], steps),
+            f"One token, batch 1, {decoded[0].dtype}, with all but one token held:",
+            markdown(["", "tokens", "ms", "fastest to slowest", "x mha's time", "live cache"], tokens),
         ]
     )
 

@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from attnlab import attention
+
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent / "benchmarks"
 EIGHT = ["mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding"]
@@ -55,10 +57,12 @@ def test_every_script_is_run_here() -> None:
 def test_speed(tmp_path: Path) -> None:
     document = tmp_path / "made.md"
     document.write_text("# Mine\n\n<!-- begin decode -->\nold\n<!-- end decode -->\n\nThe end.\n")
-    run("speed.py", "--small", "--only", "mechanisms,decode", "--document", document, here=tmp_path)
+    run("speed.py", "--small", "--only", "mechanisms,contexts,decode", "--document", document, here=tmp_path)
     text = document.read_text()
     assert text.startswith("# Mine") and "old" not in text and "The end." in text and "<!-- end mechanisms -->" in text
-    decode, *train = tables(text)
+    decode, *train, contexts = tables(text)
+    assert [row[0] for row in contexts] == ["mha", *(name for name in attention.names() if name != "mha")]
+    assert min(numbers(contexts, 2)) > 0 and min(numbers(contexts, 5)) > 0 and numbers(contexts, 4)[0] == 1
     for rows in train:
         assert [row[0] for row in rows] == EIGHT
         assert min(numbers(rows, 2)) > 0 and min(numbers(rows, 3)) > 0 and numbers(rows, 1)[0] == 1

@@ -68,6 +68,14 @@ def test_python_works_as_pasted(page: str, text: str, elsewhere: Path) -> None:
     exec(compile(text, page, "exec"), {"__name__": "pasted"})
 
 
+def test_the_recurrent_example_works_as_pasted(elsewhere: Path, run: Callable[[str], tuple[int, str]]) -> None:
+    [(_, text)] = blocks("python", "file: retention.py")
+    (elsewhere / "retention.py").write_text(text)
+    code, said = run("attnlab audit retention.py:Attention")
+    assert code == 0, said
+    assert "pads anywhere" in said and "obeys all" in said
+
+
 def test_the_readmes_mechanism_works_as_pasted(
     elsewhere: Path, run: Callable[[str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ ORDER = [
     "feed_forward",
     "attention",
     "model",
+    "hybrids",
     "presets",
     "catalogue",
     "laws",
@@ -91,7 +92,7 @@ LISTINGS = (
 NAMES = sorted(f.stem for f in (SRC / "attention").glob("*.py") if f.stem != "__init__")
 HOMONYMS = {"linear"}  # a rule of rotary scaling and an operation of PyTorch have this name too
 # These speak of mechanisms by name: presets, the default of a model, and what a model is converted into or read from.
-NAME_MECHANISMS = ("attention/", "presets.py", "config.py", "convert/", "pretrained/families/")
+NAME_MECHANISMS = ("attention/", "presets.py", "hybrids.py", "config.py", "convert/", "pretrained/families/")
 
 
 def name_of(file: Path) -> str:

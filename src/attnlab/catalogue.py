@@ -6,6 +6,7 @@ variables of each Config. Laws are only declared here; `attnlab audit NAME` runs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -19,6 +20,7 @@ from .spec import AttentionConfig
 
 SHAPE = {"d_model": 768, "n_heads": 12, "head_dim": 64}  # GPT-2's layer, with rotary positions
 TOKENS = 1024  # GPT-2's context
+LONG = 2**24  # tokens from which a count of FLOPs is asked how it grows
 
 
 def listing(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -44,6 +46,9 @@ def _record(name: str) -> dict[str, Any]:
         "caches": config.caches,
         "floats_per_token": spec.per_token,
         "floats_at_context": spec.floats(TOKENS),
+        "family": family(config),
+        "state": spec.floats(0),
+        **_growths(config),
         "parameters": parameters,
         "impls": [*config.impls],
         "modes": [*config.modes],
@@ -61,6 +66,38 @@ def _options(config: AttentionConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in added}
 
 
+def family(config: AttentionConfig) -> str:
+    """Return the kind of memory that a mechanism has, in one word, as its declarations say."""
+    spec = config.cache_spec
+    if not spec.floats(TOKENS):
+        return "none"
+    if not spec.rows:
+        return "recurrent"
+    if not spec.per_token:
+        return "window"
+    if config.selects is not None:
+        return "sparse"
+    if spec.beside:
+        return "blocks"
+    return "latent" if config.from_latent else "softmax"
+
+
+def _growths(config: AttentionConfig) -> dict[str, str]:
+    """How training and decoding grow with the tokens; "" where the mechanism does not count its FLOPs."""
+    try:
+        training = growth(config.flops(LONG, LONG), config.flops(2 * LONG, 2 * LONG))
+        return {"training": training, "decoding": growth(config.flops(1, LONG), config.flops(1, 2 * LONG))}
+    except NotImplementedError:
+        return {"training": "", "decoding": ""}
+
+
+def growth(once: int, twice: int) -> str:
+    """Return how a count grows with the tokens T, from that of very many and that of twice as many."""
+    factor = twice / once if once else 1.0
+    powers = ("O(1)", "O(T)", "O(T²)", "O(T³)")
+    return powers[min(round(math.log2(factor)), 3)]
+
+
 def laws_in_words(record: dict[str, Any]) -> str:
     """Return which laws the mechanism of a record obeys, in words."""
     return "all that apply" if not record["breaks"] else f"breaks {', '.join(record['breaks'])}"
@@ -70,9 +107,13 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     """Return the table of docs/mechanisms.md: one row per mechanism, then one line of mathematics each."""
     head = [
         "mechanism",
+        "family",
         "what it does",
         "floats/token",
+        "state",
         f"cache at {TOKENS}",
+        "training",
+        "decoding",
         "parameters",
         "kernels",
         "rewinds",
@@ -81,9 +122,13 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             f"**{r['name']}**",
+            r["family"],
             r["summary"],
             number(r["floats_per_token"]),
+            number(r["state"]),
             number(r["floats_at_context"]),
+            r["training"],
+            r["decoding"],
             number(r["parameters"]),
             ", ".join(r["impls"]) or "none",
             "yes" if r["rewinds"] else "no",
@@ -91,7 +136,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         ]
         for r in records
     ]
-    table = [head, ["---", "---", "---:", "---:", "---:", "---", "---", "---"], *rows]
+    table = [head, ["---"] * 3 + ["---:"] * 3 + ["---"] * 2 + ["---:"] + ["---"] * 3, *rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     formulas = [f"- **{r['name']}**: `{r['formula']}`. Caches {r['caches']}. Source: {r['source']}." for r in records]
     return "\n".join([*lines, "", *formulas]) + "\n"

@@ -182,3 +182,11 @@ def parameter_difference(own: float | None, base: float | None) -> str:
         return ""
     size = f"{abs(percent):.1f}" if abs(percent) < 10 else f"{abs(percent):,.0f}"
     return f"{size} % {'more' if percent > 0 else 'fewer'} parameters"
+
+
+def about_signs(mechanisms: Sequence[str]) -> str:
+    """Return the sentence about head scores of mechanisms whose weights have signs."""
+    return (
+        f"{', '.join(mechanisms)}: weights may be negative, and are divided by the sum of their sizes; a score below 0 "
+        "is of a head that subtracts, and entropy and distance are those of the sizes."
+    )

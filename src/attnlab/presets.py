@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import hybrids
 from .attention import module
 from .config import DataConfig, ExpertsConfig, ModelConfig, RunConfig, TrainConfig
 from .errors import UserError, choose
 from .ranges import checked
 
 BASELINE = "mha"  # the mechanism that others are compared with, where it is among them
-COMPARED = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")  # the mechanisms of a default comparison
+# the mechanisms of a default comparison; docs/mechanisms.md says why these
+COMPARED = ("mha", "mqa", "gqa", "mla", "msla", "mka", "fast_mka", "sliding")
 
 
 def quick() -> RunConfig:
@@ -285,6 +287,8 @@ _ALL: tuple[Callable[[], RunConfig], ...] = (
     llama_8b,
     llama_70b,
     deepseek_v3_671b,
+    *hybrids.WHOLE,
+    *hybrids.SMALL,
     tinystories_gpt2_msla,
     *(partial(openwebtext_124m, name) for name in ("mha", "mla")),
     *(partial(wikitext103_35m, name) for name in ("mha", "mqa", "mla")),

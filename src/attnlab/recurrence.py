@@ -86,14 +86,15 @@ def chunks_of(mode: str, tokens: int) -> bool:
 
 
 def _weights(parts: Parts, chunk: int, normalised: bool) -> Tensor:
-    """Return W, B N L L, with y[t] = sum_s W[t, s] v[s] where the state begins as 0: what values that are all zero but
-    for a one give."""
+    """Return W, B N L L, with y[t] = sum_s W[t, s] v[s] plus what the first state gives: what values that are all zero
+    but for a one give. Which earlier token a state has its part from cannot be told."""
     B, K, G, L = parts.v.shape[:4]
     unit = torch.eye(L, dtype=parts.v.dtype, device=parts.v.device)
     v = torch.cat([unit, unit.new_ones(L, 1)], -1) if normalised else unit
-    empty = unit.new_zeros(*parts.state.shape[:-1], v.shape[-1])
+    empty = unit.new_zeros(*parts.state.shape[:-1], L)
+    start = torch.cat([empty, parts.state[..., -1:]], -1) if normalised else empty
     with torch.no_grad():
-        y, _ = chunked(parts._replace(v=v.expand(B, K, G, L, -1), state=empty), chunk)
+        y, _ = chunked(parts._replace(v=v.expand(B, K, G, L, -1), state=start), chunk)
     return (_divided(y) if normalised else y).flatten(1, 2)
 
 
@@ -307,12 +308,13 @@ class _Convolution(torch.autograd.Function):
         exact = torch.promote_types(grads[0].dtype, torch.float32)
         grad = grads[0].to(exact)
         weight = taps.to(exact)
+        wide = line.to(exact)  # products of two dtypes are slow
         L = grad.shape[1]
-        dline = torch.zeros_like(line, dtype=exact)
-        dtaps = torch.zeros_like(weight)
+        dline = torch.zeros_like(wide)
+        dtaps = torch.empty_like(weight)
         for i in range(len(taps)):
             dline[:, i : i + L].addcmul_(grad, weight[i])
-            dtaps[i] = (grad * line[:, i : i + L]).sum((0, 1))
+            dtaps[i] = (grad * wide[:, i : i + L]).sum((0, 1))
         return dline.to(line.dtype), dtaps.to(taps.dtype)
 
 

@@ -261,6 +261,9 @@ def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> N
     full, parts = dense(whole, length), dense(apart, length)
     for i, expected in enumerate(full):
         joined = torch.cat(parts[i::each], 2)
+        if not model.blocks()[0].attention.config.cache_spec.rows:  # a state says no more which token it holds
+            own = torch.block_diag(torch.ones(11, 11), *[torch.ones(1, 1)] * (length - 11)).bool()
+            expected = expected.masked_fill(~own, 0)
         torch.testing.assert_close(joined, expected, atol=1e-6, rtol=0)
     model.train()
     with record_attention() as training:
@@ -269,7 +272,8 @@ def test_maps_of_training_prefill_and_decoding_are_the_same(mechanism: str) -> N
     assert len(training) == len(whole) and not any(weights.requires_grad for weights in training)
     for weights, evaluated, call in zip(training, whole, whole.calls, strict=True):
         given = evaluated.sum(-1)  # a memory that holds nothing yet gets no weight, and a sink takes its part
-        torch.testing.assert_close(weights.sum(-1), given if call.rest else given.round())
+        signed = model.blocks()[0].attention.config.signed
+        torch.testing.assert_close(weights.sum(-1), given if call.rest or signed else given.round())
 
 
 @pytest.mark.parametrize("mechanism", ["mla", "msla"])
@@ -474,3 +478,37 @@ def test_one_checkpoint_is_no_curve(run: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "copy" / f"step-{step:08d}")
     with pytest.raises(UserError, match=r"1 checkpoint, and a curve needs at least 2: train with --train.keep 0"):
         scores_over_training(tmp_path / "copy")
+
+
+def test_heads_of_a_signed_mechanism_are_scored_said_and_coloured_as_such(tmp_path):
+    """Shares are of the sum of sizes; scores below 0 are there, and nothing is lost in a logarithm."""
+    from attnlab.formatting import about_signs
+    from attnlab.heads import png, watch, whole
+    from attnlab.terminal import tables
+
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=40,
+        context=16,
+        n_layers=2,
+        d_model=16,
+        n_heads=2,
+        mechanisms=("mha", "gated_delta"),
+        positions="rope",
+    )
+    model = Decoder(config).eval()
+    with watch(model) as layers, torch.no_grad():
+        model(torch.randint(40, (2, 16)))
+    softmax, signed = (layer.shares() for layer in layers)
+    assert float(softmax.min()) >= 0 and float(signed.min()) < 0
+    torch.testing.assert_close(signed.abs().sum(-1), torch.ones(2, 2, 16))
+    found = whole(model, sequences=2, segments=[4, 8], causal=False) | {"source": "x", "untrained": False}
+    assert found["signed"] == ["gated_delta"]
+    values = [v for score in found["scores"]["scores"].values() for layer in score for v in layer]
+    assert all(math.isfinite(v) for v in values) and min(values) < 0
+    console = tables.console()
+    with console.capture() as said:
+        console.print(tables.heads(found))
+    assert "gated_delta: weights may be negative" in " ".join(said.get().split())
+    assert about_signs(["gated_delta"]).startswith("gated_delta: weights may be negative")
+    assert {"scores.png", "patterns.png"} <= {path.name for path in png.write_pngs(found, tmp_path)}

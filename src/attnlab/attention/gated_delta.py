@@ -88,8 +88,24 @@ def rates(count: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 def unit(x: Tensor) -> Tensor:
     """Return x scaled to length 1 along its last dimension, in float32 at least; zeros stay."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return _Unit.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class _Unit(torch.autograd.Function):
+    """With autograd's backward it took as long as the projections."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = (grads[0] * y).sum(-1, keepdim=True)
+        return torch.addcmul(grads[0], y, along, value=-1).mul_(scale)
 
 
 def convolved(

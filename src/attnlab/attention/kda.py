@@ -30,7 +30,7 @@ from .gated_delta import convolved, rates, unit
 class Config(AttentionConfig):
     rank: Count = DERIVED  # of the forget gate and the output gate; left out: head_dim
     conv: Count = 4  # tokens that the short convolution reads
-    chunk: Count = 32  # tokens, rounded down to a power of two
+    chunk: Count = 16  # tokens, rounded down to a power of two
     mode: Literal["auto", "chunked", "recurrent"] = "auto"
 
     formula = "S[t] = (I - b[t] k[t] k[t]^T) diag(a[t]) S[t-1] + b[t] k[t] v[t]^T,  o[t] = S[t]^T q[t]"

@@ -34,17 +34,26 @@ class Layer:
         what a sink leaves.
 
         Several calls are added up by their shares. The weight of a key that stands for a group of tokens is divided
-        among them equally. Raises `UserError` where there is no softmax over tokens, and where the tokens came after
-        others in a cache.
+        among them equally. Weights of either sign (`signed`) add up to any number. Raises `UserError` where no map is
+        recorded, and where the tokens came after others in a cache.
         """
         if not self.maps:
-            raise UserError("this mechanism has no attention maps, because it computes no softmax over tokens")
+            raise UserError(
+                "this mechanism has no attention maps: it computes no softmax over tokens, and records no other weights"
+            )
         length = self.wrote.shape[1]
         total = torch.zeros_like(self.maps[0][..., :1]).expand(-1, -1, -1, length).clone()
         for weights, call in zip(self.maps, self.calls, strict=True):
             keys = call.k_pos
             total += shared(_over_tokens(weights, keys, self._group(keys, length), length), call)
         return total.repeat_interleave(self.wrote.shape[2] // total.shape[1], 1)  # heads that share a map are equal
+
+    def shares(self) -> Tensor:
+        """Return `pattern` where it is of shares; else divided by the sum of the sizes in each row, B N L L."""
+        pattern = self.pattern()
+        if not self.config.signed:
+            return pattern
+        return pattern / pattern.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
 
     def _group(self, keys: Tensor, length: int) -> int:
         """Return the number of tokens that a key stands for."""

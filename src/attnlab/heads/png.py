@@ -59,7 +59,8 @@ def _scores(scores: Mapping[str, Any]) -> Any:
     for axis, name in zip(axes, names, strict=False):
         values = scores["scores"][name]
         share = name not in ("entropy", "distance")
-        image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1 if share else None, aspect="auto")
+        below = min(min(row) for row in values) < 0
+        image = axis.imshow(values, vmax=1 if share else None, aspect="auto", **_scale(below))
         unit = {"entropy": " (nats)", "distance": " (tokens)"}.get(name, "")
         axis.set_title(name + unit, fontsize=9)
         for layer, row in enumerate(scores["marked"].get(name, ())):
@@ -76,6 +77,11 @@ def _scores(scores: Mapping[str, Any]) -> Any:
         axis.set_axis_off()
     figure.suptitle(f"Head scores; o: above both nulls at {scores['alpha']}, corrected for all heads", fontsize=10)
     return figure
+
+
+def _scale(signed: bool) -> dict[str, Any]:
+    """Return the colours of shares: from 0, or from -1 to 1 with white in the middle where they have signs."""
+    return {"cmap": "PuOr_r", "vmin": -1} if signed else {"cmap": "cividis", "vmin": 0}
 
 
 def _ablation(scores: Mapping[str, Any], ablation: Mapping[str, Any]) -> Any:
@@ -148,8 +154,10 @@ def _patterns(patterns: list[Mapping[str, Any]]) -> Any:
     """Draw the pattern of the strongest head for each score: queries down, keys across."""
     figure, axes = _figure(1, len(patterns), 3.0, 3.2)
     for axis, pattern in zip(axes, patterns, strict=True):
-        image = axis.imshow(pattern["weights"], cmap="cividis", vmin=0, vmax=1)
-        axis.set_title(f"{pattern['score']}\nlayer {pattern['layer'] + 1}, head {pattern['head'] + 1}", fontsize=9)
+        signed = pattern.get("signed", False)
+        image = axis.imshow(pattern["weights"], vmax=1, **_scale(signed))
+        where = f"layer {pattern['layer'] + 1}, head {pattern['head'] + 1}{', signed' if signed else ''}"
+        axis.set_title(f"{pattern['score']}\n{where}", fontsize=9)
         axis.set_xlabel("token that is looked at")
     axes[0].set_ylabel("token that looks")
     figure.colorbar(image, ax=list(axes), label="attention", shrink=0.7)

@@ -72,9 +72,11 @@ def pattern_scores(pattern: Tensor, segment: Count) -> dict[str, Tensor]:
     """Return every score of `PATTERNS` and `SPREAD` (B N) from patterns (B N L L).
 
     `segment` is the length in tokens of the part that is repeated. Entropy is in nats, distance in tokens, all other
-    scores are shares of attention.
+    scores are shares of attention, which are negative where a signed pattern subtracts. Entropy and distance are those
+    of the sizes of the shares.
     """
     check_tensor("pattern", pattern, "B N L L")
+    sizes = pattern.abs()
     length = pattern.shape[-1]
     query = torch.arange(length, device=pattern.device)
 
@@ -88,8 +90,8 @@ def pattern_scores(pattern: Tensor, segment: Count) -> dict[str, Tensor]:
         "duplicate token": weight_on(query - segment, second),
         "induction": weight_on(query - segment + 1, second),
         "first token": weight_on(torch.zeros_like(query), later),
-        "entropy": -torch.xlogy(pattern.abs(), pattern.abs()).sum(-1).mean(-1),  # a signed map has weights below 0
-        "distance": (pattern * (query[:, None] - query)).sum(-1).mean(-1),
+        "entropy": -torch.xlogy(sizes, sizes).sum(-1).mean(-1),
+        "distance": (sizes * (query[:, None] - query)).sum(-1).mean(-1),
     }
     return {name: score.double().cpu() for name, score in found.items()}
 
@@ -299,7 +301,7 @@ def _samples(
         for part in repeated(model.config.vocab_size, count, segment, seed, repeat=repeat).split(batch_size):
             with watch(model) as layers:
                 model(part.to(device))
-            batches.append([pattern_scores(layer.pattern(), segment) for layer in layers])
+            batches.append([pattern_scores(layer.shares(), segment) for layer in layers])
             read(len(part))
         by_length.append(_joined(batches))
     model.train(training)

@@ -39,7 +39,12 @@ def whole(
     """
     scores = head_scores(computing(model), sequences=sequences, segments=segments, seed=seed, tell=tell)
     longest = scores.segments[-1]
+    signs = {
+        name: block.attention.config.signed for name, block in zip(model.config.layers, model.blocks(), strict=True)
+    }
     found: dict[str, Any] = {"mechanisms": list(model.config.mechanisms), "scores": scores.to_dict()}
+    if any(signs.values()):
+        found["signed"] = [name for name, signed in signs.items() if signed]
     if causal:
         found["ablation"] = ablate(model, sequences=sequences, segment=longest, seed=seed, tell=tell).to_dict()
     tokens = repeated(model.config.vocab_size, SHOWN, longest, seed).to(next(model.parameters()).device)
@@ -60,7 +65,8 @@ def strongest_patterns(model: Decoder, tokens: Tensor, scores: HeadScores) -> li
     for name in PATTERNS:
         places = [(value, i, j) for i, row in enumerate(scores.scores[name]) for j, value in enumerate(row)]
         _, layer, head = max(places)
-        weights = layers[layer].pattern()[:, head].double().mean(0).tolist()
+        weights = layers[layer].shares()[:, head].double().mean(0).tolist()
         rounded = [[round(weight, 3) for weight in row] for row in weights]
-        found.append({"score": name, "layer": layer, "head": head, "weights": rounded})
+        signed = layers[layer].config.signed
+        found.append({"score": name, "layer": layer, "head": head, "weights": rounded, "signed": signed})
     return found

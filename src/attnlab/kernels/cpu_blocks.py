@@ -1,8 +1,9 @@
 """A kernel for a CPU: training, with or without dropout, and scores that are changed one by one.
 
-It computes `BLOCK` queries at a time, over no later keys than they can see, so a causal pass does little more than half
-the work. It keeps the weights for the backward pass. That is written by hand, because autograd would add up gradients
-of the size of k and v for every block. What changes the scores is differentiated by autograd, a block at a time.
+It computes `BLOCK` queries at a time, over no later keys than they see and no earlier ones than a window reaches, so
+a causal pass does little more than half the work. It keeps the weights for the backward pass. That is written by hand,
+because autograd would add up gradients of the size of k and v for every block. What changes the scores is
+differentiated by autograd, a block at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Plan:
 
     heads: int
     ordered: bool  # no query sees a key of a higher index
+    window: int | None  # keys that a query sees at most, by index, its own the last of them; None: all
     dropout: float
     score: Callable[..., Tensor] | None
     rest: bool
@@ -39,10 +41,17 @@ class _Plan:
         changed = self.score(z.unflatten(0, (-1, self.heads)), *data)
         return changed.to(z.dtype).expand(-1, self.heads, -1, -1).flatten(0, 1)
 
-    def part(self, data: tuple[Tensor, ...], at: slice, reach: int) -> list[Tensor]:
+    def parts(self, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+        """Yield the blocks of queries, and for each the keys that it can see at most."""
+        for start in range(0, queries, BLOCK):
+            end = min(start + BLOCK, queries)
+            first = 0 if self.window is None else max(start - self.window + 1, 0)
+            yield slice(start, end), slice(first, end) if self.ordered else slice(0, keys)
+
+    def part(self, data: tuple[Tensor, ...], at: slice, reach: slice) -> list[Tensor]:
         """Return the part of `data` (as it broadcasts to B N L S) that a block of queries reads."""
         of_query = [t[:, :, at] for t in data[: self.of_query]]
-        return of_query + [t[..., :reach] for t in data[self.of_query :]]
+        return of_query + [t[..., reach] for t in data[self.of_query :]]
 
 
 def attend(q: Heads, k: Heads, v: Tensor, pairs: Pairs, scoring: Scoring, dropout: float) -> Tensor:
@@ -53,29 +62,22 @@ def attend(q: Heads, k: Heads, v: Tensor, pairs: Pairs, scoring: Scoring, dropou
     value = per_head(v, N).transpose(1, 2).flatten(0, 1)
     ordered = pairs.mask.plain and L == v.shape[1]
     rest = scoring.rest is not None
-    plan = _Plan(N, ordered, dropout, scoring.score, rest, len(scoring.of_query))
+    plan = _Plan(N, ordered, pairs.mask.window, dropout, scoring.score, rest, len(scoring.of_query))
     seen = None if pairs.causal else pairs.dense()
     with torch.autocast("cpu", enabled=False):
         y = _Blocks.apply(plan, query, key, value, seen, scoring.rest, *scoring.data)
     return y.unflatten(0, (B, N)).transpose(1, 2)
 
 
-def _parts(queries: int, keys: int, ordered: bool) -> Iterator[tuple[slice, int]]:
-    """The blocks of queries, and for each the number of keys that it can see at most."""
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
-        yield slice(start, end), end if ordered else keys
-
-
-def _hide(scores: Tensor, seen: Tensor | None, n_heads: int, at: slice) -> Tensor | None:
-    """Lower the scores of pairs that may not see each other, in place. Return the queries that see no key; None: there
-    are none."""
+def _hide(scores: Tensor, seen: Tensor | None, n_heads: int, at: slice, reach: slice) -> Tensor | None:
+    """Lower the scores (B N) l s of pairs that may not see each other, in place: queries `at`, keys `reach`. Return the
+    queries that see no key; None: there are none."""
     least = torch.finfo(scores.dtype).min
     if seen is None:
         size = at.stop - at.start
-        scores[:, :, at.start :] += scores.new_full((size, size), least).triu_(1)
+        scores[:, :, at.start - reach.start :] += scores.new_full((size, size), least).triu_(1)
         return None
-    visible = seen[:, :, at, : scores.shape[2]]
+    visible = seen[:, :, at, reach]
     scores.unflatten(0, (-1, n_heads)).add_(visible.to(scores.dtype).sub_(1).mul_(-least))
     return ~visible.any(-1, keepdim=True)
 
@@ -106,18 +108,18 @@ class _Blocks(torch.autograd.Function):
         y = v.new_empty(*q.shape[:2], v.shape[2])
         saved = []
         plain = plan.score is None and not plan.rest
-        for at, reach in _parts(q.shape[1], k.shape[1], plan.ordered):
-            raw = torch.bmm(q[:, at], k[:, :reach].transpose(1, 2))
+        for at, reach in plan.parts(q.shape[1], k.shape[1]):
+            raw = torch.bmm(q[:, at], k[:, reach].transpose(1, 2))
             scores = raw if plain else plan.changed(raw, plan.part(data, at, reach)).contiguous()
             if plan.score is not None and scores.data_ptr() == raw.data_ptr():
                 scores = scores.clone()  # what follows is in place, and the backward pass reads `raw`
-            blind = _hide(scores, seen, plan.heads, at)
+            blind = _hide(scores, seen, plan.heads, at, reach)
             weights = _softmax(scores, rest, plan.heads)
             if blind is not None:
                 weights.unflatten(0, (-1, plan.heads)).masked_fill_(blind, 0)
             kept, ctx.scale = survivors(weights, plan.dropout) if plan.dropout else (None, 1.0)
             dropped = weights if kept is None else weights * kept
-            y[:, at] = torch.bmm(dropped.to(v.dtype), v[:, :reach])
+            y[:, at] = torch.bmm(dropped.to(v.dtype), v[:, reach])
             saved += [weights, kept, raw if plan.score is not None else None]
         ctx.plan = plan
         ctx.further = len(data)
@@ -137,11 +139,11 @@ class _Blocks(torch.autograd.Function):
         wanted = [i for i in range(len(data)) if ctx.needs_input_grad[6 + i]]
         ddata = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate(data)]
         drest = None
-        for i, (at, reach) in enumerate(_parts(q.shape[1], k.shape[1], plan.ordered)):
+        for i, (at, reach) in enumerate(plan.parts(q.shape[1], k.shape[1])):
             weights, kept, raw = saved[3 * i : 3 * i + 3]
             dropped = weights if kept is None else weights * kept
-            dv[:, :reach].baddbmm_(dropped.to(v.dtype).transpose(1, 2), dy[:, at])
-            dweights = torch.bmm(dy[:, at], v[:, :reach].transpose(1, 2)).to(weights.dtype)
+            dv[:, reach].baddbmm_(dropped.to(v.dtype).transpose(1, 2), dy[:, at])
+            dweights = torch.bmm(dy[:, at], v[:, reach].transpose(1, 2)).to(weights.dtype)
             if kept is not None:
                 dweights.mul_(kept)
             if plan.rest:
@@ -150,8 +152,8 @@ class _Blocks(torch.autograd.Function):
             if raw is not None:
                 dscores = _through(plan, raw, data, ddata, dscores, at, reach)
             dscores = dscores.to(q.dtype)
-            dq[:, at] = torch.bmm(dscores, k[:, :reach])
-            dk[:, :reach].baddbmm_(dscores.transpose(1, 2), q[:, at])
+            dq[:, at] = torch.bmm(dscores, k[:, reach])
+            dk[:, reach].baddbmm_(dscores.transpose(1, 2), q[:, at])
         return None, dq, dk, dv, None, drest, *ddata
 
 
@@ -169,7 +171,7 @@ def _through(
     ddata: list[Tensor | None],
     dscores: Tensor,
     at: slice,
-    reach: int,
+    reach: slice,
 ) -> Tensor:
     """The gradient of the scores before `score` changed them; that of its data is added to `ddata`."""
     parts = plan.part(data, at, reach)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..formatting import number, remembered, size, span
+from ..formatting import about_signs, number, remembered, size, span
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -191,6 +191,8 @@ def heads(found: Mapping[str, Any]) -> RenderableType:
             title = "" if place else name
             table.add_row(title, f"{layer + 1}.{head + 1}", *_head(scores, ablation, name, layer, head))
     notes = _about_heads(scores, ablation)
+    if found.get("signed"):
+        notes.append(about_signs(found["signed"]))
     if found["untrained"]:
         notes.append("These weights are random: nothing was loaded.")
     notes.append("Heads are layer.head, both from 1, as in the report; lists in JSON follow the same order.")

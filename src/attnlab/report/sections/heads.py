@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import need
-from ...formatting import remembered
+from ...formatting import about_signs, remembered
 from ..figures import Series, View, bands, figure, over_seeds, plain, steps_axis
 from ..html import Html, table
 from ..results_folder import Findings
@@ -74,6 +74,8 @@ def _note(found: Findings) -> str:
         "its score is above that of the same places in sequences without a repeat, and above an untrained model's, at "
         f"{scored['alpha']} after Holm's correction over all heads and scores."
     )
+    if signed := sorted({name for entry in found.heads for name in entry.get("signed", ())}):
+        note += f" {about_signs(signed)}"
     if any("emergence" in entry for entry in found.heads):
         return note
     return note + (
@@ -189,14 +191,15 @@ def _score_map(score: str, first: dict[str, Heads]) -> tuple[Any, int]:
             rows.append(row + [None] * missing)
             labels.append(plain(where))
             hover.append(said + [""] * missing)
+    below = any(value is not None and value < 0 for row in rows for value in row)
     trace = go.Heatmap(
         z=rows,
         x=[str(head + 1) for head in range(width)],
         y=labels,
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",
-        colorscale="Cividis",
-        zmin=0,
+        colorscale="PuOr_r" if below else "Cividis",  # white in the middle where scores have signs
+        zmin=-1 if below else 0,
         zmax=1,
         xgap=1,
         ygap=1,
