@@ -113,6 +113,7 @@ class CharTokenizer(Complete):
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return ids, one per character: int32 [n]. UserError names the first character that has no id."""
+        check_value("text", text, Any if isinstance(text, str) else str)
         points = _code_points(text)
         ids = np.minimum(np.searchsorted(self._points, points), max(len(self.chars) - 1, 0)).astype(np.int32)
         known = self._points[ids] == points if self.chars else np.zeros(len(points), bool)
