@@ -166,7 +166,7 @@ for call in (
         "data.from_text('ab' * 50, val_fraction=1.5)",
     ),
     *("data.tokenizer('')", "data.tokenizer(3)", "data.from_json({})", "data.from_json({'kind': 'char', 'chars': 5})"),
-    *("data.CharTokenizer('')", "data.CharTokenizer('ba')", "data.CharTokenizer('ab').encode('c')"),
+    *("data.CharTokenizer('ba')", "data.CharTokenizer('ab').encode('c')"),
     *("data.Tokens.of([0.5])", "data.Tokens.of('ab')"),
     *("data.from_text('abcd' * 99).batch(0, -1, 1, 4)", "data.from_text('abcd' * 99).batch(0, 0, 0, 4)"),
     *("data.from_text('abcd' * 99).windows(0, 4)", "data.from_text('abcd' * 99).windows(1, 10**6)"),

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Literal
 
 from .errors import UserError
-from .ranges import Count, Fraction, Share, checked
+from .ranges import Count, Fraction, NotNegative, checked
 
 Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
 
@@ -121,7 +121,7 @@ def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
 
 
 @checked
-def holm(p: Sequence[Share], alpha: Fraction) -> list[bool]:
+def holm(p: Sequence[NotNegative], alpha: Fraction) -> list[bool]:
     """Return which p-values are significant, where the chance of any false one is at most `alpha` (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     marked = [False] * len(p)

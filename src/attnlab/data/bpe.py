@@ -288,6 +288,8 @@ def fingerprint_of(data: Mapping[str, Any]) -> str:
 
 def utf8(text: str) -> bytes:
     """Return the bytes of `text`. UserError for half a surrogate pair, which JSON may hold and UTF-8 may not."""
+    if not isinstance(text, str):
+        raise UserError(f"text is {quoted(text)}: give a text")
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -45,12 +45,12 @@ def load(config: DataConfig) -> Corpus:
     found = list(ONE_PART.finditer(config.source))
     if not found or "".join(part.group() for part in found) != config.source:
         return _open(config, config.source)
+    parts = [_open(config, part[2], in_mixture=True) for part in found]
     if len(found) == 1:
         raise UserError(
             f"data source {config.source!r} is a mixture of one, whose weight means nothing: give {found[0][2]!r}, or "
             f"more parts, such as {MIXTURE!r}"
         )
-    parts = [_open(config, part[2], in_mixture=True) for part in found]
     return Mixture.of(config.source, parts, [_weight(part[1], config.source) for part in found])
 
 

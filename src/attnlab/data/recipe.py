@@ -28,7 +28,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("source", "val", "test", "tokenizer", "documents", "revision"):
+        for name in ("source", "val", "test", "tokenizer", "revision"):
             if getattr(self, name) == "":
                 raise UserError(f"--{name} is '': name one, or leave it out")
         if self.val_fraction is not None and self.val is not None:

@@ -57,7 +57,6 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """A sha256: two tokenizers with the same one give the same ids."""
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. UserError where it has a character without one."""
 
@@ -96,8 +95,8 @@ class CharTokenizer(Complete):
 
     @checked
     def __init__(self, chars: str):
-        if not chars or list(chars) != sorted(set(chars)):
-            raise UserError(f"chars is {quoted(chars)}: a vocabulary needs distinct characters in ascending order")
+        if list(chars) != sorted(set(chars)):
+            raise UserError(f"chars is {quoted(chars)}: give distinct characters in ascending order")
         self.chars = chars
         self._points = _code_points(chars)
 
@@ -114,6 +113,7 @@ class CharTokenizer(Complete):
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return ids, one per character: int32 [n]. UserError names the first character that has no id."""
+        check_value("text", text, Any if isinstance(text, str) else str)
         points = _code_points(text)
         ids = np.minimum(np.searchsorted(self._points, points), max(len(self.chars) - 1, 0)).astype(np.int32)
         known = self._points[ids] == points if self.chars else np.zeros(len(points), bool)
@@ -125,7 +125,6 @@ class CharTokenizer(Complete):
             )
         return ids
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return self.encode_array(text).tolist()
@@ -169,7 +168,6 @@ class ByteTokenizer(Complete):
         """Return ids, one per byte: int32 [n]. UserError for half a surrogate pair, which UTF-8 has no bytes for."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
-    @checked
     def encode(self, text: str) -> list[int]:
         """Return the same as a list."""
         return list(utf8(text))
