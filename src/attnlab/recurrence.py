@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,11 +103,15 @@ def _divided(y: Tensor) -> Tensor:
     return y[..., :-1] / y[..., -1:].clamp(min=TINY)
 
 
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which autocast narrows nothing."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Let autocast narrow nothing while the context is open."""
+    kinds = ("cpu", "cuda") if device.type == "meta" else (device.type,)  # on meta stands what will be on either
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def has_pads(positions: Tensor) -> bool:

@@ -273,7 +273,7 @@ def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
     for arguments, what in [
         ((preset, ["mha", "mlaa"], 1, out), "unknown mechanism 'mlaa'"),
         ((preset, [], 1, out), "0 mechanisms and 1 seeds"),
-        ((preset, ["mha"], 0, out), "1 mechanisms and 0 seeds"),
+        ((preset, ["mha"], 0, out), "seeds is 0: it must be at least 1"),
         ((preset, ["mha", "mla"], 1, out, "parms"), "unknown match 'parms'"),
         ((preset, ["latent_lookup", "mla"], 1, out, "cache"), "latent_lookup keeps no cache"),
         ((preset, ["mha", "msla"], 1, out), "top_k is 32 and the context 16"),

@@ -160,7 +160,7 @@ def test_bad_input_is_refused():
         (("prefil", PRESET, ["mha"]), "did you mean 'prefill'"),
         (("decode", PRESET, ["mhq"]), "unknown mechanism 'mhq'"),
         (("decode", PRESET, ["mha"], [1]), "at least 2 tokens"),
-        (("train", PRESET, ["mha"], [0]), "the context is 0"),
+        (("train", PRESET, ["mha"], [0]), "contexts is 0: it must be at least 1"),
         (("train", PRESET, []), "no mechanism"),
         (("train", PRESET, ["mha"], [2_000_000]), "corpus|text|characters"),
     ]:

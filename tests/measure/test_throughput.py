@@ -18,6 +18,7 @@ from attnlab.errors import UserError
 from attnlab.measure.counters import counted_flops, peak_bytes, reset_peak
 from attnlab.measure.gpus import Peak, datasheet, find_peak, measured_peak
 from attnlab.model import Decoder, attention_configs
+from attnlab.scan import chunk_size
 from attnlab.training.throughput import (
     Account,
     Interval,
@@ -55,7 +56,34 @@ def an_indexer_taught_by_few(c, n):
     return 2 * (weights + lesson - 2 * indexer)
 
 
-BEYOND = {"mka": chosen_without_gradient, "msla": an_indexer_taught_by_few}  # of three forward passes, by layer
+def blocks_without_gradient(c, n):
+    """moba: the mean keys are there to choose blocks alone, and a choice has no gradient."""
+    sums = 2 * (n // c.block + 2) * n * c.n_kv_heads * c.head_dim
+    scores = 2 * n * (n // c.block) * c.n_heads * c.head_dim
+    return -2 * (sums + scores)
+
+
+def a_choice_without_gradient(c, n):
+    """nsa: which token is of which block has no gradient, and neither has the second scoring, which chooses blocks."""
+    sums = 2 * (n // c.block + 2) * n * c.kv_size
+    scores = 2 * n * (n // c.block) * c.n_heads * c.head_dim
+    return -sums - 2 * scores
+
+
+def an_inverse_used_again(c, n):
+    """The delta rule: the backward pass uses the inverse of the forward pass, and differentiates what it was for."""
+    C = chunk_size(c.chunk, n)
+    return -2 * -(-n // C) * C * c.n_heads * (2 * (C * C - 4) // 3)
+
+
+BEYOND = {  # of three forward passes, by layer
+    "mka": chosen_without_gradient,
+    "moba": blocks_without_gradient,
+    "nsa": a_choice_without_gradient,
+    "msla": an_indexer_taught_by_few,
+    "gated_delta": an_inverse_used_again,
+    "kda": an_inverse_used_again,
+}
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])

@@ -26,7 +26,7 @@ from . import gqa
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    rope_dim: Size = DERIVED  # r; left out: half of head_dim, rounded down to an even number
+    rope_dim: Size = DERIVED  # r; left out: half of head_dim with rotary positions, else 0
 
     formula = "k[j] = [s[j][:H-r]; rope(W_r x)],  v[j] = s[j],  o[n] = softmax(q[n] k[n//(N/K)]^T / sqrt(H)) v"
     source = "Zadouri et al. 2025, arXiv 2505.21487"
@@ -38,15 +38,15 @@ class Config(gqa.Config):
     def __post_init__(self) -> None:
         check_fields(self)
         if self.rope_dim is None:
-            self.set("rope_dim", max(self.head_dim // 4 * 2, 2))
+            self.set("rope_dim", 0 if self.rope_theta is None else self.head_dim // 4 * 2)
         super().__post_init__()
-        if not self.rope_dim:  # the base class has made None of all dimensions
-            given = self.head_dim if self.rope_dim is None else 0
-            raise UserError(f"rope_dim is {given}: give an even number from 2 to below head_dim, {self.head_dim}")
+        if self.rope_dim is None:  # the base class has made this of all dimensions
+            raise UserError(f"rope_dim is {self.head_dim}: give an even number below head_dim, {self.head_dim}")
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec({"tied": (self.n_kv_heads, self.head_dim), "turned": (1, self.rope_dim)})
+        turned = {"turned": (1, self.rope_dim)} if self.rope_dim else {}
+        return CacheSpec({"tied": (self.n_kv_heads, self.head_dim), **turned})
 
     def flops(self, queries: int, keys: int) -> int:
         heads = self.n_heads * self.head_dim
@@ -60,7 +60,8 @@ class Attention(nn.Module):
         self.config = config
         self.q = Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
         self.tied = Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.turned = Linear(config.d_model, config.rope_dim, bias=config.bias)
+        if config.rope_dim:
+            self.turned = Linear(config.d_model, config.rope_dim, bias=config.bias)
         self.q_norm, self.k_norm = gqa.head_norms(config)
         self.o = Linear(config.n_heads * config.head_dim, config.d_model, bias=bool(config.o_bias))
 
@@ -73,11 +74,16 @@ class Attention(nn.Module):
         still = c.head_dim - c.rope_dim
         q = self.q_norm(self.q(x).unflatten(-1, (-1, c.head_dim)))
         tied = self.k_norm(self.tied(x).unflatten(-1, (-1, c.head_dim)))
-        turned = self.turn(self.turned(x)[:, :, None], positions)
-        seen, cache = extend(cache, positions, tied=tied, turned=turned)
+        rows = {"tied": tied}
+        if c.rope_dim:
+            rows["turned"] = self.turn(self.turned(x)[:, :, None], positions)
+        seen, cache = extend(cache, positions, **rows)
         v = seen.rows["tied"]
-        q_parts = q[..., :still], self.turn(q[..., still:], positions)
-        k_parts = v[..., :still], seen.rows["turned"]
+        q_parts = [q[..., :still]]
+        k_parts = [v[..., :still]]
+        if c.rope_dim:
+            q_parts.append(self.turn(q[..., still:], positions))
+            k_parts.append(seen.rows["turned"])
         dropout = c.dropout if self.training else 0.0
         rule = gqa.capped(c.cap)
         y = attend(q_parts, k_parts, v, positions, seen.positions, mask, impl=c.impl, dropout=dropout, score=rule)

@@ -236,6 +236,18 @@ class AsOnGpu(TorchFunctionMode):
         self.copied = 0  # bytes of copies of weights
         self.kept: dict[int, Tensor] = {}  # id of a weight -> its copy
         self.pairs = 0  # of tokens and experts
+        self.marks: list[torch.autocast] = []
+
+    def __enter__(self) -> Any:
+        """Compute as on a GPU from here on. On meta nothing is narrowed by autocast itself: it marks where it is on."""
+        self.marks.append(torch.autocast("cpu", torch.bfloat16, self.bf16))
+        self.marks[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Compute as before."""
+        super().__exit__(*error)
+        self.marks.pop().__exit__(*error)
 
     def forget(self) -> None:
         """Drop the copies of weights, as autocast does where it ends."""
@@ -250,9 +262,10 @@ class AsOnGpu(TorchFunctionMode):
         if name == "tolist":
             each, more = divmod(self.pairs, len(args[0]))
             return [each + (i < more) for i in range(len(args[0]))]
-        if self.bf16 and name in MULTIPLY | {FUSED}:
+        narrows = self.bf16 and torch.is_autocast_enabled("cpu")  # a mechanism may turn it off
+        if narrows and name in MULTIPLY | {FUSED}:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self.narrow, (args, kwargs))
-        elif self.bf16 and name in EXACT:
+        elif narrows and name in EXACT:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, widen, (args, kwargs))
         return fused_attention(*args, **kwargs) if name == FUSED else function(*args, **kwargs)
 

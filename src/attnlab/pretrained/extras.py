@@ -66,7 +66,8 @@ def rotating(tensor: LazyTensor, place: ExtraPlace) -> bool:
         frequencies(len(found), config.rope_theta, scaling, torch.float64)
         for scaling in dict.fromkeys((config.rope_scaling, UNSCALED))
     ]
-    sizes = {getattr(layer, "rope_dim", layer.head_dim) for layer in attention_configs(config)}
+    turning = [(getattr(layer, "rope_dim", None), layer.head_dim) for layer in attention_configs(config)]
+    sizes = {head_dim if part is None else part for part, head_dim in turning}
     fits = config.positions == "rope" and 2 * len(found) in sizes
     return fits and any(torch.allclose(found, each, rtol=NEAR, atol=1e-7) for each in ours)
 

@@ -6,7 +6,8 @@ its own. Each colour is a pair: on white, on black.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..attention import declared
@@ -73,18 +74,16 @@ def looks(mechanisms: Iterable[str]) -> dict[str, Look]:
     swatches = {mechanism: _swatch_of(mechanism) for mechanism in mechanisms}
     taken = {own[0] for own in swatches.values() if own}
     free = [slot for slot in FREE if slot not in taken] or [FREE[-1]]
-    found: dict[str, Look] = {}
-    others = 0
-    for mechanism, own in swatches.items():
-        if own:
-            slot, marker, dash = own
-        else:
-            slot = free[others % len(free)]
-            marker = (len(MARKERS) - 1 - others) % len(MARKERS)
-            dash = (2 + others // len(free)) % len(DASHES)
-            others += 1
-        found[mechanism] = Look(slot, MARKERS[marker], DASHES[dash])
-    return found
+    declared_looks = {own for own in swatches.values() if own}
+    spare = (look for look in _others(free) if look not in declared_looks)
+    places = {mechanism: own or next(spare) for mechanism, own in swatches.items()}
+    return {mechanism: Look(slot, MARKERS[m], DASHES[d]) for mechanism, (slot, m, d) in places.items()}
+
+
+def _others(free: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield looks for mechanisms that declare none: colour, marker and dash, without end."""
+    for i in itertools.count():
+        yield free[i % len(free)], (len(MARKERS) - 1 - i) % len(MARKERS), (2 + i // len(free)) % len(DASHES)
 
 
 def _swatch_of(mechanism: str) -> tuple[int, int, int] | None:
