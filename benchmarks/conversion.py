@@ -112,7 +112,7 @@ def chosen() -> list[Cell]:
     for target in targets.names():
         methods = targets.module(target).METHODS
         best = next((name for name, reads in methods.items() if reads), next(iter(methods)))
-        shares = SHARES if has_width(target) else (None,)
+        shares = SHARES if has_width(target) and "own" not in methods else (None,)
         cells += [Cell(target, best, share) for share in shares]
     return [*cells, *CONTROLS]
 

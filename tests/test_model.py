@@ -188,7 +188,8 @@ def test_flops_are_about_two_per_parameter(name):
         active -= config.context * config.d_model
     if not config.tied:
         active -= config.vocab_size * config.d_model
-    assert 2 * active <= flops_per_token(config) < 3.2 * active
+    context = min(config.context, 4096)  # in longer ones scores cost more than weights
+    assert 2 * active <= flops_per_token(config, context) < 3.2 * active
 
 
 def test_config_survives_json_and_its_key_ignores_the_name():

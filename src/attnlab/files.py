@@ -83,6 +83,8 @@ def _no_place(path: Path, error: OSError) -> str:
     """Return the sentence that nothing can be made beside `path`, and why."""
     if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
         return f"cannot write {path}: the folder {path.parent} does not exist; make it first"
+    if isinstance(error, NotADirectoryError):
+        return f"cannot write {path}: {path.parent} is not a folder; choose another"
     if error.errno in DISK_FULL:
         return f"cannot write {path}: the disk is full; free space and run the same command again"
     if error.errno == errno.ENAMETOOLONG:

@@ -223,7 +223,7 @@ def test_a_context_beyond_training_needs_rotary_positions() -> None:
         ({"stride": 13}, "stride is 13: give from 1 to the context, 12"),
         ({"stride": 0}, "stride is 0"),
         ({"context": 0, "stride": None}, "context is 0"),
-        ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"documents": []}, "no token to predict"),
         ({"documents": [[5], []]}, "no token to predict"),
         ({"documents": [[5, 257]]}, "vocabulary of 257 lacks"),
