@@ -283,7 +283,7 @@ def test_every_mechanism_in_the_largest_shape(name: str) -> None:
     found = plan(config, Machine(GPUS["mi300"], 128, "fsdp"), advise=False)
     assert found.memory.weights == pytest.approx(
         4 * found.parameters / 128, rel=0.002
-    )  # what does not divide is padded
+    )  # padded
     assert found.memory.peak > found.memory.gathered > 2 * 11.5e9
     assert found.seconds is not None and found.decode.seconds > 0
 
