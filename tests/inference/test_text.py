@@ -203,7 +203,6 @@ def test_a_template_comes_to_an_end(template, said, monkeypatch):
         ({}, ["x", ""], {}, "prompt 2 is empty"),
         ({}, ["x" * 60], {}, "prompt 1 has 60 tokens and 10 are to follow"),
         ({}, [], {}, "0 prompts"),
-        ({}, ["x"], {"sampling": Sampling(10, -1.0)}, "temperature is -1"),
     ],
 )
 def test_bad_input_is_one_sentence(about, prompts, how, said):
@@ -212,6 +211,11 @@ def test_bad_input_is_one_sentence(about, prompts, how, said):
             loaded(ByteTokenizer(), 257, about, positions="learned"), prompts, **{"sampling": Sampling(10), **how}
         )
     assert "\n" not in str(error.value)
+
+
+def test_a_way_to_sample_that_makes_no_sense_is_refused():
+    with pytest.raises(UserError, match=r"temperature is -1\.0: it must be at least 0"):
+        Sampling(10, -1.0)
 
 
 def test_a_model_without_a_tokenizer_is_refused():
