@@ -281,9 +281,7 @@ def test_every_mechanism_in_the_largest_shape(name: str) -> None:
     """Its first four layers: three plain ones, and one with 256 experts."""
     config = few_layers(variant(presets.get("deepseek-v3-671b"), name))
     found = plan(config, Machine(GPUS["mi300"], 128, "fsdp"), advise=False)
-    assert found.memory.weights == pytest.approx(
-        4 * found.parameters / 128, rel=0.002
-    )  # padded
+    assert found.memory.weights == pytest.approx(4 * found.parameters / 128, rel=0.002)  # padded
     assert found.memory.peak > found.memory.gathered > 2 * 11.5e9
     assert found.seconds is not None and found.decode.seconds > 0
 
