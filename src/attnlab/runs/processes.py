@@ -194,16 +194,19 @@ class StopRequest(threading.Event):
     def at_once(self) -> Iterator[None]:
         """Raise KeyboardInterrupt inside GRACE seconds after the request: for what takes long and saves nothing."""
         over = threading.Event()
+        watch = threading.Thread(target=self._hurry, args=(over,), daemon=True)
         if threading.current_thread() is threading.main_thread():
-            threading.Thread(target=self._hurry, args=(over,), daemon=True).start()
+            watch.start()
         try:
             yield
         finally:
             over.set()
+            if watch.is_alive():
+                watch.join()  # whoever forks afterwards has no other thread
 
     def _hurry(self, over: threading.Event) -> None:
-        while not self.wait(0.2):
-            if over.is_set():
+        while not self.is_set():
+            if over.wait(0.2):
                 return
         if not over.wait(GRACE):
             self.seen.add(signal.SIGINT)
