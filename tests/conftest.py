@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
@@ -14,9 +13,7 @@ from typing import Any
 
 import browser as chromium
 import pytest
-import torch
-from beartype import beartype
-from jaxtyping import jaxtyped
+from shape_checks import checked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,20 +25,6 @@ CHECKED = (
     "attnlab.kernels",
     "attnlab.attention",
 )
-
-
-def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its annotations enforced; torch.compile sees the plain one, as it does outside the tests.
-
-    This is why jaxtyping's own import hook is not used: tracing cannot pass through it.
-    """
-    strict = jaxtyped(function, typechecker=beartype)
-
-    @functools.wraps(function)
-    def either(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else strict(*args, **kwargs)
-
-    return either
 
 
 def check_all(module: ModuleType) -> None:
