@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 
 help:
 	@echo 'make demo    train eight mechanisms on Shakespeare, compare them, write $(OUT)/report.html (on 2 cores about 6 minutes, with AVX2 alone 10)'
-	@echo 'make test    run all tests (on 2 cores about 19 minutes, longer with AVX2 alone)'
+	@echo 'make test    run all tests (on 2 cores about 17 minutes, longer with AVX2 alone)'
 	@echo 'make check   lint, types, tests'
 	@echo 'make format  apply the linter and formatter'
 	@echo 'make clean   remove the virtual environment; results are kept'
