@@ -54,6 +54,8 @@ def recur(  # noqa: PLR0913  # the one interface of all forms
     a kernel is not there.
     """
     check_recurrence(q, k, v, decay, beta, positions)
+    if not isinstance(normalised, bool):
+        raise UserError(f"normalised is {quoted(normalised)}: it must be true or false")
     check_form(mode, chunk, normalised and beta is not None)
     values = v
     if normalised:
