@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnlab import recurrence
+from attnlab import presets, recurrence
 from attnlab.errors import UserError
 from attnlab.recording import record_attention
 from attnlab.recurrence import recur, recur_flops, short_conv
 from attnlab.scan import inverse
+from attnlab.training.train import train
 
 SHAPES = [(2, 4, 6, 5), (1, 3, 4, 2), (2, 2, 1, 1)]  # K N H V
 FORMS = [("recurrent", 64), ("chunked", 1), ("chunked", 4), ("chunked", 7), ("chunked", 64), ("auto", 8)]
@@ -268,3 +270,12 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(recurrence.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"need the package flash-linear-attention: pip install 'attnlab\[fla\]'"):
         recurrence.check_fla(torch.device("cuda"))
+
+
+def test_a_run_whose_kernels_are_not_here_is_refused_before_anything_is_written(tmp_path):
+    config = presets.get("quick")
+    model = replace(config.model, mechanisms=("kda",), options={"kda": {"impl": "fla"}})
+    config = replace(config, model=model, train=replace(config.train, device="cpu"))
+    with pytest.raises(UserError, match="the kernels of fla run on a GPU"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from ..config import RunConfig
 from ..device import check_room, find_device
 from ..kernels import check_training
 from ..model import attention_configs
+from ..recurrence import check_fla
 from ..results import RunResult
 from ..runs.folder import RunFolder
 from .log import Log
@@ -33,7 +34,9 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     check_room("the logits of one part of a step", logits, SMALLER, device)
     part_sizes(train, processes)
     for layer in attention_configs(model):
-        if layer.impls:
+        if layer.impl == "fla":
+            check_fla(device)
+        elif layer.impls:
             check_training(layer.impl, device, layer.dropout)
 
 
