@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from attnlab import contrasts as module
-from attnlab.contrasts import Judging, contrasts, needed, seeds_needed, sentences, verdict, verdict_in_words
+from attnlab.contrasts import Judging, contrasts, needed, seeds_needed, sentences, verdict_in_words, verdict_on
 from attnlab.errors import UserError
 from attnlab.spread import dunnett_quantile, sidak_quantile
 from attnlab.stats import t_quantile
@@ -34,7 +34,7 @@ from attnlab.stats import t_quantile
     ],
 )
 def test_verdicts(interval, word):
-    assert verdict(interval, 0.01) == word
+    assert verdict_on(interval, 0.01) == word
 
 
 def test_verdicts_in_words():
@@ -137,7 +137,7 @@ def test_a_mechanism_that_lacks_seeds_rests_on_its_own_pairs():
     rows, about = judged(losses)
     assert about["pool"]["mechanisms"] == ["base", "a", "b"] and about["pool"]["seeds"] == [0, 1, 2, 3]
     assert rows["c"]["by"] == "pairwise" and rows["c"]["pooled"] is None and rows["c"]["n"] == 2
-    assert "c lacks seeds: own pairs alone" in about["why"]
+    assert "apart from them, for want of seeds: c." in about["why"]
     half = rows["c"]["interval"][1] - rows["c"]["difference"]
     pairs = [losses["c"][i] - losses["base"][i] for i in (0, 2)]
     assert half == pytest.approx(sidak_quantile(0.95, 3, 1) * abs(pairs[0] - pairs[1]) / 2)

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from attnlab import spread as module
 from attnlab.errors import UserError
-from attnlab.spread import CONFIDENCE, dunnett_quantile, guarded, half_widths, sidak_quantile, spread_of
+from attnlab.spread import CONFIDENCE, dunnett_quantile, guarded_widths, half_widths, sidak_quantile, spread_of
 from attnlab.stats import t_quantile
 
 # Dunnett (1964), table II: two-sided, joint confidence 95 %, for 1 to 9 comparisons with one control.
@@ -114,7 +114,7 @@ def test_pooled_intervals_are_dunnetts_unless_a_guard_widens_them():
     table = draw.standard_normal((500, 4, 5))
     found = spread_of(table)
     quantile = dunnett_quantile(CONFIDENCE, 4, 12)
-    half = guarded(found, found.own, np.full(4, 4), quantile)
+    half = guarded_widths(found, found.own, np.full(4, 4), quantile)
     textbook = quantile * np.sqrt(2 * found.square / 4)[:, None] * np.ones(4)
     plain = t_quantile(CONFIDENCE, 3) * np.sqrt(found.own / 4)
     shared = quantile * np.sqrt(found.own.mean(-1) / 4)[:, None] * np.ones(4)

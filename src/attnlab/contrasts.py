@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from .errors import need
 from .formatting import words
-from .ranges import Count, Positive, check_fields, checked
+from .ranges import Count, NotNegative, Positive, check_fields, checked
 from .results import RunResult, TaskResult
-from .spread import CONFIDENCE, Spread, dunnett_quantile, guarded, sidak_quantile, spread_of
+from .spread import CONFIDENCE, Spread, dunnett_quantile, guarded_widths, sidak_quantile, spread_of
 from .stats import Paired, paired
 
 Intervals = Literal["auto", "pooled", "pairwise"]
@@ -37,7 +37,7 @@ class Judging:
         check_fields(self)
 
 
-def verdict(interval: Sequence[float] | None, margin: float) -> Verdict:
+def verdict_on(interval: Sequence[float] | None, margin: float) -> Verdict:
     """Return the result in words, for a loss: lower is better.
 
     Equal means that the whole interval is nearer to 0 than `margin`: two one-sided tests, each at half of what the
@@ -77,7 +77,7 @@ class Pool:
         import numpy as np
 
         own = np.array([found.variance])
-        return float(guarded(self.spread, own, np.array([found.n]), self.quantile)[0])
+        return float(guarded_widths(self.spread, own, np.array([found.n]), self.quantile)[0])
 
     def fairness(self, baseline: str) -> dict[str, Any]:
         """Return the mechanism whose residuals spread most beside the others', by how much, and the p-value."""
@@ -110,31 +110,31 @@ def contrasts(
     pooling = judging.intervals != "pairwise" and pool is not None
     if judging.intervals == "auto" and pool is not None:
         pooling = not pool.spread.unequal
-    rows: list[dict[str, Any]] = []
+    rows = []
     for label, own in losses.items():
         row: dict[str, Any] = {"mechanism": label, "n": len(own), "difference": None, "interval": None, "by": None}
-        row |= {"pooled": None, "pairwise": None}
-        if label == baseline:
-            rows.append(row | {"verdict": "baseline"})
-            continue
-        if found[label].n:
-            row["difference"] = found[label].mean
-        if label in judged:
-            row |= _intervals(found[label], len(judged), pool if pool and label in pool.mechanisms else None)
-            row["by"] = "pooled" if pooling and row["pooled"] else "pairwise"
-            row["interval"] = row[row["by"]]
-            if row["by"] == "pooled" and pool is not None and judging.intervals == "auto":
-                row["interval"] = _around(found[label], pool.guarded(found[label]))
-        rows.append(row | {"verdict": verdict(row["interval"], judging.margin)})
+        row |= {"pooled": None, "pairwise": None, "verdict": "baseline"}
+        if label != baseline:
+            row["difference"] = found[label].mean if found[label].n else None
+            if label in judged:
+                inside = pool if pool is not None and label in pool.mechanisms else None
+                row |= _intervals(found[label], len(judged), inside, pooling, judging)
+            row["verdict"] = verdict_on(row["interval"], judging.margin)
+        rows.append(row)
     return rows, _about(judging, pool, pooling, baseline, {label: found[label] for label in judged})
 
 
-def _intervals(found: Paired, comparisons: int, pool: Pool | None) -> dict[str, Any]:
+def _intervals(found: Paired, comparisons: int, pool: Pool | None, pooling: bool, judging: Judging) -> dict[str, Any]:
+    """Return both kinds of interval, and the one that decides. `pool`: None where the mechanism is not in it."""
     half = sidak_quantile(CONFIDENCE, comparisons, found.n - 1) * math.sqrt(found.variance / found.n)
-    return {
-        "pooled": None if pool is None else _around(found, pool.half(found)),
-        "pairwise": _around(found, half),
-    }
+    pairwise = _around(found, half)
+    if pool is None:
+        return {"pairwise": pairwise, "interval": pairwise, "by": "pairwise"}
+    both = {"pairwise": pairwise, "pooled": _around(found, pool.half(found))}
+    if not pooling:
+        return both | {"interval": pairwise, "by": "pairwise"}
+    wide = pool.guarded(found) if judging.intervals == "auto" else pool.half(found)
+    return both | {"interval": _around(found, wide), "by": "pooled"}
 
 
 def _around(found: Paired, half: float) -> list[float]:
@@ -174,12 +174,15 @@ def _about(
         "margin": judging.margin,
         "confidence": CONFIDENCE,
         "comparisons": len(found),
-        "by": ("pooled" if pooling else "pairwise") if found else None,
-        "why": _why(judging, pool, pooling, baseline, list(found)) if found else "",
+        "by": None,
+        "why": "",
         "pool": None,
         "seeds_needed": None,
     }
-    variance = fmean(each.variance for each in found.values()) if found else 0.0
+    if not found:
+        return about
+    about |= {"by": "pairwise", "why": _why(judging, pool, pooling, baseline, list(found))}
+    variance = fmean(each.variance for each in found.values())
     if pool is not None:
         about["pool"] = {
             "mechanisms": [baseline, *pool.mechanisms],
@@ -190,10 +193,9 @@ def _about(
             **pool.fairness(baseline),
         }
         if pooling:
+            about["by"] = "pooled"
             variance = max(2 * float(pool.spread.square), float(pool.spread.own.mean()))
-    if found:
-        about["seeds_needed"] = seeds_needed(variance, len(found), judging.margin, pooling)
-    return about
+    return about | {"seeds_needed": seeds_needed(variance, len(found), judging.margin, pooling)}
 
 
 def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judged: Sequence[str]) -> str:
@@ -203,9 +205,7 @@ def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judg
         return f"{own[0].upper()}{own[1:]} (Student's t, Šidák's correction)."
     if pooling:
         lacking = [label for label in judged if label not in pool.mechanisms]
-        alone = (
-            f"; {words(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} seeds: own pairs alone" if lacking else ""
-        )
+        alone = f"; apart from them, for want of seeds: {words(lacking)}" if lacking else ""
         guards = ", and no interval is narrower than its own pairs allow" if judging.intervals == "auto" else ""
         return (
             f"The spread is pooled over {len(pool.mechanisms) + 1} mechanisms and {len(pool.seeds)} seeds "
@@ -238,7 +238,7 @@ def needed(statistics: Mapping[str, Any]) -> str:
 
 
 @checked
-def seeds_needed(variance: float, comparisons: Count, margin: Positive, pooling: bool) -> int | None:
+def seeds_needed(variance: NotNegative, comparisons: Count, margin: Positive, pooling: bool) -> int | None:
     """Return the seeds that show a difference of `margin` with 80 % probability, or None: more than 10,000.
 
     variance: of one paired difference. pooling: with (M - 1)(S - 1) degrees of freedom, else S - 1.

@@ -56,7 +56,8 @@ def dunnett_quantile(confidence: Fraction, comparisons: Count, degrees: Count, c
     """
     import numpy as np
 
-    special, optimize = need("scipy.special", "stats"), need("scipy.optimize", "stats")
+    special = need("scipy.special", "stats")
+    optimize = need("scipy.optimize", "stats")
     nodes, weights = np.polynomial.legendre.leggauss(128)
     level = (nodes + 1) / 2
     spread = np.sqrt(2 * special.gammaincinv(degrees / 2, level**2) / degrees)  # of chi over sqrt(degrees)
@@ -128,7 +129,7 @@ def spread_of(table: np.ndarray) -> Spread:
     return Spread(seeds, square, own, p, np.sqrt(f))
 
 
-def guarded(spread: Spread, own: np.ndarray, pairs: np.ndarray, quantile: float) -> np.ndarray:
+def guarded_widths(spread: Spread, own: np.ndarray, pairs: np.ndarray, quantile: float) -> np.ndarray:
     """Return half widths of pooled intervals with both guards: ... M-1, of means over `pairs` differences.
 
     own: variance of each mechanism's own differences, ... M-1.
@@ -148,6 +149,6 @@ def half_widths(table: np.ndarray) -> np.ndarray:
     spread = spread_of(table)
     many = spread.own.shape[-1]
     pairs = np.full(many, spread.seeds)
-    pooled = guarded(spread, spread.own, pairs, dunnett_quantile(CONFIDENCE, many, spread.degrees))
+    pooled = guarded_widths(spread, spread.own, pairs, dunnett_quantile(CONFIDENCE, many, spread.degrees))
     pairwise = sidak_quantile(CONFIDENCE, many, spread.seeds - 1) * np.sqrt(spread.own / spread.seeds)
     return np.where(spread.unequal[..., None], pairwise, pooled)

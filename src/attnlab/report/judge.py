@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contrasts import MARGIN, Intervals, Judged, Judging, of_losses, of_tasks, verdict
+from ..contrasts import MARGIN, Intervals, Judged, Judging, of_losses, of_tasks, verdict_on
 from ..results import RunResult, TaskResult
 
 ALONE = "An earlier version made these intervals: each rests on its own pairs, and stands alone (Student's t)."
@@ -43,6 +43,6 @@ class Judge:
         for row in rows:
             if row.get("interval"):
                 ends = sorted(worse * float(end) for end in row["interval"])
-                row = row | {"verdict": verdict(ends, MARGIN), "by": "pairwise"}
+                row = row | {"verdict": verdict_on(ends, MARGIN), "by": "pairwise"}
             made.append(row)
         return made, {"margin": MARGIN, "by": "pairwise", "why": ALONE}

@@ -85,7 +85,7 @@ class Findings:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """How the mechanisms were judged, as in compare.json."""
+        """The choices and numbers behind the verdicts, as in compare.json."""
         found: dict[str, Any] = self.compare.get("statistics") or {}
         return found
 
