@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from attnlab import contrasts as module
-from attnlab.contrasts import Judging, contrasts, needed, seeds_needed, sentences, verdict_in_words, verdict_on
+from attnlab.contrasts import (
+    Judging,
+    contrasts,
+    needed,
+    of_losses,
+    of_tasks,
+    seeds_needed,
+    sentences,
+    verdict_in_words,
+    verdict_on,
+)
 from attnlab.errors import UserError
+from attnlab.results import RunResult, TaskResult
 from attnlab.spread import dunnett_quantile, sidak_quantile
 from attnlab.stats import t_quantile
 
@@ -137,7 +149,7 @@ def test_a_mechanism_that_lacks_seeds_rests_on_its_own_pairs():
     rows, about = judged(losses)
     assert about["pool"]["mechanisms"] == ["base", "a", "b"] and about["pool"]["seeds"] == [0, 1, 2, 3]
     assert rows["c"]["by"] == "pairwise" and rows["c"]["pooled"] is None and rows["c"]["n"] == 2
-    assert "apart from them, for want of seeds: c." in about["why"]
+    assert "c lacks seeds, where own pairs decide." in about["why"]
     half = rows["c"]["interval"][1] - rows["c"]["difference"]
     pairs = [losses["c"][i] - losses["base"][i] for i in (0, 2)]
     assert half == pytest.approx(sidak_quantile(0.95, 3, 1) * abs(pairs[0] - pairs[1]) / 2)
@@ -183,22 +195,72 @@ def test_the_margin_decides():
         Judging("holm")
 
 
-@pytest.mark.parametrize("pooling", [True, False])
-def test_seeds_that_are_needed_are_the_fewest(pooling):
-    """By simulation: with so many seeds, a difference of the margin is seen four times in five."""
-    for variance, comparisons in ((1e-4, 1), (1e-4, 7), (4e-4, 3)):
-        seeds = seeds_needed(variance, comparisons, 0.01, pooling)
+@pytest.mark.parametrize("kind", ["auto", "pooled", "pairwise"])
+def test_seeds_that_are_needed_are_the_fewest(kind):
+    for variance, comparisons in ((1e-6, 7), (1e-5, 3), (1e-4, 1), (1e-4, 7), (4e-4, 3)):
+        seeds = seeds_needed(variance, comparisons, 0.01, kind)
         assert seeds is not None
 
         def short(n, variance=variance, comparisons=comparisons):
-            degrees = (comparisons if pooling else 1) * (n - 1)
-            quantile = (dunnett_quantile if pooling else sidak_quantile)(0.95, comparisons, degrees)
+            degrees = (1 if kind == "pairwise" else comparisons) * (n - 1)
+            quantile = (sidak_quantile if kind == "pairwise" else dunnett_quantile)(0.95, comparisons, degrees)
+            if kind == "auto":
+                quantile = max(quantile, t_quantile(0.95, n - 1))
             return (quantile + t_quantile(0.6, degrees)) * math.sqrt(variance / n) - 0.01
 
-        assert short(seeds) <= 0 < short(seeds - 1)
-    spreads = [seeds_needed(x, 4, 0.01, pooling) for x in (0.0, 1e-6, 1e-4, 1e-3, 1e-2)]
+        assert short(seeds) <= 0
+        assert seeds == 2 or short(seeds - 1) > 0
+    spreads = [seeds_needed(x, 4, 0.01, kind) for x in (0.0, 1e-6, 1e-4, 1e-3, 1e-2)]
     assert spreads[0] == 2 and all(a <= b for a, b in pairwise(spreads))
-    assert seeds_needed(1.0, 4, 0.01, pooling) is None
+    assert seeds_needed(1.0, 4, 0.01, kind) is None
+
+
+def test_seeds_are_named_up_to_ten_thousand():
+    """One comparison with so many seeds is normal: (1.96 + 0.84)**2 times the variance over the squared margin."""
+    for variance, kind in ((0.1273, "pooled"), (0.1273, "pairwise"), (0.1273, "auto")):
+        assert 9_980 < (seeds_needed(variance, 1, 0.01, kind) or 0) <= 10_000
+        assert seeds_needed(0.1276, 1, 0.01, kind) is None and seeds_needed(0.4, 1, 0.01, kind) is None
+
+
+def test_rows_of_losses():
+    """Runs that did not finish, or have no loss, or are of no mechanism that is compared, count nowhere."""
+    about = {"name": "r", "key": "k"}
+    cells = [
+        RunResult(mechanism=m, seed=s, val_loss=x + s, **about) for m, x in (("base", 1.0), ("a", 1.5)) for s in (0, 1)
+    ]
+    cells += [
+        RunResult(mechanism="a", seed=2, val_loss=9.0, status="interrupted", **about),
+        RunResult(mechanism="base", seed=2, val_loss=None, **about),
+        RunResult(mechanism="other", seed=0, val_loss=9.0, **about),
+    ]
+    rows, statistics = of_losses(cells, ["base", "a", "none"], "base", Judging(margin=0.6))
+    assert [(row["mechanism"], row["n"], row["val_loss"]) for row in rows] == [
+        ("base", 2, 1.5), ("a", 2, 2.0), ("none", 0, None),
+    ]  # fmt: skip
+    assert rows[1]["difference"] == 0.5 and rows[1]["verdict"] == "equal" and statistics["margin"] == 0.6
+    assert rows[2]["difference"] is None and rows[2]["verdict"] == "too few seeds"
+
+
+def test_rows_of_answers_are_better_where_more_are_right():
+    share = {"base": (0.5, 0.6, 0.7, 0.8), "a": (0.61, 0.7, 0.81, 0.9), "b": (0.5, 0.602, 0.7, 0.8), "c": (0.1,)}
+    cells = [
+        TaskResult(task="t", mechanism=m, seed=s, key="k", accuracy=x)
+        for m, own in share.items()
+        for s, x in enumerate(own)
+    ]
+    cells += [TaskResult(task="t", mechanism=m, seed=9, key="k", accuracy=x) for m, x in (("a", None), ("other", 0.5))]
+    found, statistics = of_tasks(cells, [*share, "none"], "base", Judging("auto", 5.0))
+    rows = {row["mechanism"]: row for row in found}
+    assert [row["verdict"] for row in found] == ["baseline", "better", "equal", *["too few seeds"] * 2]
+    assert rows["a"]["accuracy"] == pytest.approx(0.755) and rows["a"]["difference"] == pytest.approx(0.105)
+    assert rows["c"]["difference"] == pytest.approx(-0.4) and rows["none"]["accuracy"] is None
+    assert rows["none"]["difference"] is rows["base"]["difference"] is rows["c"]["interval"] is None
+    for name in ("interval", "pooled", "pairwise"):
+        low, high = rows["a"][name]
+        assert low < 0.105 < high and low + high == pytest.approx(0.21)
+    assert statistics["margin"] == module.MARGIN == 0.01, "that of the losses, in nats, is for losses"
+    cells[0] = replace(cells[0], accuracy=None)
+    assert of_tasks(cells, [*share], "base", Judging())[0][0]["n"] == 3
 
 
 def test_what_is_said_of_the_seeds():

@@ -359,7 +359,7 @@ CALLS: Table = {
         "seed": 0,
     },
     contrasts.Judging: lambda: {"intervals": "auto", "margin": 0.01},
-    contrasts.seeds_needed: lambda: {"variance": 1e-4, "comparisons": 2, "margin": 0.01, "pooling": True},
+    contrasts.seeds_needed: lambda: {"variance": 1e-4, "comparisons": 2, "margin": 0.01, "intervals": "auto"},
     spread.sidak_quantile: lambda: {"confidence": 0.95, "comparisons": 2, "degrees": 3},
     stats.beyond: lambda: {"value": 1.0, "groups": [[1.0, 2.0]]},
     stats.holm: lambda: {"p": [0.1], "alpha": 0.05},

@@ -16,7 +16,7 @@ from .formatting import words
 from .ranges import Count, NotNegative, Positive, check_fields, checked
 from .results import RunResult, TaskResult
 from .spread import CONFIDENCE, Spread, dunnett_quantile, guarded_widths, sidak_quantile, spread_of
-from .stats import Paired, paired
+from .stats import Paired, paired, t_quantile
 
 Intervals = Literal["auto", "pooled", "pairwise"]
 Verdict = Literal["better", "worse", "equal", "undecided", "too few seeds"]
@@ -183,6 +183,7 @@ def _about(
         return about
     about |= {"by": "pairwise", "why": _why(judging, pool, pooling, baseline, list(found))}
     variance = fmean(each.variance for each in found.values())
+    kind: Intervals = "pairwise"
     if pool is not None:
         about["pool"] = {
             "mechanisms": [baseline, *pool.mechanisms],
@@ -194,8 +195,9 @@ def _about(
         }
         if pooling:
             about["by"] = "pooled"
+            kind = judging.intervals
             variance = max(2 * float(pool.spread.square), float(pool.spread.own.mean()))
-    return about | {"seeds_needed": seeds_needed(variance, len(found), judging.margin, pooling)}
+    return about | {"seeds_needed": seeds_needed(variance, len(found), judging.margin, kind)}
 
 
 def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judged: Sequence[str]) -> str:
@@ -205,7 +207,8 @@ def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judg
         return f"{own[0].upper()}{own[1:]} (Student's t, Šidák's correction)."
     if pooling:
         lacking = [label for label in judged if label not in pool.mechanisms]
-        alone = f"; apart from them, for want of seeds: {words(lacking)}" if lacking else ""
+        lack = "lacks" if len(lacking) == 1 else "lack"
+        alone = f"; {words(lacking)} {lack} seeds, where own pairs decide" if lacking else ""
         guards = ", and no interval is narrower than its own pairs allow" if judging.intervals == "auto" else ""
         return (
             f"The spread is pooled over {len(pool.mechanisms) + 1} mechanisms and {len(pool.seeds)} seeds "
@@ -238,31 +241,32 @@ def needed(statistics: Mapping[str, Any]) -> str:
 
 
 @checked
-def seeds_needed(variance: NotNegative, comparisons: Count, margin: Positive, pooling: bool) -> int | None:
+def seeds_needed(variance: NotNegative, comparisons: Count, margin: Positive, intervals: Intervals) -> int | None:
     """Return the seeds that show a difference of `margin` with 80 % probability, or None: more than 10,000.
 
-    variance: of one paired difference. pooling: with (M - 1)(S - 1) degrees of freedom, else S - 1.
+    variance: of one paired difference, the same for all. `intervals`: "auto" where they are pooled and guarded.
     """
     special = need("scipy.special", "stats")
 
     def enough(seeds: int) -> bool:
-        degrees = (comparisons if pooling else 1) * (seeds - 1)
-        quantile = dunnett_quantile if pooling else sidak_quantile
-        reach = quantile(CONFIDENCE, comparisons, degrees) + float(special.stdtrit(degrees, POWER))
+        degrees = seeds - 1 if intervals == "pairwise" else comparisons * (seeds - 1)
+        if intervals == "pairwise":
+            quantile = sidak_quantile(CONFIDENCE, comparisons, degrees)
+        else:
+            quantile = dunnett_quantile(CONFIDENCE, comparisons, degrees)
+        if intervals == "auto":
+            quantile = max(quantile, t_quantile(CONFIDENCE, seeds - 1))
+        reach = quantile + float(special.stdtrit(degrees, POWER))
         return reach * math.sqrt(variance / seeds) <= margin
 
-    limit = float(special.ndtri((1 + CONFIDENCE) / 2) + special.ndtri(POWER))  # of one comparison, spread known
-    least = limit**2 * variance / margin**2
-    if least > MOST_SEEDS:
-        return None
-    seeds = max(2, math.ceil(least))
-    step = 1
-    while not enough(seeds + step):
-        step *= 2
-    low, high = seeds - 1, seeds + step
+    low, high = 1, 2
+    while not enough(high):
+        low, high = high, 2 * high
+        if low > MOST_SEEDS:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if middle >= 2 and enough(middle) else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high if high <= MOST_SEEDS else None
 
 

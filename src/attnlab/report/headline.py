@@ -50,7 +50,7 @@ def _title(found: Findings, verdicts: Verdicts) -> str:
         return title + (f", by {abs(first.difference or 0):.3f} nats per token" if one else "")
     lean = _lean(found, verdicts)
     if lean:
-        return f"{lean}; nothing learns better for certain"
+        return f"{lean.sentence}; nothing learns better for certain"
     if verdicts.equal:
         return (
             f"{_list(found, verdicts.equal)} {_learn(verdicts.equal)} as well as {base}, within {found.margin:g} nats"
@@ -63,8 +63,16 @@ def _title(found: Findings, verdicts: Verdicts) -> str:
     return f"{_seeds(found)} seeds do not decide whether any mechanism learns better or worse than {base}"
 
 
-def _lean(found: Findings, verdicts: Verdicts) -> str:
-    """Return a sentence on the smallest cache among those that are not worse by the margin; "" where there is none.
+@dataclass(frozen=True)
+class Lean:
+    """A mechanism with a smaller cache that is shown to be no worse by the margin."""
+
+    standing: Standing
+    sentence: str
+
+
+def _lean(found: Findings, verdicts: Verdicts) -> Lean | None:
+    """Return the smallest cache among those that are not worse by the margin, or None.
 
     Not worse is shown: the whole interval lies below the margin. That it holds 0 is not enough, for the widest interval
     holds it most easily.
@@ -72,11 +80,12 @@ def _lean(found: Findings, verdicts: Verdicts) -> str:
     able = [s for s in (*verdicts.equal, *verdicts.undecided) if s.interval and s.interval[1] < found.margin]
     smallest = _smallest(found, able)
     if smallest is None:
-        return ""
+        return None
     standing, name, cache = smallest
+    learns = f"learns at most {found.margin:g} nats worse than {found.baseline}"
     if standing.verdict == "equal":
-        return f"{name} learns as well as {found.baseline}, within {found.margin:g} nats, with {cache} cache"
-    return f"{name} learns at most {found.margin:g} nats worse than {found.baseline}, with {cache} cache"
+        learns = f"learns as well as {found.baseline}, within {found.margin:g} nats"
+    return Lean(standing, f"{name} {learns}, with {cache} cache")
 
 
 def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
@@ -89,14 +98,16 @@ def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
 def _details(found: Findings, verdicts: Verdicts) -> list[str]:
     said = []
     base = found.baseline
-    if verdicts.better and (lean := _lean(found, verdicts)):
-        said.append(f"{lean}.")
+    lean = _lean(found, verdicts)
+    if verdicts.better and lean:
+        said.append(f"{lean.sentence}.")
     if verdicts.equal and (verdicts.better or verdicts.worse or verdicts.undecided or len(verdicts.equal) > 1):
         equal = _list(found, verdicts.equal)
         said.append(f"{equal} {_are(verdicts.equal)} equal to {base} within {found.margin:g} nats.")
-    if verdicts.undecided:
-        undecided = f"{_list(found, verdicts.undecided)} {_are(verdicts.undecided)} undecided"
-        said.append(f"{undecided}: neither better nor worse than {base}, nor equal within {found.margin:g} nats.")
+    undecided = [s for s in verdicts.undecided if lean is None or s is not lean.standing]
+    if undecided:
+        named = f"{_list(found, undecided)} {_are(undecided)} undecided"
+        said.append(f"{named}: neither better nor worse than {base}, nor equal within {found.margin:g} nats.")
     if verdicts.worse and (verdicts.better or verdicts.equal or verdicts.undecided):
         said.append(f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse.")
     return said + _about_laws(found)
