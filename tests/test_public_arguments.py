@@ -32,6 +32,7 @@ from attnlab import (
     attention,
     cache,
     config,
+    contrasts,
     data,
     feed_forward,
     heads,
@@ -44,6 +45,7 @@ from attnlab import (
     recording,
     report,
     spec,
+    spread,
     stats,
 )
 from attnlab.audit import audit_target
@@ -356,6 +358,9 @@ CALLS: Table = {
         "train": "all",
         "seed": 0,
     },
+    contrasts.Judging: lambda: {"intervals": "auto", "margin": 0.01},
+    contrasts.seeds_needed: lambda: {"variance": 1e-4, "comparisons": 2, "margin": 0.01, "intervals": "auto"},
+    spread.sidak_quantile: lambda: {"confidence": 0.95, "comparisons": 2, "degrees": 3},
     stats.beyond: lambda: {"value": 1.0, "groups": [[1.0, 2.0]]},
     stats.holm: lambda: {"p": [0.1], "alpha": 0.05},
     stats.paired: lambda: {"ours": [1.0, 2.0], "theirs": [2.0, 2.5], "confidence": 0.95},
