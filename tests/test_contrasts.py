@@ -170,6 +170,18 @@ def test_the_pool_is_the_larger_of_the_complete_blocks():
     assert quantile == dunnett_quantile(0.95, 3, 6, 0.375) > dunnett_quantile(0.95, 3, 6)
 
 
+def test_the_pool_has_the_most_degrees_of_freedom():
+    losses = runs(seeds=5, a=0.0, b=0.1, c=0.2, d=0.3, e=0.4)
+    for name in "cde":
+        del losses[name][0], losses[name][4]
+    pool = judged(losses)[1]["pool"]
+    assert pool["mechanisms"] == ["base", *"abcde"] and pool["seeds"] == [1, 2, 3] and pool["degrees"] == 10
+    for name in "cde":
+        del losses[name][1]
+    pool = judged(losses)[1]["pool"]
+    assert pool["mechanisms"] == ["base", "a", "b"] and pool["degrees"] == 8
+
+
 def test_seeds_that_only_one_has_pair_with_nothing():
     losses = runs(seeds=3, a=0.0, b=0.1)
     losses["a"][7] = 9.0
