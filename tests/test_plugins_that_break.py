@@ -17,6 +17,7 @@ MODULES = {
     "exits": "raise SystemExit(0)\n",
     "fails": "print('noise')\nraise RuntimeError('no such thing\\nat all')\n",
     "half": "print('noise')\nConfig = 3\n",
+    "stops": "raise KeyboardInterrupt\n",
     "noisy": "print('noise')\nfrom attnlab.attention.mha import Attention, Config\n",
 }
 
@@ -48,7 +49,13 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("leaves", "ends the process"), ("exits", "SystemExit"), ("fails", "no such thing"), ("half", "does not define")],
+    [
+        ("leaves", "ends the process"),
+        ("exits", "SystemExit"),
+        ("fails", "no such thing"),
+        ("half", "does not define"),
+        ("stops", "KeyboardInterrupt"),
+    ],
 )
 def test_one_that_breaks_is_one_sentence(name: str, words: str, installed: None) -> None:
     with pytest.raises(UserError, match=words) as error:
@@ -59,8 +66,8 @@ def test_one_that_breaks_is_one_sentence(name: str, words: str, installed: None)
 def test_it_is_left_out_where_all_are_meant(installed: None, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     found = attention.usable(said.append)
-    assert {"noisy", "mha", "mla"} <= set(found) and not {"leaves", "exits", "fails", "half"} & set(found)
-    assert [line.split("'")[1] for line in said] == ["exits", "fails", "half", "leaves"]
+    assert {"noisy", "mha", "mla"} <= set(found) and not ({*MODULES} - {"noisy"}) & set(found)
+    assert [line.split("'")[1] for line in said] == ["exits", "fails", "half", "leaves", "stops"]
     assert "noise" not in capsys.readouterr().out, "stdout is for results"
     assert "noisy=" in os.environ[plugins.TRIED], "it is not tried again by the processes that this one starts"
 

@@ -7,7 +7,7 @@ variables of each Config. Laws are only declared here; `attnlab audit NAME` runs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -16,11 +16,18 @@ import torch
 from . import attention
 from .errors import UserError
 from .formatting import number
-from .spec import AttentionConfig
+from .spec import AttentionConfig, consecutive
 
 SHAPE = {"d_model": 768, "n_heads": 12, "head_dim": 64}  # GPT-2's layer, with rotary positions
 TOKENS = 1024  # GPT-2's context
 LONG = 2**24  # tokens from which a count of FLOPs is asked how it grows
+
+
+def per_layer(values: Iterable[float]) -> float:
+    """Return the mean over layers that share rows, in which the first makes them; whole where it is."""
+    given = list(values)
+    found = sum(given) / len(given)
+    return int(found) if found == int(found) else found
 
 
 def listing(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -32,11 +39,12 @@ def _record(name: str) -> dict[str, Any]:
     try:
         module = attention.module(name)
         config: AttentionConfig = attention.config(name, **SHAPE)
+        layers = consecutive(config, 2) if any(each.takes for each in consecutive(config, 2)) else [config]
         with torch.random.fork_rng([]):  # made in full: on the meta device it would import all of torch.compile
-            parameters = sum(p.numel() for p in module.Attention(config).parameters())
+            parameters = sum(p.numel() for each in layers for p in attention.layer(name, each).parameters())
     except (Exception, SystemExit) as error:  # a broken mechanism must not hide the others
         return {"name": name, "error": str(error) if isinstance(error, UserError) else f"it cannot be built: {error!r}"}
-    spec = config.cache_spec
+    caches = [each.cache_spec for each in layers]
     return {
         "name": name,
         "summary": config.summary,
@@ -44,12 +52,12 @@ def _record(name: str) -> dict[str, Any]:
         "source": config.source,
         "package": module.__name__.partition(".")[0],
         "caches": config.caches,
-        "floats_per_token": spec.per_token,
-        "floats_at_context": spec.floats(TOKENS),
+        "floats_per_token": per_layer(cache.per_token for cache in caches),
+        "floats_at_context": per_layer(cache.floats(TOKENS) for cache in caches),
         "family": family(config),
-        "state": spec.floats(0),
+        "state": per_layer(cache.floats(0) for cache in caches),
         **_growths(config),
-        "parameters": parameters,
+        "parameters": per_layer([parameters / len(layers)]),
         "impls": [*config.impls],
         "modes": [*config.modes],
         "rewinds": config.rewinds,

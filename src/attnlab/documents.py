@@ -10,7 +10,7 @@ The cost: inside attention there are as many rows as documents, and all are as l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ class PackedRows:
         """Return packed tokens (1 R ...) in their rows: B L ..., zeros for padding."""
         return x.new_zeros(self.size.numel(), *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, self.size)
 
-    def attend(self, attention: Callable[..., Output], x: Tensor) -> Tensor:
-        """Return the output of `attention` for each document alone: 1 R D -> 1 R D."""
+    def attend(self, attention: Callable[..., Output], x: Tensor, mask: Mask = PLAIN) -> Tensor:
+        """Return the output of `attention` for each document alone: 1 R D -> 1 R D. `mask`: with what layers gave."""
         N, M = self.positions.shape
         rows = x.new_zeros(N * M, x.shape[-1]).index_copy(0, self.slots, x[0]).view(N, M, -1)
-        y, _ = attention(rows, self.positions, None, PLAIN)
+        y, _ = attention(rows, self.positions, None, replace(mask, plain=True))
         return y.flatten(0, 1).index_select(0, self.slots)[None]

@@ -44,10 +44,29 @@ def attention_configs(config: ModelConfig) -> list[AttentionConfig]:
         options = {**shared, **config.options.get(name, {}), **config.options.get(f"{name}@{i}", {})}
         return attention.config(name, **options)
 
-    configs = [layer(i, name) for i, name in enumerate(config.layers)]
-    for each in configs:
-        each.check_context(config.context)
+    configs: list[AttentionConfig] = []
+    for i, name in enumerate(config.layers):
+        placed = layer(i, name).placed(configs, config.n_layers)
+        placed.check_context(config.context)
+        _check_taken(f"layer {i} ({name})", placed, configs)
+        configs.append(placed)
     return configs
+
+
+def _check_taken(layer: str, config: AttentionConfig, before: list[AttentionConfig]) -> None:
+    """Raise `UserError` where no earlier layer gives what a layer takes, or the last that does gives another shape."""
+    for name, shape in config.takes.items():
+        given = next((each.gives[name] for each in reversed(before) if name in each.gives), None)
+        if given is None:
+            raise UserError(
+                f"{layer} takes {name} of an earlier layer, and none gives it: put it after one that does, or let it "
+                "make its own"
+            )
+        if tuple(given) != tuple(shape):
+            raise UserError(
+                f"{layer} takes {name} of shape {tuple(shape)}, and the last layer that gives it gives {tuple(given)}: "
+                "give both the same heads and head_dim"
+            )
 
 
 @checked
@@ -87,7 +106,7 @@ class Block(nn.Module):
         if documents is None:
             y, cache = self.attention(y, positions, cache, mask)
         else:
-            y = documents.attend(self.attention, y)
+            y = documents.attend(self.attention, y, mask)
         x = x + self.drop(y)
         return x + self.drop(self.ff(self.ff_norm(x))), cache
 
@@ -110,6 +129,7 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(
                 Block(config, mixer, name, config.has_experts(i)) for i, (mixer, name) in enumerate(layers)
             )
+            self.shares = any(mixer.gives or mixer.takes for mixer in mixers)  # whether layers give rows to later ones
             self.recompute = False  # True: training keeps only the inputs of layers, and computes the rest again
             self.norm = make_norm(config)
             self.head = Linear(D, config.vocab_size, bias=False)
@@ -166,6 +186,7 @@ class Decoder(nn.Module):
         x = self.drop(x)
         kept = []
         for i, layer in enumerate(self.layers):
+            mask = mask.handed() if self.shares else mask
             if self.recompute and torch.is_grad_enabled() and cache is None:
                 x, after = checkpoint(layer, x, positions, None, mask, packed, use_reentrant=False)
             else:

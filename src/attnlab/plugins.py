@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -56,7 +58,9 @@ def plugin(name: str) -> ModuleType:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             module: ModuleType = point.load()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if ctrl_c(error):
+            raise
         raise UserError(
             f"mechanism {name!r} comes from {point.value}, which cannot be imported ({error}): mend it"
         ) from error
@@ -78,11 +82,23 @@ def blamed(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if ctrl_c(error):
+            raise
         raise UserError(
             f"mechanism {name!r} comes from {plugins()[name].value}, which cannot be built "
             f"({type(error).__name__}: {quoted(error)}): mend it, or uninstall its package"
         ) from error
+
+
+def ctrl_c(error: BaseException) -> bool:
+    """Return whether a signal's handler raised this, and not the code that it stopped.
+
+    A handler in C leaves no trace, so with Python's own any KeyboardInterrupt is taken for Ctrl-C.
+    """
+    code = getattr(signal.getsignal(signal.SIGINT), "__code__", None)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, KeyboardInterrupt) and (code is None or code in frames)
 
 
 def trial(point: EntryPoint) -> str:

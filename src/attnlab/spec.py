@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from .errors import UserError, choose, quoted
 from .ranges import Count, Positive, Probability, Size, Total, Word, check_fields, checked
 
+NOTHING: Mapping[str, Any] = {}
+
 
 @dataclass(frozen=True)
 class Mask:
-    """The rule which query sees which key, by their positions alone. It is data, so a kernel can read it."""
+    """The rule which query sees which key, by their positions alone, and what layers of one pass give to later ones.
+
+    It is data, so a kernel can read it.
+    """
 
     window: int | None = None  # positions that a query sees, its own the last of them; None: all up to its own
     plain: bool = False  # a promise: every row holds positions 0, 1, 2, ..., and padding only after them
+    given: Mapping[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # tensors that earlier layers gave
+    gifts: dict[str, Any] | None = field(default=None, compare=False, repr=False)  # of this layer; None: nobody asks
 
     def __post_init__(self) -> None:
         """Check the fields by plain comparisons, because a mask is made inside a forward pass."""
@@ -35,6 +44,15 @@ class Mask:
         """Return whether queries at positions `q` see keys at `k`: arrays that broadcast, of NumPy, Torch or JAX."""
         seen = (k >= 0) & (k <= q)
         return seen if self.window is None else seen & (q - k < self.window)
+
+    def give(self, **tensors: Any) -> None:
+        """Give tensors (B S ...) to later layers by name: those that the layer's Config lists in `gives`."""
+        if self.gifts is not None:
+            self.gifts.update(tensors)
+
+    def handed(self) -> Mask:
+        """Return the same mask for the next layer, which may take what this one gave, and all before it."""
+        return replace(self, given={**self.given, **(self.gifts or {})}, gifts={})
 
 
 CAUSAL = Mask()
@@ -192,6 +210,23 @@ class AttentionConfig:
         return can(self.cache_spec)
 
     @property
+    def gives(self) -> Mapping[str, tuple[int, ...]]:
+        """Return what the layer gives to later ones (`Mask.give`): name -> shape of one token's row."""
+        return NOTHING
+
+    @property
+    def takes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return what it reads of the nearest earlier layer that gives it (`Mask.given`): name -> shape of a row."""
+        return NOTHING
+
+    def placed(self, before: Sequence[AttentionConfig], depth: int) -> AttentionConfig:
+        """Return the Config for a layer of a model with `depth` layers, whose earlier layers have the Configs `before`.
+
+        Layers are the same at all places, unless a mechanism says otherwise here.
+        """
+        return self
+
+    @property
     def relative(self) -> bool:
         """Return whether adding the same number to all positions changes nothing."""
         return True
@@ -208,3 +243,12 @@ class AttentionConfig:
         a mask saves none, as a counter sees the reference kernel.
         """
         raise NotImplementedError
+
+
+@checked
+def consecutive(config: AttentionConfig, depth: Count) -> list[AttentionConfig]:
+    """Return the Configs of `depth` layers of one mechanism, each placed after those before it."""
+    configs: list[AttentionConfig] = []
+    for _ in range(depth):
+        configs.append(config.placed(configs, depth))
+    return configs

@@ -116,7 +116,7 @@ def differential(m, x):
     q, k, v = grouped(m, x)
     pairs = c.n_kv_heads // 2
     lq1, lk1, lq2, lk2 = m.lambdas
-    weight = math.exp(float(lq1 @ lk1)) - math.exp(float(lq2 @ lk2)) + c.lambda_init
+    weight = math.exp(float(lq1 @ lk1)) - math.exp(float(lq2 @ lk2)) + m.l0
     rows = []
     for t in range(L):
         y = []
@@ -125,7 +125,7 @@ def differential(m, x):
             values = [torch.cat([v[s][2 * j], v[s][2 * j + 1]]) for s in range(t + 1)]
             first, _ = read(q[t][n], [k[s][j] for s in range(t + 1)], values)
             second, _ = read(q[t][N // 2 + n], [k[s][pairs + j] for s in range(t + 1)], values)
-            y.append((1 - c.lambda_init) * rms(first - weight * second, m.norm.weight, 1e-5))
+            y.append((1 - m.l0) * rms(first - weight * second, m.norm.weight, 1e-5))
         rows.append(out(m, y))
     return torch.stack(rows)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from attnlab.attention import fast_mka, gqa, linear, mha, mla, sliding
+from attnlab.attention import cla, fast_mka, gqa, linear, mha, mla, sliding
 from attnlab.cache import extend
 from attnlab.ops import attend, attention_weights
 from attnlab.recording import Attended, add_map
@@ -340,3 +340,21 @@ class MultipliesOneTerm(gqa.Attention):
     def forward(self, x, positions, cache=None, mask=CAUSAL):
         y, cache = super().forward(x, positions, cache, mask)
         return torch.einsum("bld,de->ble", y.mean(-1, keepdim=True), torch.ones_like(y[0, :1])), cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivesMore(cla.Config):
+    """Declares rows of values twice as wide as they are."""
+
+    @property
+    def rows(self):
+        return {**super().rows, "v": (self.n_kv_heads, 2 * self.head_dim)}
+
+
+class MakesItsOwnValues(cla.Attention):
+    """Declares that it takes values, and makes them from the keys that it takes."""
+
+    def forward(self, x, positions, cache=None, mask=CAUSAL):
+        if self.takes:
+            mask = replace(mask, given={**mask.given, "v": mask.given["k"].tanh()})
+        return super().forward(x, positions, cache, mask)

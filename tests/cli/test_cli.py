@@ -25,6 +25,7 @@ from attnlab.results import BenchRecord, RunResult
 from attnlab.runs import folder as run_folder
 from attnlab.runs.heartbeat import FOLDER as HEARTBEATS
 from attnlab.runs.heartbeat import Heartbeat
+from attnlab.spec import consecutive
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -278,7 +279,7 @@ def test_list_shows_every_mechanism_and_fits(run: Run) -> None:
     for name, record in records.items():
         config = attention.config(name, d_model=768, n_heads=12, head_dim=64)
         assert name in out
-        assert record["floats_at_context"] == config.cache_spec.floats(1024)
+        assert record["floats_at_context"] == sum(each.cache_spec.floats(1024) for each in consecutive(config, 2)) / 2
         assert record["impls"] == [*config.impls] and record["breaks"] == [*config.breaks]
         assert all(record[key] for key in ("summary", "formula", "source", "caches"))
     assert records["mha"]["parameters"] == 4 * 768 * 768

@@ -231,6 +231,14 @@ DAMAGED = [  # kinds that a search for calls that cannot work has found
     Case(["tokenizer", "train", "shakespeare", "--out", "/proc/new"], "takes no new files"),
     Case(["export", "run", "--out", "/proc/new"], "/proc takes no new files", ("run",)),
     Case(["audit", "torch.nn:Linear", "--call", "x"], "calls nothing that could be judged"),
+    Case(["audit", "mla", "--step", "module(x)"], "--step is for modules"),
+    Case(["audit", "gqa", "--layout", "bhtd"], "--layout is for modules"),
+    Case(["audit", "mla", "--call", "module(x)"], "--call is for modules"),
+    Case([*TRAIN, "--mechanism", "mha", "--model.mechanisms", "mla"], "set the same field"),
+    Case([*TRAIN, "--data=shakespeare-char", "--data.source=a"], "set the same field"),
+    Case(
+        ["convert", "run", "--to", "mla", "--grid", "0.5", "--rank", "4", "--out", "new"], "leave out --rank", ("run",)
+    ),
     Case(["infer", "c.pt"], "c.pt", (), written("c.pt", "hello")),
     Case(["prepare", "shakespeare-char", "--tokenizer=", "--out", "new"], "--tokenizer is ''"),
     Case(["heads", "run", "--png", "run"], "run exists already", ("run",)),

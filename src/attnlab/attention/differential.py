@@ -5,15 +5,16 @@
     l         = exp(lq_1 . lk_1) - exp(lq_2 . lk_2) + l0                     one number per layer, lq and lk learned
 
 Ye et al. 2024 (arXiv 2410.05258), whose h is N/2 and d is H; the norm is over each head. l0 (lambda_init there) grows
-with the depth, 0.8 - 0.6 exp(-0.3 layer), layers from 0: give it by layer, as `differential@0`.
+with the depth: 0.8 - 0.6 exp(-0.3 layer), layers from 0, unless it is given.
 With K below N, heads of both maps share keys and values in groups. Dropout falls on each map by itself.
 Caches keys of K heads and values of K/2 heads twice as wide: 2 K H floats per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +24,13 @@ from ..cache import Cache, Output, Seen, extend
 from ..errors import UserError
 from ..layers import RMSNorm
 from ..ranges import Probability
-from ..spec import CAUSAL, CacheSpec, Mask
+from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 from . import gqa
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gqa.Config):
-    lambda_init: Probability = 0.8  # l0
+    lambda_init: Probability | None = None  # l0; None: by the layer's place in its model
 
     formula = "o[n] = norm((softmax(q1 k1^T / sqrt(H)) - l softmax(q2 k2^T / sqrt(H))) v)"
     source = "Ye et al. 2024, arXiv 2410.05258"
@@ -38,7 +39,7 @@ class Config(gqa.Config):
     carries = ""  # two maps are read as one
     signed = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "first layer": {"lambda_init": 0.2, "bias": True},
+        "deep": {"lambda_init": 0.8, "bias": True},
         "grouped": {"n_kv_heads": 2, "qk_norm": 1e-6},
     }
 
@@ -63,6 +64,14 @@ class Config(gqa.Config):
         wider = 2 * queries * keys * self.n_heads * self.head_dim  # each map reads values of 2 H
         return super().flops(queries, keys) + wider
 
+    def placed(self, before: Sequence[AttentionConfig], depth: int) -> Config:
+        return self if self.lambda_init is not None else replace(self, lambda_init=by_depth(len(before)))
+
+
+def by_depth(layer: int) -> float:
+    """Return l0 of a layer, counted from 0."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
 
 class Attention(gqa.Attention):
     config: Config
@@ -71,9 +80,9 @@ class Attention(gqa.Attention):
         super().__init__(config)
         self.lambdas = nn.Parameter(0.1 * torch.randn(4, config.head_dim))  # lq_1, lk_1, lq_2, lk_2
         self.norm = RMSNorm(2 * config.head_dim, eps=1e-5)
+        self.l0 = by_depth(0) if config.lambda_init is None else config.lambda_init
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Mask = CAUSAL) -> Output:
-        c = self.config
         q, k, v = self.project(x, positions)
         q = q.unflatten(2, (2, -1))
         k = k.unflatten(2, (2, -1))
@@ -89,9 +98,9 @@ class Attention(gqa.Attention):
         weight = self.weight_of_second()
         y = read(0, 1.0) - weight * read(1, -weight.expand(q[:, :, 1, :, 0].shape))
         y = self.norm(y)
-        return self.o(((1 - c.lambda_init) * y).flatten(2)), cache
+        return self.o(((1 - self.l0) * y).flatten(2)), cache
 
     def weight_of_second(self) -> Tensor:
         """Return l, the weight with which the second map is taken away."""
         plus, minus = (self.lambdas[0::2] * self.lambdas[1::2]).sum(-1).exp()
-        return plus - minus + self.config.lambda_init
+        return plus - minus + self.l0

@@ -58,6 +58,16 @@ class Instructions:
             if expression is not None:
                 require_python(option, expression)
 
+    def refuse_calls(self, target: str) -> None:
+        """Raise `UserError` where it is said how to call a mechanism, whose interface is known."""
+        usual = Instructions()
+        for name in ("call", "step", "mask", "mask_shape", "layout"):
+            if getattr(self, name) != getattr(usual, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for modules and functions of another interface, and {target} has "
+                    "attnlab's: leave it out"
+                )
+
     @property
     def fields(self) -> dict[str, Any]:
         """The fields for a mechanism's Config."""
@@ -76,6 +86,7 @@ def audit_target(target: str, *, tell: Tell | None = None, **instructions: Any) 
     how = Instructions(**instructions)
     how.check()
     if target in attention.names():
+        how.refuse_calls(target)
         attention.config(target, **how.fields)  # refuses a misspelt field
         results = check_mechanism(target, laws=how.laws, allow=how.allow, tell=tell, **how.fields)
         return Audit(target, results, longest=LENGTHS[-1])
@@ -101,6 +112,7 @@ def _is_mechanism(found: find.Found) -> bool:
 
 def _audit_mechanism(target: str, found: find.Found, how: Instructions, tell: Tell | None) -> Audit:
     """Audit a class that follows attnlab's interface, in each of its Config's variants."""
+    how.refuse_calls(target)
     config = found.module.Config
     for field in how.fields:
         choose(f"field of {config.__name__}", field, sorted(config.__dataclass_fields__))

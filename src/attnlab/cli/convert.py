@@ -60,6 +60,9 @@ def convert(
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something already: name a new folder with --out")
     check_free(folder)
+    for name, value in (("--rank", rank), ("--method", method)):
+        if grid is not None and value is not None:
+            raise UserError(f"--grid tries shares of its own by every method: leave out {name}")
     loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
     shares = None if grid is None else [_rank("--grid", word) for word in split_commas(grid)]

@@ -21,6 +21,8 @@ from .options import Fields, with_choices
 from .reading import read
 from .streams import Patient, streams
 
+TWICE = {"--mechanism": "--model.mechanisms", "--data": "--data.source", "--pack": "--data.pack"}  # short for a field
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -117,6 +119,9 @@ def run_command(given: Sequence[str]) -> int:
 def parsed(name: str, rest: Sequence[str]) -> Callable[[], int]:
     """Return the command with its parameters filled in. Raises `UserError` for a value that a config refuses."""
     preset = preset_of(name, rest)
+    for option, field in TWICE.items() if preset is not None else ():
+        if value_of(option, rest) is not None and value_of(field, rest) is not None:
+            raise UserError(f"{option} and {field} set the same field: give one of them")
     defaults = {}
     if preset is not None:  # --mechanism first, so that --model.options may speak of what it names
         defaults["config"] = with_choices(presets.get(preset), value_of("--mechanism", rest), None)

@@ -91,14 +91,17 @@ def match_cache(config: RunConfig, baseline: RunConfig) -> tuple[RunConfig, Matc
     best = config, Matched(field=None, before=None, after=None, count=own, target=target)
     if own == target:
         return best
-    layers = Counter(config.model.layers)
-    for name, attention in dict(zip(config.model.layers, attention_configs(config.model), strict=True)).items():
+    context = config.model.context
+    placed = list(zip(config.model.layers, attention_configs(config.model), strict=True))
+    keeping = [(name, each) for name, each in placed if each.cache_spec.floats(context)]
+    layers = Counter(name for name, _ in keeping)
+    for name, attention in dict(keeping).items():
         field = attention.cache_width
         if field is None:
             continue
-        others = own - layers[name] * attention.cache_spec.floats(config.model.context)
-        width = _nearest(attention, field, config.model.context, (target - others) / layers[name])
-        count = others + layers[name] * _with(attention, field, width).cache_spec.floats(config.model.context)
+        others = own - layers[name] * attention.cache_spec.floats(context)
+        width = _nearest(attention, field, context, (target - others) / layers[name])
+        count = others + layers[name] * _with(attention, field, width).cache_spec.floats(context)
         result = Matched(field=field, before=getattr(attention, field), after=width, count=count, target=target)
         if best[1].field is None or abs(result.off) < abs(best[1].off):
             best = with_options(config, {name: {field: width}}), result

@@ -72,7 +72,7 @@ def convert(
     made = []
     for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
         tell(f"making {mechanism}", i, len(layers))
-        made.append(target.weights(layer, build(own), method, seen[i]))
+        made.append(target.weights(layer, _builder(model.config, mechanism, i)(own), method, seen[i]))
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
     new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
@@ -123,11 +123,12 @@ def _method(mechanism: str, methods: Mapping[str, bool], given: str | None, text
     return given
 
 
-def _builder(config: ModelConfig, mechanism: str) -> Build:
-    """Return the function from fields of the mechanism to its Config in this model."""
+def _builder(config: ModelConfig, mechanism: str, layer: int = 0) -> Build:
+    """Return the function from fields of the mechanism to its Config in this layer of the model."""
 
     def build(fields: Mapping[str, Any]) -> AttentionConfig:
-        return attention_configs(replace(config, n_layers=1, mechanisms=(mechanism,), options={mechanism: fields}))[0]
+        whole = replace(config, n_layers=layer + 1, mechanisms=(mechanism,), options={mechanism: fields})
+        return attention_configs(whole)[layer]
 
     return build
 

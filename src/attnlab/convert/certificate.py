@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..model import Decoder
 from ..results import Record, Tell
+from ..spec import CAUSAL
 from .calibration import record_inputs
 
 EXACT = 1e-9  # logits that differ by less than this, in float64, are the same function
@@ -63,9 +64,11 @@ def compare_models(source: Decoder, target: Decoder, batches: Sequence[Tensor], 
         for each, logits in zip(losses, (before, after), strict=True):
             each.append(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        mask = CAUSAL
         for i, (old, new, x) in enumerate(zip(source.blocks(), target.blocks(), inputs, strict=True)):
+            mask = mask.handed()
             y = old.attention(x, positions)[0]
-            lost[i] += (new.attention(x, positions)[0] - y).square().sum()
+            lost[i] += (new.attention(x, positions, None, mask)[0] - y).square().sum()
             size[i] += y.square().sum()
     count = sum(batch[:, 1:].numel() for batch in batches)
     loss_before, loss_after = (torch.stack(each).sum().item() / count for each in losses)

@@ -168,7 +168,9 @@ def value_sizes(model: Decoder, layers: list[Layer]) -> list[Tensor | None]:
     pattern. Each query is made to see itself alone; None for a mechanism that reads more than what it may see.
     """
     found: list[Tensor | None] = []
+    mask = Mask(window=1)
     for block, layer in zip(model.blocks(), layers, strict=True):
+        mask = mask.handed()
         answers: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], answers: list[Tensor] = answers) -> None:
@@ -178,7 +180,7 @@ def value_sizes(model: Decoder, layers: list[Layer]) -> list[Tensor | None]:
         handle = matrix.register_forward_pre_hook(keep)
         x = block.attention_norm(layer.residual)
         with record_attention() as maps:
-            block.attention(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), None, Mask(window=1))
+            block.attention(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), None, mask)
         handle.remove()
         own = torch.eye(x.shape[1], device=x.device)
         if len(maps) != 1 or maps[0].shape[-1] != x.shape[1] or bool(((maps[0] - own).abs() > 1e-5).any()):

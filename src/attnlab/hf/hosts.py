@@ -41,14 +41,15 @@ class Patch:
 
 
 class Adapter(nn.Module):
-    """Mechanism in the place of one layer's attention."""
+    """Mechanism in the place of the attention of one of `depth` layers."""
 
-    def __init__(self, patch: Patch, layer: int, after: Iterable[nn.Module]) -> None:
+    def __init__(self, patch: Patch, layer: int, depth: int, after: Iterable[nn.Module]) -> None:
         super().__init__()
         self.patch = patch
         self.layer = layer
         module = attention.module(patch.mechanism)
-        self.mechanism = module.Attention(from_dict(module.Config, patch.config))
+        config = from_dict(module.Config, patch.config)
+        self.mechanism = module.Attention(config.placed([config] * layer, depth))
         self.after = nn.Sequential(*after)
 
     def forward(
@@ -159,7 +160,7 @@ def install(model: Any, patch: Patch) -> None:
         like = getattr(host, model.output).weight
         with torch.device(like.device):
             with default_weights() as untouched:
-                adapter = Adapter(patch, i, [getattr(host, name) for name in kept])
+                adapter = Adapter(patch, i, len(blocks), [getattr(host, name) for name in kept])
             init_weights(adapter.mechanism, len(blocks), untouched, model.config.initializer_range)
         setattr(blocks[i], model.slot, adapter.to(like.dtype).train(host.training))
 

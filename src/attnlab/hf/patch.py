@@ -64,6 +64,11 @@ def patch(
     parts = cls.read(before.slots[at[0]])
     config = attention.config(mechanism, **{**config_fields(mechanism, model.config, parts), **(options or {})})
     config.check_context(model.config.max_position_embeddings)
+    if config.gives or config.takes:
+        raise UserError(
+            f"{mechanism} shares rows between layers, which a model of transformers does not hand on: convert it "
+            "instead, with attnlab convert"
+        )
     with torch.device("meta"):
         kept = carried(parts, attention.layer(mechanism, config), keep_output)
     entry = Patch(

@@ -23,7 +23,7 @@ from ..errors import choose
 from ..ranges import Count, checked
 from ..results import NOT_DECODED, LawResult, Tell, judged, verdict
 from ..spec import AttentionConfig
-from . import any_module, caches, causality, computation, interface, precision
+from . import any_module, caches, causality, computation, interface, precision, stack
 from .call import Caller, in_full
 from .functions import FunctionCaller, of_function
 from .prepare import subject
@@ -78,6 +78,7 @@ LAWS: dict[str, Law] = {
         Law("relative position", "interface", interface.relative_position),
         Law("kernels", "interface", computation.kernels),
         Law("attention maps", "interface", interface.attention_maps),
+        Law("given rows", "interface", interface.given_rows),
         Law("compile", "interface", computation.compiles),
         Law("flops", "interface", computation.flops),
     )
@@ -118,8 +119,8 @@ def check_class(
     for seed, (words, variant) in enumerate({"": {}, **config.variants}.items()):
         chosen = config(**{**SMALL, **variant, **fields})
         with seeded(seed):
-            module = layer(chosen)
-        build = functools.partial(layer, chosen)
+            module = stack.judged_layer(layer, chosen)
+        build = functools.partial(stack.judged_layer, layer, chosen)
         subjects.append((words, subject(module, name=name, build=build, seed=seed)))
     return _judge_all(name, subjects, laws, allow, tell)
 

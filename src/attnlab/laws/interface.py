@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -221,11 +222,17 @@ def relative_position(s: Subject) -> str:
 
 
 def attention_maps(s: Subject) -> str:
-    """Recorded attention times the values is the answer; rows sum to 1 or to what a rest leaves, also added up over a
-    layer, are not negative unless that is declared, and are zero for the future and for pads."""
+    """Recorded attention times the values is the answer; rows are shares of 1, and zero for later tokens and pads.
+
+    They sum to 1 or to what a rest leaves, also added up over a layer, and are not negative unless that is declared.
+    """
     x, positions, _ = s.left_padded()
+    ends: list[int] = []  # the maps there are after each layer
     with record_attention() as maps:
+        hooks = [layer.register_forward_hook(lambda *_: ends.append(len(maps))) for layer in s.layers]
         s.module(x, positions)
+    for hook in hooks:
+        hook.remove()
     if not maps:
         raise NotApplicable("it records no attention map")
     real = positions >= 0
@@ -240,13 +247,14 @@ def attention_maps(s: Subject) -> str:
         values = call.values.repeat_interleave(weights.shape[1] // call.values.shape[2], 2)
         told = torch.einsum("bnls,bsnv->blnv", weights, values.to(weights.dtype))
         require_equal(told[real], call.answer[real], s.tolerance, f"map {n} times its values")
-    total = sum(shared(weights, call).sum(-1) for weights, call in zip(maps, maps.calls, strict=True))
-    most = float(torch.as_tensor(total).transpose(1, 2)[real].max())
-    if most > 1 + 1e-6 and not s.config.signed:
-        raise Broken(
-            f"a row of the layer sums to {most:.3g} over its {len(maps)} maps: give each call of attend its share, and "
-            "where these have signs, declare signed"
-        )
+    for begin, end in itertools.pairwise([0, *ends]):
+        totals = [shared(maps[n], maps.calls[n]).sum(-1).transpose(1, 2)[real] for n in range(begin, end)]
+        most = float(torch.stack(totals).sum(0).max()) if totals else 0.0
+        if most > 1 + 1e-6 and not s.config.signed:
+            raise Broken(
+                f"a row of the layer sums to {most:.3g} over its {end - begin} maps: give each call of attend its "
+                "share, and where these have signs, declare signed"
+            )
     return f"{len(maps)} map{'s' * (len(maps) > 1)} of shape {list(maps[0].shape)}, times their values the answers"
 
 
@@ -261,3 +269,33 @@ def _require_rows(weights: Tensor, call: Attended, real: Tensor, what: str, *, s
     if bool(wrong.any()):
         limit = "more than 1" if call.rest else "not to 1"
         raise Broken(f"a row of {what} sums to {float(total[wrong][0]):.3g}, {limit}")
+
+
+def given_rows(s: Subject) -> str:
+    """A layer gives later ones what its Config declares, row by row, and a layer that takes rows reads them all."""
+    configs: list[Any] = [layer.config for layer in s.layers]
+    if not any(config.gives or config.takes for config in configs):
+        raise NotApplicable("its layers give nothing to later ones")
+    x = s.x(s.short)
+    mask = CAUSAL
+    read = set()
+    for layer, config in zip(s.layers, configs, strict=True):
+        mask = mask.handed()
+        y, _ = layer(x, positions_of(x), None, mask)
+        found = {name: tuple(tensor.shape) for name, tensor in (mask.gifts or {}).items()}
+        wanted = {name: (*x.shape[:2], *shape) for name, shape in config.gives.items()}
+        if found != wanted:
+            raise Broken(f"a layer gives {_shapes(found)}, and its Config declares {_shapes(wanted)}")
+        for name in config.takes:
+            tensor = mask.given[name]
+            other = tensor.roll(1, 1) if tensor.is_floating_point() else tensor + 1
+            changed = {**mask.given, name: other}
+            moved, _ = layer(x, positions_of(x), None, dataclasses.replace(mask, given=changed, gifts={}))
+            if not float(movement(moved, y).max()) > s.tolerance * scale(y):
+                raise Broken(f"a layer declares that it takes {name}, and changing it changes nothing")
+            read.add(name)
+    return f"given as declared: {', '.join(wanted or mask.given)}; taken and read: {', '.join(sorted(read)) or 'none'}"
+
+
+def _shapes(tensors: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(tensors.items())) or "nothing"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..cache import Cache
 from ..spec import AttentionConfig
 from .call import first_tensor, no_exit
+from .stack import Stack
 from .state import duplicate, seeded, tensors_in, unchanged
 
 ModuleCall = Callable[[nn.Module, Tensor], Any]  # calls somebody's module on x [B T D]
@@ -135,6 +136,11 @@ class Subject:
     def config(self) -> AttentionConfig:
         """The module's config."""
         return self.module.config  # type: ignore[return-value]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The module, or the layers of a stack."""
+        return list(self.module.layers) if isinstance(self.module, Stack) else [self.module]
 
     def variant(self, **changes: Any) -> nn.Module:
         """Return a module with the same parameters and a changed config."""
