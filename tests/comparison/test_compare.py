@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +290,13 @@ def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
     with pytest.raises(UserError, match="a folder that you may write to"):
         compare(preset, ["mha"], 1, Path(preset.data.source[5:]))
     assert not (out / "compare.json").exists()
+
+
+def test_without_scipy_nothing_is_trained(preset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=r"this needs scipy, .*pip install 'attnlab\[stats\]'"):
+        compare(preset, ["mha"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
