@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from attnlab import contrasts as module
@@ -24,7 +25,7 @@ from attnlab.contrasts import (
 )
 from attnlab.errors import UserError
 from attnlab.results import RunResult, TaskResult
-from attnlab.spread import dunnett_quantile, sidak_quantile
+from attnlab.spread import dunnett_quantile, sidak_quantile, spread_of
 from attnlab.stats import t_quantile
 
 
@@ -123,6 +124,8 @@ def test_auto_is_pairwise_where_one_spreads_more_and_names_it():
     assert about["pool"]["widest"] == "b" and about["pool"]["p"] < 0.001 and about["pool"]["ratio"] > 20
     assert about["why"].startswith("The runs of b spread ") and "pooling is not fair" in about["why"]
     assert judged(losses, intervals="pooled")[1]["by"] == "pooled", "who asks for it gets it"
+    table = np.array([[losses[name][i] for name in losses] for i in range(4)])
+    assert about["pool"]["p"] == pytest.approx(4 * spread_of(table).p.min()) and about["pool"]["p"] > 0
     noisy = runs(a=0.0, b=0.0, c=0.0)
     noisy["base"][1] += 1.0
     assert judged(noisy)[1]["why"].startswith("The runs of base spread ")
