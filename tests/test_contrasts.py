@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from attnlab import contrasts as module
@@ -24,7 +25,7 @@ from attnlab.contrasts import (
 )
 from attnlab.errors import UserError
 from attnlab.results import RunResult, TaskResult
-from attnlab.spread import dunnett_quantile, sidak_quantile
+from attnlab.spread import dunnett_quantile, sidak_quantile, spread_of
 from attnlab.stats import t_quantile
 
 
@@ -123,9 +124,17 @@ def test_auto_is_pairwise_where_one_spreads_more_and_names_it():
     assert about["pool"]["widest"] == "b" and about["pool"]["p"] < 0.001 and about["pool"]["ratio"] > 20
     assert about["why"].startswith("The runs of b spread ") and "pooling is not fair" in about["why"]
     assert judged(losses, intervals="pooled")[1]["by"] == "pooled", "who asks for it gets it"
+    table = np.array([[losses[name][i] for name in losses] for i in range(4)])
+    assert about["pool"]["p"] == pytest.approx(4 * spread_of(table).p.min()) and about["pool"]["p"] > 0
     noisy = runs(a=0.0, b=0.0, c=0.0)
     noisy["base"][1] += 1.0
     assert judged(noisy)[1]["why"].startswith("The runs of base spread ")
+
+
+def test_a_mechanism_that_alone_varies_is_named():
+    losses = {name: {i: float(i) for i in range(3)} for name in ("base", "a", "b")}
+    losses["b"] |= {0: 0.5, 1: 0.5}
+    assert judged(losses)[1]["why"].startswith("The runs of b alone spread (p = 0), so each interval rests on")
 
 
 def test_two_seeds_are_not_pooled():
@@ -170,6 +179,18 @@ def test_the_pool_is_the_larger_of_the_complete_blocks():
     assert quantile == dunnett_quantile(0.95, 3, 6, 0.375) > dunnett_quantile(0.95, 3, 6)
 
 
+def test_the_pool_has_the_most_degrees_of_freedom():
+    losses = runs(seeds=5, a=0.0, b=0.1, c=0.2, d=0.3, e=0.4)
+    for name in "cde":
+        del losses[name][0], losses[name][4]
+    pool = judged(losses)[1]["pool"]
+    assert pool["mechanisms"] == ["base", *"abcde"] and pool["seeds"] == [1, 2, 3] and pool["degrees"] == 10
+    for name in "cde":
+        del losses[name][1]
+    pool = judged(losses)[1]["pool"]
+    assert pool["mechanisms"] == ["base", "a", "b"] and pool["degrees"] == 8
+
+
 def test_seeds_that_only_one_has_pair_with_nothing():
     losses = runs(seeds=3, a=0.0, b=0.1)
     losses["a"][7] = 9.0
@@ -197,7 +218,7 @@ def test_the_margin_decides():
 
 @pytest.mark.parametrize("kind", ["auto", "pooled", "pairwise"])
 def test_seeds_that_are_needed_are_the_fewest(kind):
-    for variance, comparisons in ((1e-6, 7), (1e-5, 3), (1e-4, 1), (1e-4, 7), (4e-4, 3)):
+    for variance, comparisons in ((1e-6, 7), (1.5e-5, 3), (1e-4, 1), (1e-4, 7), (4e-4, 3)):
         seeds = seeds_needed(variance, comparisons, 0.01, kind)
         assert seeds is not None
 

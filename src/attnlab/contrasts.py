@@ -217,8 +217,10 @@ def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judg
     if len(pool.seeds) < 3:
         return f"Two seeds cannot show whether all mechanisms spread alike, so {own}: take three seeds or more."
     fairness = pool.fairness(baseline)
-    times = "only" if fairness["ratio"] is None else f"{fairness['ratio']:.1f} times as much as the others"
-    return f"The runs of {fairness['widest']} spread {times} (p = {fairness['p']:.2g}), so {own}: pooling is not fair."
+    spread = (
+        "alone spread" if fairness["ratio"] is None else f"spread {fairness['ratio']:.1f} times as much as the others"
+    )
+    return f"The runs of {fairness['widest']} {spread} (p = {fairness['p']:.2g}), so {own}: pooling is not fair."
 
 
 def sentences(statistics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +292,13 @@ def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
     assert not (out / "compare.json").exists()
 
 
+def test_without_scipy_nothing_is_trained(preset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=r"this needs scipy, .*pip install 'attnlab\[stats\]'"):
+        compare(preset, ["mha"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
     assert grid.grid(Comparison(preset, ["mla", "mha"], 1), tmp_path).baseline == "mha"
     work = grid.grid(Comparison(preset, ["mla", "gqa"], 1, "params"), tmp_path)
@@ -428,8 +436,8 @@ def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     }  # fmt: skip
     half = 6.16441 * (1 / 30000) ** 0.5 / 3**0.5  # of 0.11, 0.10 and 0.10; two intervals together
     assert rows["mqa"]["pairwise"] == pytest.approx([0.31 / 3 - half, 0.31 / 3 + half], abs=1e-5)
-    low, high = rows["mqa"]["interval"]
-    assert 0 < low < rows["mqa"]["pooled"][1] <= high
+    assert rows["mqa"]["interval"] == rows["mqa"]["pairwise"] and rows["mqa"]["by"] == "pairwise", "gqa spreads more"
+    assert sum(rows["mqa"]["pooled"]) / 2 == pytest.approx(0.31 / 3)
     assert rows["mqa"]["accuracy"] == pytest.approx(2.11 / 3)
 
 

@@ -15,7 +15,7 @@ from ..ranges import Positive
 def report(
     folder: Annotated[Positional[Path], arg(metavar="DIR")],
     *,
-    intervals: Annotated[Intervals | None, arg(metavar="auto|pooled|pairwise")] = None,
+    intervals: Annotated[Intervals | None, arg(metavar="KIND")] = None,
     margin: Annotated[Positive | None, arg(metavar="NATS")] = None,
 ) -> int:
     """Write DIR/report.html, one file that opens offline.
