@@ -212,7 +212,7 @@ def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judg
         guards = ", and no interval is narrower than its own pairs allow" if judging.intervals == "auto" else ""
         return (
             f"The spread is pooled over {len(pool.mechanisms) + 1} mechanisms and {len(pool.seeds)} seeds "
-            f"({pool.spread.degrees} degrees of freedom, Dunnett's correction){guards}{alone}."
+            f"({pool.spread.degrees} degree{'s' * (pool.spread.degrees != 1)} of freedom, Dunnett's correction){guards}{alone}."
         )
     if len(pool.seeds) < 3:
         return f"Two seeds cannot show whether all mechanisms spread alike, so {own}: take three seeds or more."
