@@ -328,8 +328,9 @@ def evaluate_source(
             f"{seen:.0%} of the passages looked for in {config.source!r} are in the training part of {source}: give "
             f"text that it was not trained on{', or say --split train' if own else ''}"
         )
-    front = loaded.about.get("config", {}).get("bos_token_id")
-    found = evaluate(loaded.model, tokens, **vars(rolling), tokenizer=loaded.tokenizer, front=front, progress=progress)
+    found = evaluate(
+        loaded.model, tokens, **vars(rolling), tokenizer=loaded.tokenizer, front=loaded.front, progress=progress
+    )
     return replace(
         found,
         model=str(source),
