@@ -26,6 +26,7 @@ def convert(
     rank: Annotated[str | None, arg(metavar="N|SHARE")] = None,
     method: Annotated[str | None, arg(metavar="NAME")] = None,
     per_layer: Flag = False,
+    drop_window: Flag = False,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
     calibrate: Count = 16,
@@ -44,6 +45,7 @@ def convert(
             widest, at which least is lost, if left out.
         method: svd or aware (weighted by calibration text) for latents; mean, aligned or first for heads.
         per_layer: Share the same total of ranks among the layers by singular-value energy.
+        drop_window: Let layers that see a window become ones that see all tokens, which they were not trained for.
         options: Further fields of the mechanism's Config: '{"top_k": 64}'.
         data: The text: its training part calibrates, its held-out part is measured.
         calibrate: Batches of calibration text, of 8 sequences each.
@@ -65,6 +67,7 @@ def convert(
             raise UserError(f"--grid tries shares of its own by every method: leave out {name}")
     loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
+    wish["drop_window"] = drop_window
     shares = None if grid is None else [_rank("--grid", word) for word in split_commas(grid)]
     if shares == []:
         raise UserError(f"--grid is {quoted(grid)}: give shares of the cache, such as 0.5,0.25")

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from .. import attention
 from ..config import to_dict
+from ..convert.windows import seen_window
 from ..errors import UserError, choose
 from ..laws.interface import separate
 from ..laws.state import seeded, unchanged
@@ -65,7 +66,8 @@ def patch(
     at = chosen(before.slots, layers)
     parts = cls.read(before.slots[at[0]])
     fields = config_fields(mechanism, cls, model.config, parts) | dict(options or {})
-    config = with_window(mechanism, fields, {i: cls.windows(model.config)[i] for i in at}, drop_window)
+    windows = {i: cls.windows(model.config)[i] for i in at}
+    config = with_window(mechanism, fields, windows, drop_window, model.config.max_position_embeddings)
     config.check_context(model.config.max_position_embeddings)
     if config.gives or config.takes:
         raise UserError(
@@ -143,12 +145,12 @@ def config_fields(
 
 
 def with_window(
-    mechanism: str, fields: Mapping[str, Any], windows: Mapping[int, int | None], drop: bool
+    mechanism: str, fields: Mapping[str, Any], windows: Mapping[int, int | None], drop: bool, context: int
 ) -> AttentionConfig:
     """Return the mechanism's Config with these fields, and the window of the layers that it replaces.
 
     `windows`: layer -> tokens that it sees, None: all. Raises `UserError` where they differ, and where the mechanism
-    sees more than they do, unless that is asked for: by a window among `fields`, or by `drop`.
+    sees all of the `context`, unless that is asked for by `drop`.
     """
     plain = attention.config(mechanism, **fields)
     sizes = set(windows.values()) - {None}
@@ -157,7 +159,7 @@ def with_window(
     narrow, size = next((i, size) for i, size in windows.items() if size is not None)
     known = "window" in attention.module(mechanism).Config.__dataclass_fields__
     windowed = attention.config(mechanism, **{"window": size, **fields}) if known else plain
-    if not ends_at_window(windowed):
+    if seen_window(windowed, context) is None:
         raise UserError(
             f"layer {narrow} of this model sees the last {size} tokens, and {mechanism} would see all: take a "
             "mechanism with a window, leave such layers out, or add drop_window (--drop-window)"
@@ -169,12 +171,6 @@ def with_window(
             "after the other (--layers), or give the option window"
         )
     return windowed
-
-
-def ends_at_window(config: AttentionConfig) -> bool:
-    """Return whether a mechanism sees nothing before its window: a ring of rows is all that it remembers."""
-    spec = config.cache_spec
-    return spec.keep is not None and not spec.beside and not spec.state
 
 
 def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -> dict[str, Tensor]:
