@@ -807,7 +807,7 @@ for words in (
     ["convert", "run", "--to", "sliding", "--method", "svd", *OUT],
     ["compare", "quick", "--ray-address", "x", *OUT],
     ["compare", "quick", "--mechanisms", "mla", "--match", "params", "--sizes", "1x7", *OUT],
-    ["compare", "quick", "--mechanisms", "mha,mha", *SMALL, *OUT],
+    ["compare", "quick", "--mechanisms", "mha,,mha", "--seeds", "0", *SMALL, *OUT],
     ["prepare", "text:text.txt", "--val", "text:text.txt", "--val-fraction", "0.5", *OUT],
     ["prepare", "text:text.txt", "--format", "nanogpt", "--tokenizer", "bpe.json", "--documents", "nope", *OUT],
     ["tokenizer", "show", "byte", *OUT, "--vocab-size", "0"],

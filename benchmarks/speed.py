@@ -61,6 +61,10 @@ TITLES = {
     "corpora-preparing": "Preparing a corpus",  # benchmarks/prepare.py
     "corpora-reading": "Reading a corpus",
     "corpora-memory": "Memory while preparing",
+    "text": "On text, at equal parameters",  # benchmarks/results.py
+    "states": "Recall, against the size of the state",
+    "copying": "Every token again",
+    "needle": "Few things among many",
 }
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 

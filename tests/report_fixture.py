@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from attnlab.contrasts import Judging, of_losses
 from attnlab.files import write_json
 from attnlab.results import FORMAT, BenchRecord, LawResult, RunResult
-from attnlab.stats import paired
 
 LAYERS, CONTEXT, STEPS = 4, 256, 2000
 #             loss    params   floats  slots  tokens/s  FLOPs       ms at 0 tokens, ms per 1000 tokens
@@ -101,21 +101,10 @@ def run(mechanism: str, seed: int, rng: random.Random, *, luck: float) -> RunRes
     )
 
 
-def summary(cells: list[RunResult], mechanisms: list[str], baseline: str) -> list[dict[str, Any]]:
-    """Paired differences to the baseline, as a comparison writes them."""
-    losses = {(c.mechanism, c.seed): c.val_loss for c in cells if c.status == "done" and c.val_loss is not None}
-    rows = []
-    for mechanism in mechanisms:
-        own = {seed: loss for (name, seed), loss in losses.items() if name == mechanism}
-        row: dict[str, Any] = {"mechanism": mechanism, "n": len(own), "difference": None, "interval": None}
-        row["val_loss"] = sum(own.values()) / len(own) if own else None
-        row["verdict"] = "baseline" if mechanism == baseline else "too few seeds"
-        shared = [seed for seed in own if (baseline, seed) in losses]
-        if mechanism != baseline and shared:
-            found = paired([own[seed] for seed in shared], [losses[baseline, seed] for seed in shared])
-            row |= {"difference": found.mean, "interval": found.interval, "verdict": found.verdict}
-        rows.append(row)
-    return rows
+def summary(cells: list[RunResult], mechanisms: list[str], baseline: str) -> dict[str, Any]:
+    """The rows of mechanisms and how they were judged, as a comparison writes them."""
+    rows, statistics = of_losses(cells, mechanisms, baseline, Judging())
+    return {"summary": rows, "statistics": statistics}
 
 
 def laws(mechanisms: list[str]) -> list[LawResult]:
@@ -290,8 +279,8 @@ def make(
                 "revision": "0123456789ab",
             },
             "cells": [asdict(cell) for cell in cells],
-            "summary": summary(cells, names, "mha"),
-        },
+        }
+        | summary(cells, names, "mha"),
     )
     write_json(folder / "laws.json", [asdict(law) for law in laws([*names, "latent_lookup"])])
     write_json(folder / "bench.json", [asdict(record) for record in bench(names, rng)])

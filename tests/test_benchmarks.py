@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -231,3 +232,23 @@ def test_faults_says_what_did_not_survive(monkeypatch: pytest.MonkeyPatch, capsy
     assert "0 of 2 survived" in said.err
     monkeypatch.setattr(faults, "FAULTS", {"two": cannot})
     assert faults.main() == 0
+
+
+def test_results_are_means_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    results = importlib.import_module("results")
+
+    def cell(name: str, seed: int, shares: list[float]) -> dict[str, Any]:
+        lengths = [{"length": at, "accuracy": share} for at, share in zip(results.LENGTHS, shares, strict=False)]
+        return {"mechanism": name, "seed": seed, "status": "done", "lengths": lengths}
+
+    cells = [cell("mha", 0, [1.0, 0.5, 0.25]), cell("mha", 1, [0.99, 0.75, 0.25]), cell("mla", 0, [0.5])]
+    monkeypatch.setattr(results, "compared", lambda options, name, words: {"tasks": [{"cells": cells}]})
+    monkeypatch.setattr(
+        sys, "argv", ["results.py", "--small", "--only", "copying", "--document", str(tmp_path / "a.md")]
+    )
+    results.main()
+    text = (tmp_path / "a.md").read_text()
+    (rows,) = tables(text)
+    assert rows[0][:5] == ["mha", "99.5", "62.5 (50.0)", "25.0", "-"] and rows[1][:3] == ["mla", "50.0", "-"]
+    assert "attnlab compare copying --mechanisms mha,mla --seeds 2" in text

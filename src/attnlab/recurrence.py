@@ -19,6 +19,7 @@ from . import recording
 from .arguments import check_tensor
 from .errors import UserError, choose, quoted
 from .kernels.pairs import one_row
+from .ranges import Count, Total, checked
 from .scan import Parts, chunk_size, chunked, recurrent
 
 MODES = ("auto", "chunked", "recurrent", "fla")
@@ -228,13 +229,14 @@ def check_chunk(chunk: Any) -> None:
         raise UserError(f"chunk is {quoted(chunk)}: give a number of tokens from 1 to {LARGEST}, such as 64")
 
 
+@checked
 def recur_flops(  # noqa: PLR0913  # what the arguments of `recur` say
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    v_dim: int,
+    tokens: Total,
+    heads: Count,
+    head_dim: Count,
+    v_dim: Count,
     *,
-    shared: int | None = None,
+    shared: Count | None = None,
     delta: bool = False,
     by_channel: bool = False,
     mode: str = "auto",
@@ -245,6 +247,7 @@ def recur_flops(  # noqa: PLR0913  # what the arguments of `recur` say
     `heads` N, `shared` K (None: N), `head_dim` H, `v_dim` V (V + 1 where normalised). A product of a column with a row,
     which adds nothing up, is none.
     """
+    check_form(mode, chunk)
     H, V = head_dim, v_dim
     if not chunks_of(mode, tokens):
         return 2 * tokens * heads * H * V * (2 if delta else 1)

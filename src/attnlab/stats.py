@@ -1,4 +1,7 @@
-"""Statistics of paired runs: is one mechanism's loss different from another's, over the same seeds? Pure Python."""
+"""Statistics of samples: paired intervals, Welch's t, predictions, Holm's correction. SciPy has the distributions.
+
+contrasts.py has the statistics of a comparison, where many mechanisms face one baseline.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
 
-from .errors import UserError
+from .errors import UserError, need
 from .ranges import Count, Fraction, NotNegative, checked
-
-Verdict = Literal["better", "worse", "not distinguishable", "too few seeds"]
 
 
 @checked
 def t_within(t: float, degrees: Count) -> float:
-    """Return P(|T| <= t) of Student's distribution, exact for whole degrees (Abramowitz and Stegun 26.7.3-4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    cos2 = math.cos(angle) ** 2
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, degrees + 1, 2):
-        total += term
-        term *= cos2 * (k - 1) / k
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    """Return P(|T| <= t) of Student's distribution, for t of at least 0."""
+    return 1 - 2 * _beyond(t, degrees)
 
 
 @checked
 def t_quantile(confidence: Fraction, degrees: Count) -> float:
-    """Return the t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303. Bisection to the last bit."""
-    low, high = 0.0, 1.0
-    while t_within(high, degrees) < confidence:
-        low, high = high, 2 * high
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if t_within(middle, degrees) < confidence else (low, middle)
-    return high
+    """Return the t with P(|T| <= t) = confidence, so t_quantile(0.95, 2) = 4.303."""
+    special = need("scipy.special", "stats")
+    return float(special.stdtrit(degrees, (1 + confidence) / 2))
+
+
+def _beyond(t: float, degrees: int) -> float:
+    """Return P(T >= t) of Student's distribution."""
+    special = need("scipy.special", "stats")
+    return float(special.stdtr(degrees, -t))
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,8 @@ class Paired:
 
     n: int  # pairs
     mean: float
+    variance: float  # of the differences; NaN for fewer than two pairs
     interval: tuple[float, float] | None  # None: fewer than two pairs say nothing about the spread
-
-    @property
-    def verdict(self) -> Verdict:
-        """Return the result in words, for a loss: lower is better. An interval that touches 0 does not distinguish."""
-        if self.interval is None:
-            return "too few seeds"
-        low, high = self.interval
-        if high < 0:
-            return "better"
-        return "worse" if low > 0 else "not distinguishable"
 
 
 @checked
@@ -67,12 +50,13 @@ def paired(ours: Sequence[float], theirs: Sequence[float], confidence: Fraction 
         raise UserError(f"ours has {len(ours)} numbers and theirs {len(theirs)}: give pairs")
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not differences:
-        return Paired(0, math.nan, None)
+        return Paired(0, math.nan, math.nan, None)
     mean = fmean(differences)
     if len(differences) < 2:
-        return Paired(1, mean, None)
-    half = t_quantile(confidence, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
-    return Paired(len(differences), mean, (mean - half, mean + half))
+        return Paired(1, mean, math.nan, None)
+    spread = stdev(differences)
+    half = t_quantile(confidence, len(differences) - 1) * spread / math.sqrt(len(differences))
+    return Paired(len(differences), mean, spread**2, (mean - half, mean + half))
 
 
 @checked
@@ -97,8 +81,7 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     else:
         degrees = max(1, int(variance**2 / parts))
     t = difference / math.sqrt(variance)
-    tail = (1 - t_within(abs(t), degrees)) / 2
-    return tail if t > 0 else 1 - tail
+    return _beyond(t, degrees)
 
 
 @checked
@@ -116,8 +99,7 @@ def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
     if spread == 0:
         return 0.0 if value > mean else 1.0
     t = (value - mean) / (spread * math.sqrt(1 + 1 / len(groups)))
-    tail = (1 - t_within(abs(t), len(groups) - 1)) / 2
-    return tail if t > 0 else 1 - tail
+    return _beyond(t, len(groups) - 1)
 
 
 @checked

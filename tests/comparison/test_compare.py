@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from attnlab.comparison import extras, grid
 from attnlab.comparison.engines import Share
 from attnlab.comparison.extras import attention_of, sample_of
 from attnlab.comparison.grid import Cell, Comparison, sized
-from attnlab.comparison.verdicts import summarize_task, verdicts
+from attnlab.comparison.verdicts import summarize_task
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.contrasts import Judging, of_losses
 from attnlab.errors import UserError
 from attnlab.evaluation import exam
 from attnlab.files import read_json
@@ -210,18 +212,20 @@ def test_verdicts_pair_the_seeds_that_both_have_finished():
     cells += [cell("b", s, 2.0 + (-1) ** s / 10) for s in range(3)]
     cells += [cell("c", 0, 2.1), cell("c", 1, 9.0, "interrupted")]
     cells += [cell("d", 7, 1.0)]
-    rows = {row["mechanism"]: row for row in verdicts(cells, ["mha", "a", "b", "c", "d", "e"], "mha")}
+    found, _ = of_losses(cells, ["mha", "a", "b", "c", "d", "e"], "mha", Judging("pairwise"))
+    rows = {row["mechanism"]: row for row in found}
     assert {name: row["verdict"] for name, row in rows.items()} == {
-        "mha": "baseline", "a": "better", "b": "not distinguishable", "c": "too few seeds", "d": "too few seeds",
+        "mha": "baseline", "a": "better", "b": "undecided", "c": "too few seeds", "d": "too few seeds",
         "e": "too few seeds",
     }  # fmt: skip
     assert rows["a"]["difference"] == pytest.approx(-0.099)
-    half = 4.3027 * 0.001 / 3**0.5
-    assert rows["a"]["interval"] == pytest.approx([-0.099 - half, -0.099 + half], abs=1e-6)
+    half = 6.16441 * 0.001 / 3**0.5  # t at 0.95**(1/2): two intervals together
+    assert rows["a"]["interval"] == pytest.approx([-0.099 - half, -0.099 + half], abs=1e-5)
     assert rows["c"]["difference"] == pytest.approx(0.1) and rows["c"]["interval"] is None
     assert rows["d"]["difference"] is None and rows["d"]["val_loss"] == 1.0
     assert rows["e"] == {
         "mechanism": "e", "n": 0, "val_loss": None, "difference": None, "interval": None, "verdict": "too few seeds",
+        "by": None, "pooled": None, "pairwise": None,
     }  # fmt: skip
     json.dumps(list(rows.values()), allow_nan=False)
 
@@ -286,6 +290,13 @@ def test_bad_input_is_refused_before_anything_is_written(preset, tmp_path):
     with pytest.raises(UserError, match="a folder that you may write to"):
         compare(preset, ["mha"], 1, Path(preset.data.source[5:]))
     assert not (out / "compare.json").exists()
+
+
+def test_without_scipy_nothing_is_trained(preset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=r"this needs scipy, .*pip install 'attnlab\[stats\]'"):
+        compare(preset, ["mha"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_baseline_is_mha_else_the_first(preset, tmp_path):
@@ -421,10 +432,12 @@ def test_more_accuracy_is_better(recall, tmp_path, monkeypatch):
     monkeypatch.setattr(Cell, "answers", answers)
     rows = {row["mechanism"]: row for row in summarize_task(work, known)["summary"]}
     assert {name: row["verdict"] for name, row in rows.items()} == {
-        "mha": "baseline", "mqa": "better", "gqa": "not distinguishable",
+        "mha": "baseline", "mqa": "better", "gqa": "undecided",
     }  # fmt: skip
-    half = 4.3027 * (1 / 30000) ** 0.5 / 3**0.5  # of 0.11, 0.10 and 0.10
-    assert rows["mqa"]["interval"] == pytest.approx([0.31 / 3 - half, 0.31 / 3 + half], abs=1e-6)
+    half = 6.16441 * (1 / 30000) ** 0.5 / 3**0.5  # of 0.11, 0.10 and 0.10; two intervals together
+    assert rows["mqa"]["pairwise"] == pytest.approx([0.31 / 3 - half, 0.31 / 3 + half], abs=1e-5)
+    assert rows["mqa"]["interval"] == rows["mqa"]["pairwise"] and rows["mqa"]["by"] == "pairwise", "gqa spreads more"
+    assert sum(rows["mqa"]["pooled"]) / 2 == pytest.approx(0.31 / 3)
     assert rows["mqa"]["accuracy"] == pytest.approx(2.11 / 3)
 
 

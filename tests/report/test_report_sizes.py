@@ -14,6 +14,7 @@ pytest.importorskip("plotly")
 import browser as chromium
 import report_fixture as fixture
 
+from attnlab.contrasts import verdict_in_words
 from attnlab.report import render, style, write_report
 from attnlab.report.results_folder import read_results
 from attnlab.report.sections import sizes
@@ -42,11 +43,11 @@ def with_sizes(folder: Path, failed: tuple[str, int] | None = ("sliding", 1)) ->
             lost = next(i for i, c in enumerate(grown) if (c.mechanism, c.seed) == failed)
             about = {"status": "failed", "val_loss": None, "error": "the node went away", "attempts": 2}
             grown[lost] = type(grown[lost]).from_dict(grown[lost].to_dict() | about)
-        summary = fixture.summary(grown, list(NAMES), "mha")
+        judged = fixture.summary(grown, list(NAMES), "mha")
         layers, width = map(int, name.split("x"))
         shape = {"size": name, "n_layers": layers, "d_model": width, "n_heads": width // 16, "matched": {}}
-        data["sizes"].append(shape | {"cells": [c.to_dict() for c in grown], "summary": summary})
-    data |= {"size": "6x256", "cells": data["sizes"][-1]["cells"], "summary": data["sizes"][-1]["summary"]}
+        data["sizes"].append(shape | {"cells": [c.to_dict() for c in grown]} | judged)
+    data |= {"size": "6x256", **{name: data["sizes"][-1][name] for name in ("cells", "summary", "statistics")}}
     (made / "compare.json").write_text(json.dumps(data))
     return made
 
@@ -92,7 +93,9 @@ def test_the_words_say_which_size_they_are_about(folder: Path) -> None:
     row = {r["mechanism"]: r for r in json.loads((folder / "compare.json").read_text())["sizes"][0]["summary"]}["mla"]
     low, high = (f"{end:+.4f}".replace("-", "−") for end in row["interval"])
     difference = f"{row['difference']:+.4f}".replace("-", "−")
-    assert re.search(rf"{row['verdict']}\s+{re.escape(f'{difference} ({low} to {high})')}", part)
+    assert re.search(
+        rf"{verdict_in_words(row['verdict'], 0.01)}\s+{re.escape(f'{difference} ({low} to {high})')}", part
+    )
     assert re.search(r"sliding, seed 1, 2x64\s+failed after 2 attempts: the node went away", part)
 
 

@@ -11,8 +11,9 @@ from tyro.conf import Positional, arg
 
 from .. import presets
 from ..comparison.engines import EngineOptions, Local, Ray, Share, Slurm
+from ..contrasts import MARGIN, Intervals, Judging
 from ..errors import UserError, choose
-from ..ranges import Count, Runs, Size, Threads
+from ..ranges import Count, Positive, Runs, Size, Threads
 from ..terminal import tables
 from .options import (
     Fields,
@@ -37,6 +38,8 @@ def compare(
     seeds: Runs = 3,
     sizes: Annotated[str | None, arg(metavar="LxD,...")] = None,
     match: Literal["params", "cache", "none"] = "none",
+    intervals: Intervals = "auto",
+    margin: Annotated[Positive, arg(metavar="NATS")] = MARGIN,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str | None, arg(metavar="SOURCE")] = None,
     pack: Pack | None = None,
@@ -63,6 +66,9 @@ def compare(
         sizes: Compare at each of these sizes: LAYERSxWIDTH such as 2x64,4x128, with heads of the preset's size;
             LAYERSxWIDTHxHEADS counts them.
         match: Solve the free width so that all have equal parameters, or equal caches, within 1 %.
+        intervals: pooled: the spread of all runs and Dunnett's correction; pairwise: each mechanism's own pairs; auto:
+            pooled where the runs allow it, else pairwise. compare.json has both.
+        margin: A difference that does not matter, in nats: within it mechanisms are equal.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
         data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
             mixture: 0.7*prepared:A+0.3*text:B.
@@ -102,6 +108,7 @@ def compare(
         sizes=listed("--sizes", sizes),
         tasks=[presets.get(choose("task", name, TASKS)) for name in listed("--tasks", tasks)],
         options=options_of_mechanisms("--options", options),
+        judging=Judging(intervals, margin),
     )
     share = Share(jobs=jobs, threads=threads, gpus=gpus)
     if dry_run:

@@ -62,6 +62,7 @@ def heads(
     if png is not None:
         check_free(png)
         need("matplotlib", "figures")
+    need("scipy", "stats")
     from ..device import find_device
     from ..heads import whole
 

@@ -50,6 +50,7 @@ def compare(
     before anything is trained or written.
     """
     need("accelerate", "train")
+    need("scipy", "stats")
     out = Path(out)
     work = sweep(comparison, out)
     if isinstance(engine, Local):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..contrasts import Judging
 from ..data.tasks import Task, task_of
 from ..errors import UserError
 from ..evaluation.exam import examine
@@ -35,6 +36,7 @@ class Comparison:
     sizes: Sequence[str] = ()  # LAYERSxWIDTH, such as "4x128", compared each by itself; none: the preset's
     tasks: Sequence[RunConfig] = ()  # presets of synthetic tasks, on which each mechanism is trained and examined too
     options: Options | None = None  # Config fields by mechanism; None: as the preset says
+    judging: Judging = field(default_factory=Judging)  # kind of intervals, and what difference does not matter
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -129,6 +131,7 @@ class Grid:
     cells: list[Cell]  # seed by seed, so that the runs that are finished can be compared
     task: Task | None
     size: str = ""  # LAYERSxWIDTH; "": the preset's
+    judging: Judging = field(default_factory=Judging)
 
 
 @checked
@@ -183,7 +186,8 @@ def grid(comparison: Comparison, out: str | Path, size: str = "") -> Grid:
         if cell.result() is not None:  # what is paired with it must read the same batches
             RunFolder.open(cell.folder).check_order(corpus)
     task = task_of(preset.data)
-    return Grid(preset.name, labels, seeds, baseline, comparison.match, matched, cells, task, size)
+    match_ = comparison.match
+    return Grid(preset.name, labels, seeds, baseline, match_, matched, cells, task, size, comparison.judging)
 
 
 @dataclass(frozen=True)

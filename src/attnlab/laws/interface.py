@@ -222,8 +222,10 @@ def relative_position(s: Subject) -> str:
 
 
 def attention_maps(s: Subject) -> str:
-    """Recorded attention times the values is the answer; rows sum to 1 or to what a rest leaves, also added up over a
-    layer, are not negative unless that is declared, and are zero for the future and for pads."""
+    """Recorded attention times the values is the answer; rows are shares of 1, and zero for later tokens and pads.
+
+    They sum to 1 or to what a rest leaves, also added up over a layer, and are not negative unless that is declared.
+    """
     x, positions, _ = s.left_padded()
     ends: list[int] = []  # the maps there are after each layer
     with record_attention() as maps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from ..contrasts import needed
 from ..formatting import parameter_difference, words
 from .results_folder import Findings, Standing, finite_number
 
@@ -15,24 +16,21 @@ class Verdicts:
 
     better: list[Standing]
     worse: list[Standing]
-    same: list[Standing]  # not distinguishable
+    equal: list[Standing]  # within the margin
+    undecided: list[Standing]
     unknown: list[Standing]  # too few seeds
 
     @property
     def judged(self) -> int:
         """The number of mechanisms with an interval."""
-        return len(self.better) + len(self.worse) + len(self.same)
+        return len(self.better) + len(self.worse) + len(self.equal) + len(self.undecided)
 
 
 def headline(found: Findings) -> tuple[str, list[str]]:
     """Return one sentence for the title, and up to two short paragraphs: what else was found, and its limits."""
     others = [s for s in found.standings if s.mechanism != found.baseline and s.val_loss is not None]
-    verdicts = Verdicts(
-        better=[s for s in others if s.verdict == "better"],
-        worse=[s for s in others if s.verdict == "worse"],
-        same=[s for s in others if s.verdict == "not distinguishable"],
-        unknown=[s for s in others if s.verdict not in ("better", "worse", "not distinguishable")],
-    )
+    kinds = {word: [s for s in others if s.verdict == word] for word in ("better", "worse", "equal", "undecided")}
+    verdicts = Verdicts(**kinds, unknown=[s for s in others if s.verdict not in kinds])
     if not others or not found.compare or not found.done(found.baseline):
         title = _without_comparison(found)
     elif not verdicts.judged:
@@ -50,14 +48,44 @@ def _title(found: Findings, verdicts: Verdicts) -> str:
         title = f"{_list(found, verdicts.better)} {_learn(verdicts.better)} better than {base}"
         one = len(verdicts.better) == 1
         return title + (f", by {abs(first.difference or 0):.3f} nats per token" if one else "")
-    if not verdicts.same:
-        return f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse than {base}; nothing learns better"
-    lean = _smallest(found, verdicts.same)
-    if not verdicts.worse:
-        return f"No mechanism is distinguishable from {base}" + (f"; {lean[0]} keeps {lean[1]} cache" if lean else "")
+    lean = _lean(found, verdicts)
     if lean:
-        return f"{lean[0]} is not distinguishable from {base} with {lean[1]} cache; nothing learns better for certain"
-    return f"Nothing learns distinguishably better than {base}"
+        return f"{lean.sentence}; nothing learns better for certain"
+    if verdicts.equal:
+        return (
+            f"{_list(found, verdicts.equal)} {_learn(verdicts.equal)} as well as {base}, within {found.margin:g} nats"
+        )
+    if not verdicts.undecided:
+        return f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse than {base}; nothing learns better"
+    if verdicts.worse:
+        worse = f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse than {base}"
+        return f"{worse}; nothing learns better for certain"
+    return f"{_seeds(found)} seeds do not decide whether any mechanism learns better or worse than {base}"
+
+
+@dataclass(frozen=True)
+class Lean:
+    """A mechanism with a smaller cache that is shown to be no worse by the margin."""
+
+    standing: Standing
+    sentence: str
+
+
+def _lean(found: Findings, verdicts: Verdicts) -> Lean | None:
+    """Return the smallest cache among those that are not worse by the margin, or None.
+
+    Not worse is shown: the whole interval lies below the margin. That it holds 0 is not enough, for the widest interval
+    holds it most easily.
+    """
+    able = [s for s in (*verdicts.equal, *verdicts.undecided) if s.interval and s.interval[1] < found.margin]
+    smallest = _smallest(found, able)
+    if smallest is None:
+        return None
+    standing, name, cache = smallest
+    learns = f"learns at most {found.margin:g} nats worse than {found.baseline}"
+    if standing.verdict == "equal":
+        learns = f"learns as well as {found.baseline}, within {found.margin:g} nats"
+    return Lean(standing, f"{name} {learns}, with {cache} cache")
 
 
 def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
@@ -69,11 +97,18 @@ def _too_few_seeds(found: Findings, others: list[Standing]) -> str:
 
 def _details(found: Findings, verdicts: Verdicts) -> list[str]:
     said = []
-    if verdicts.same:
-        same = f"At 95 % confidence {_list(found, verdicts.same)} {_are(verdicts.same)} not distinguishable from"
-        lean = _smallest(found, verdicts.same) if verdicts.better else None
-        said.append(f"{same} {found.baseline}" + (f"; {lean[0]} keeps {lean[1]} cache." if lean else "."))
-    if verdicts.worse and (verdicts.better or verdicts.same):
+    base = found.baseline
+    lean = _lean(found, verdicts)
+    if verdicts.better and lean:
+        said.append(f"{lean.sentence}.")
+    if verdicts.equal and (verdicts.better or verdicts.worse or verdicts.undecided or len(verdicts.equal) > 1):
+        equal = _list(found, verdicts.equal)
+        said.append(f"{equal} {_are(verdicts.equal)} equal to {base} within {found.margin:g} nats.")
+    undecided = [s for s in verdicts.undecided if lean is None or s is not lean.standing]
+    if undecided:
+        named = f"{_list(found, undecided)} {_are(undecided)} undecided"
+        said.append(f"{named}: neither better nor worse than {base}, nor equal within {found.margin:g} nats.")
+    if verdicts.worse and (verdicts.better or verdicts.equal or verdicts.undecided):
         said.append(f"{_list(found, verdicts.worse)} {_learn(verdicts.worse)} worse.")
     return said + _about_laws(found)
 
@@ -111,16 +146,13 @@ def _limits(found: Findings, verdicts: Verdicts) -> list[str]:
 
 def _limits_of_intervals(found: Findings, verdicts: Verdicts) -> list[str]:
     limits = []
-    halves = [(s.interval[1] - s.interval[0]) / 2 for s in verdicts.same if s.interval]
+    if verdicts.judged and found.statistics.get("why"):
+        limits.append(str(found.statistics["why"]))
+    halves = [(s.interval[1] - s.interval[0]) / 2 for s in verdicts.undecided if s.interval]
     if halves:
         limits.append(
-            f"Not distinguishable does not mean equal: with {_seeds(found)} seeds these intervals reach "
-            f"±{median(halves):.3f} nats (median), so smaller differences stay unseen."
-        )
-    if (verdicts.better or verdicts.worse) and verdicts.judged > 2:
-        limits.append(
-            f"Each interval stands alone: of {verdicts.judged} comparisons at 95 %, {verdicts.judged / 20:.2g} would "
-            "be called different by luck on average even if all were equal."
+            f"Undecided does not mean equal: with {_seeds(found)} seeds these intervals reach ±{median(halves):.3f} "
+            f"nats (median). {needed(found.statistics)}".strip()
         )
     return limits
 
@@ -137,8 +169,8 @@ def _without_comparison(found: Findings) -> str:
     return "No finished training run in this folder yet"
 
 
-def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | None:
-    """Return the lawful mechanism with the smallest cache, and how small; None where the baseline's is as small."""
+def _smallest(found: Findings, standings: list[Standing]) -> tuple[Standing, str, str] | None:
+    """Return the lawful mechanism with the smallest cache, its name, and how small; None: not below the baseline's."""
     base = found.mean(found.baseline, "cache_bytes")
     unsound = {law.mechanism for law in found.laws if law.status == "broken"}
     sizes = {s.mechanism: x for s in standings if (x := found.mean(s.mechanism, "cache_bytes")) is not None}
@@ -148,7 +180,8 @@ def _smallest(found: Findings, standings: list[Standing]) -> tuple[str, str] | N
     name = min(sizes, key=sizes.__getitem__)
     if sizes[name] >= base:
         return None
-    return _named(found, name), "no" if sizes[name] == 0 else f"a {base / sizes[name]:.1f} times smaller"
+    standing = next(s for s in standings if s.mechanism == name)
+    return standing, _named(found, name), "no" if sizes[name] == 0 else f"a {base / sizes[name]:.1f} times smaller"
 
 
 def _learn(standings: list[Standing]) -> str:

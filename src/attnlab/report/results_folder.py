@@ -12,9 +12,11 @@ from struct import pack
 from typing import Any
 
 from ..config import ModelConfig
+from ..contrasts import MARGIN, Intervals
 from ..errors import UserError
 from ..files import read_json
 from ..results import FORMAT, BenchRecord, LawResult, RunResult, TaskResult
+from .judge import Judge
 
 FILES = ("compare.json", "laws.json", "bench.json", "samples.json", "attention.json", "heads.json")
 
@@ -40,8 +42,9 @@ class Standing:
     n: int = 0  # finished runs
     val_loss: float | None = None  # mean over seeds, nats per token
     difference: float | None = None  # to the baseline, mean over paired seeds, nats per token
-    interval: tuple[float, float] | None = None  # of the difference, 95 %
-    verdict: str = "too few seeds"  # better, worse, not distinguishable, baseline
+    interval: tuple[float, float] | None = None  # of the difference; all of a comparison hold with 95 % confidence
+    verdict: str = "too few seeds"  # better, worse, equal, undecided, baseline
+    by: str | None = None  # kind of the interval: pooled or pairwise
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Trial:
     matched: dict[str, str]  # mechanism -> the width that gave way, in words
     cells: list[TaskResult]
     summary: list[dict[str, Any]]  # a row per mechanism, as in compare.json
+    statistics: dict[str, Any]  # how they were judged
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,17 @@ class Findings:
     def baseline(self) -> str:
         """The mechanism that others are compared with; a decoder's default where the folder names none."""
         return str(self.compare.get("baseline") or ModelConfig().mechanisms[0])
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The choices and numbers behind the verdicts, as in compare.json."""
+        found: dict[str, Any] = self.compare.get("statistics") or {}
+        return found
+
+    @property
+    def margin(self) -> float:
+        """The difference that does not matter, nats per token."""
+        return finite_number(self.statistics.get("margin")) or MARGIN
 
     @property
     def mechanisms(self) -> list[str]:
@@ -116,8 +131,11 @@ def finite_number(value: Any) -> float | None:
     return float(value)
 
 
-def read_results(path: Path) -> Findings:
-    """Return what the folder `path` holds. `UserError` where it is missing, or has no results that are whole."""
+def read_results(path: Path, intervals: Intervals | None = None, margin: float | None = None) -> Findings:
+    """Return what the folder `path` holds. `UserError` where it is missing, or has no results that are whole.
+
+    Where `intervals` or `margin` is given, the mechanisms are judged anew by it.
+    """
     if not path.exists():
         raise UserError(f"there is no folder {path}: give the folder that attnlab compare or attnlab demo wrote")
     if not path.is_dir():
@@ -132,7 +150,7 @@ def read_results(path: Path) -> Findings:
             damaged.append(str(error))
             return None
 
-    compare = load("compare.json", _compare)
+    compare = load("compare.json", lambda data: _compare(data, intervals, margin))
     runs = [] if compare else [load(str(file.relative_to(path)), _cell) for file in _runs(path)]
     cells = compare.pop("cells") if compare else [cell for cell in runs if cell is not None]
     standings = compare.pop("summary") if compare else _means(cells)
@@ -171,7 +189,7 @@ def guarded(file: Path, parse: Callable[[Any], Any]) -> Any:
         ) from None
 
 
-def _compare(data: dict[str, Any]) -> dict[str, Any]:
+def _compare(data: dict[str, Any], intervals: Intervals | None, margin: float | None) -> dict[str, Any]:
     if (version := data.get("format")) != FORMAT:
         raise UserError(f"its format is {version!r}, this version reads {FORMAT}: run the comparison again")
     for name in ("mechanisms", "seeds"):
@@ -181,22 +199,25 @@ def _compare(data: dict[str, Any]) -> dict[str, Any]:
     for name, value in {"matched": matched, "environment": data.get("environment") or {}, **matched}.items():
         if not isinstance(value, dict):
             raise ValueError(f"{name} is not an object")
+    judge = Judge(data, intervals, margin)
     cells = [_cell(cell) for cell in data.get("cells", [])]
-    tasks = [_trial(trial) for trial in data.get("tasks") or []]
-    baseline = {"baseline": data.get("baseline")}
-    sizes = {
-        str(each["size"]): Findings("", list(map(_cell, each["cells"])), _standings(each["summary"]), baseline)
-        for each in data.get("sizes") or []
-    }
-    rows = _standings(data.get("summary", [])) or _means(cells)
-    return data | {"cells": cells, "summary": rows, "tasks": tasks, "sizes": sizes}
+    tasks = [_trial(trial, judge) for trial in data.get("tasks") or []]
+    sizes = {}
+    for each in data.get("sizes") or []:
+        own = list(map(_cell, each["cells"]))
+        rows, statistics = judge.losses(each["summary"], each, own)
+        about = {"baseline": data.get("baseline"), "statistics": statistics}
+        sizes[str(each["size"])] = Findings("", own, _standings(rows), about)
+    rows, statistics = judge.losses(data.get("summary", []), data, cells)
+    standings = _standings(rows) or _means(cells)
+    return data | {"cells": cells, "summary": standings, "tasks": tasks, "sizes": sizes, "statistics": statistics}
 
 
 def _standings(rows: list[dict[str, Any]]) -> list[Standing]:
     return [Standing(**{k: x[k] for k in Standing.__dataclass_fields__ if k in x}) for x in rows]
 
 
-def _trial(data: dict[str, Any]) -> Trial:
+def _trial(data: dict[str, Any], judge: Judge) -> Trial:
     """Check an entry as far as the figures rely on it."""
     cells = [TaskResult.from_dict(cell) for cell in data["cells"]]
     for cell in cells:
@@ -204,10 +225,17 @@ def _trial(data: dict[str, Any]) -> Trial:
             [float(point[name]) for name in ("length", "accuracy", "cache_bytes")]
         if any(len(point) != 3 for point in cell.depths):
             raise ValueError("a point of depths is not [length, depth, accuracy]")
-    summary = [dict(row) for row in data["summary"]]
+    summary, statistics = judge.tasks([dict(row) for row in data["summary"]], data, cells)
     matched = {str(mechanism): str(change["text"]) for mechanism, change in (data.get("matched") or {}).items()}
     return Trial(
-        str(data["task"]), str(data["tests"]), float(data["chance"]), int(data["context"]), matched, cells, summary
+        task=str(data["task"]),
+        tests=str(data["tests"]),
+        chance=float(data["chance"]),
+        context=int(data["context"]),
+        matched=matched,
+        cells=cells,
+        summary=summary,
+        statistics=statistics,
     )
 
 

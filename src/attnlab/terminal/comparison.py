@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ..contrasts import MARGIN, sentences, verdict_in_words
 from ..formatting import parameter_difference
 from ..results import RunResult
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-COLORS = {"better": "green", "worse": "red", "baseline": "dim"}  # of a verdict; yellow for the others
-LOSS_SIGNS = {"better": "[green]▼", "worse": "[red]▲", "baseline": " ", "not distinguishable": "[yellow]≈"}
-SIGNS = {"better": "[green]▲", "worse": "[red]▼", "baseline": " ", "not distinguishable": "[yellow]≈"}
+COLORS = {"better": "green", "worse": "red", "equal": "cyan", "baseline": "dim"}  # of a verdict; yellow for the others
+LOSS_SIGNS = {"better": "[green]▼", "worse": "[red]▲", "equal": "[cyan]=", "undecided": "[yellow]?", "baseline": " "}
+SIGNS = LOSS_SIGNS | {"better": "[green]▲", "worse": "[red]▼"}
+FEW = "·"  # the sign of too few seeds
 
 
 def table(found: Mapping[str, Any]) -> RenderableType:
@@ -31,10 +33,11 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     for title in ("val loss", f"to {found['baseline']} ± 95 %", "", "size", "cache", "tok/s"):
         view.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for row in found["summary"]:
-        view.add_row(*_row(row, cells))
+        view.add_row(*_row(row, cells, found["statistics"]))
     seeds = len(found["seeds"])
     context = max((cell.context for cell in cells), default=0)
-    notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens; Student's intervals over seeds."]
+    notes = [f"[dim]{seeds} paired seeds; cache of one sequence of {context} tokens."]
+    notes += [f"[dim]{escape(sentence)}" for sentence in sentences(found["statistics"], found["summary"])]
     if unequal := _unequal(found, cells):
         notes.append(f"[yellow]Not of one size: {escape(unequal)}; --match params makes them equal.")
     notes += [f"[dim]{escape(label)}: {escape(change['text'])}" for label, change in found["matched"].items()]
@@ -48,7 +51,7 @@ def table(found: Mapping[str, Any]) -> RenderableType:
     return Group(view, "", *notes, *below)
 
 
-def _row(row: Mapping[str, Any], cells: Sequence[RunResult]) -> tuple[str, ...]:
+def _row(row: Mapping[str, Any], cells: Sequence[RunResult], statistics: Mapping[str, Any]) -> tuple[str, ...]:
     from rich.markup import escape
 
     own = [cell for cell in cells if cell.mechanism == row["mechanism"] and cell.status == "done"]
@@ -61,7 +64,7 @@ def _row(row: Mapping[str, Any], cells: Sequence[RunResult]) -> tuple[str, ...]:
         f"[bold]{escape(row['mechanism'])}",
         "" if row["val_loss"] is None else f"{row['val_loss']:.4f}",
         difference,
-        f"[{COLORS.get(row['verdict'], 'yellow')}]{row['verdict']}",
+        f"[{COLORS.get(row['verdict'], 'yellow')}]{verdict_in_words(row['verdict'], statistics['margin'])}",
         f"{own[0].parameters / 1e6:,.2f}M" if own else "",
         f"{own[0].cache_bytes / 1024:,.0f}K" if own else "",
         f"{fmean(rates):,.0f}" if rates else "",
@@ -100,15 +103,15 @@ def _grid(
 
 def _marked(row: Mapping[str, Any], name: str, form: str, signs: Mapping[str, str], scale: float = 1) -> str:
     """Return a number and the sign of its verdict."""
-    return "" if row[name] is None else f"{form.format(scale * row[name])} {signs.get(row['verdict'], '?')}"
+    return "" if row[name] is None else f"{form.format(scale * row[name])} {signs.get(row['verdict'], FEW)}"
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]], main: str) -> list[RenderableType]:
     """Return the table of losses, a column for each size, and its notes on failed runs of sizes other than `main`."""
     view = _grid("val loss", sizes, "size", lambda row: _marked(row, "val_loss", "{:.4f}", LOSS_SIGNS))
     notes: list[RenderableType] = [
-        "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; ≈: not distinguishable; "
-        "?: too few seeds."
+        "[dim]▼ ▲: lower, higher at that size, 95 % interval of the paired difference; "
+        f"=: equal within {sizes[-1]['statistics']['margin']:g}; ?: undecided; {FEW}: too few seeds."
     ]
     cells = [
         (each["size"], RunResult.from_dict(cell)) for each in sizes if each["size"] != main for cell in each["cells"]
@@ -125,7 +128,7 @@ def task_table(tasks: Sequence[Mapping[str, Any]], baseline: str) -> list[Render
     contexts = " or ".join(dict.fromkeys(str(task["context"]) for task in tasks))
     notes = [
         f"[dim]Held-out questions in {contexts} tokens. ▲ ▼: better, worse than {escape(baseline)}, 95 % interval of "
-        "the paired difference; ≈: not distinguishable; ?: too few seeds."
+        f"the paired difference; =: equal within {100 * MARGIN:g} %; ?: undecided; {FEW}: too few seeds."
     ]
     widths: dict[str, list[str]] = {}
     for task in tasks:

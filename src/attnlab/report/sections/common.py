@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ...contrasts import verdict_in_words
 from ...formatting import NONE, words
 from ...results import RunResult, TaskResult
 from .. import figures
@@ -13,7 +14,7 @@ from ..results_folder import Findings
 from ..style import Look, swatch
 
 Figures = dict[str, list[figures.View]]  # name of a figure -> its views; a section adds what its `plot` names
-VERDICTS = {"better": "▼", "worse": "▲", "not distinguishable": "≈", "baseline": "◆", "too few seeds": "?"}
+VERDICTS = {"better": "▼", "worse": "▲", "equal": "=", "undecided": "?", "baseline": "◆", "too few seeds": "·"}
 
 
 def frame(anchor: str, title: str, *content: Any) -> Html:
@@ -42,6 +43,11 @@ def plot(views: list[figures.View], name: str, label: str) -> Html:
 def named(mechanism: str, look: dict[str, Look]) -> Html:
     """Return a mechanism's swatch and name."""
     return tag("span", swatch(look[mechanism]), mechanism, class_="name")
+
+
+def judged(verdict: str, margin: float) -> str:
+    """Return the sign of a verdict on losses, and the verdict in words."""
+    return f"{VERDICTS.get(verdict, '')} {verdict_in_words(verdict, margin)}"
 
 
 def ending(cell: RunResult | TaskResult) -> str:

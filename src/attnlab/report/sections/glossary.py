@@ -10,8 +10,11 @@ from .common import Figures, frame
 GLOSSARY = {
     "val loss": "Mean cross entropy on held-out text, nats per token: lower is better; its exponential is perplexity.",
     "difference": "Mean over seeds of a mechanism's loss minus the baseline's with the same seed, in nats per token.",
-    "95 % interval": "Where the true mean difference lies with 95 % confidence, by Student's t over the paired seeds.",
-    "not distinguishable": "The interval holds 0. It is not a proof of equality: more seeds narrow it.",
+    "95 % interval": "Where the true mean difference lies; all intervals of a comparison hold together with 95 % "
+    "confidence. Pooled ones rest on the spread of all runs, pair-wise ones on a mechanism's own pairs.",
+    "better, worse": "The interval does not hold 0, and is not within the margin.",
+    "equal within": "The whole interval is nearer to 0 than the margin: a difference, if any, does not matter.",
+    "undecided": "The interval holds 0, and reaches beyond the margin: more seeds narrow it.",
     "seed": "Fixes initial weights and the order of the data; one seed means the same data for every mechanism.",
     "cache": "Bytes remembered while decoding one sequence, over all layers (KiB = 1024 bytes).",
     "floats / token": "Numbers that each further token adds to the cache, over all layers, in the long run.",

@@ -8,7 +8,7 @@ from ...formatting import NONE, count, loss, signed, size, words
 from ..html import Html, join, table, tag
 from ..results_folder import Findings, Standing
 from ..style import Look
-from .common import VERDICTS, Figures, frame, missing, named, unfinished
+from .common import Figures, frame, judged, missing, named, unfinished
 
 # The small drawing of a difference and its interval, in the units of its view box.
 SPREAD_MIDDLE = 75.0  # where the difference is 0
@@ -69,8 +69,8 @@ def _row(found: Findings, look: dict[str, Look], standing: Standing, scale: floa
     return [
         named(m, look),
         loss(standing.val_loss),
-        join([_spread(standing, scale) if compared else None, _verdict(standing)]),
-        join([signed(standing.difference) if compared else NONE, _interval(standing)]),
+        join([_spread(standing, scale) if compared else None, _verdict(found, standing)]),
+        join([signed(standing.difference) if compared else NONE, _interval(standing), _apart(found, standing)]),
         size(found.mean(m, "cache_bytes")),
         count(found.mean(m, "floats_per_token")),
         count(found.mean(m, "parameters")),
@@ -80,11 +80,10 @@ def _row(found: Findings, look: dict[str, Look], standing: Standing, scale: floa
     ]
 
 
-def _verdict(standing: Standing) -> Html:
+def _verdict(found: Findings, standing: Standing) -> Html:
     if not standing.n:
         return tag("span", "✗ no finished run", class_="verdict bad")
-    sign = VERDICTS.get(standing.verdict, "")
-    return tag("span", f"{sign} {standing.verdict}", class_=f"verdict {standing.verdict.split()[0]}")
+    return tag("span", judged(standing.verdict, found.margin), class_=f"verdict {standing.verdict.split()[0]}")
 
 
 def _interval(standing: Standing) -> Html | None:
@@ -92,6 +91,13 @@ def _interval(standing: Standing) -> Html | None:
         return None
     low, high = standing.interval
     return tag("span", f"{signed(low)} to {signed(high)}", class_="interval")
+
+
+def _apart(found: Findings, standing: Standing) -> Html | None:
+    """Return the note at an interval that rests on its own pairs where the others are pooled."""
+    if standing.by != "pairwise" or found.statistics.get("by") != "pooled":
+        return None
+    return tag("span", "from its own pairs alone", class_="interval")
 
 
 def _seeds(found: Findings, standing: Standing) -> Any:

@@ -11,7 +11,7 @@ from ..figures import View, error_bars, figure, plain
 from ..html import Html, join, table, tag
 from ..results_folder import Findings, Standing
 from ..style import MUTED, Look
-from .common import VERDICTS, Figures, frame, named, plot, unfinished
+from .common import Figures, frame, judged, named, plot, unfinished
 
 
 def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:
@@ -34,8 +34,8 @@ def against_parameters(found: Findings, look: dict[str, Look]) -> list[View]:
     if gaps:
         caption = (
             f"Validation loss minus that of {found.baseline} of the same size and seed; {said}. Below zero is better "
-            f"than {found.baseline}. Bars are 95 % intervals (Student's t over the paired seeds); a bar that crosses "
-            "zero tells nothing apart, and a point without one has too few seeds."
+            f"than {found.baseline}. Bars are 95 % intervals, which hold together within a size; a bar that "
+            "crosses zero tells nothing apart, and a point without one has too few seeds."
         )
         y = {"title": {"text": f"difference to {plain(found.baseline)} (nats per token)"}, "tickformat": "+.2f"}
         y |= {"zeroline": True, "zerolinecolor": MUTED[0], "zerolinewidth": 1}
@@ -147,7 +147,7 @@ def _losses(found: Findings, look: dict[str, Look]) -> Html:
         if mechanism != found.baseline:
             ends = standing.interval
             between = f" ({signed(ends[0])} to {signed(ends[1])})" if ends else ""
-            said.append(tag("span", f"{VERDICTS.get(standing.verdict, '')} {standing.verdict}", class_="interval"))
+            said.append(tag("span", judged(standing.verdict, own.margin), class_="interval"))
             said.append(tag("span", f"{signed(standing.difference)}{between}", class_="interval"))
         return join([loss(standing.val_loss), *said])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from ...contrasts import MARGIN
 from ...errors import need
 from ...formatting import NONE, signed, size, words
 from ...results import TaskResult
@@ -231,6 +232,8 @@ def _score(found: Findings, trial: Trial, mechanism: str) -> Html:
         verdict = str(row.get("verdict") or "too few seeds")
         between = f" ({_points(interval[0])} to {_points(interval[1])})" if interval else ""
         sign = SIGNS.get(verdict, "")
+        if verdict == "equal":
+            verdict = f"equal within {100 * MARGIN:g}"
         said.append(tag("span", f"{sign} {verdict} {_points(row.get('difference'))}{between}", class_="interval"))
     return join([_share(row["accuracy"]), *said])
 
