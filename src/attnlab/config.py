@@ -163,7 +163,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: Word = "shakespeare"  # or text:PATH, prepared:DIR, a mixture 0.7*prepared:A+0.3*prepared:B, task:NAME
+    source: Word = "shakespeare"  # text:PATH jsonl:PATH#FIELD parquet:PATH#FIELD prepared:DIR task:NAME 0.7*A+0.3*B
     tokenizer: Word = "auto"  # of a text: char, byte, gpt2 or a path; auto: char, or what a folder was prepared with
     pack: Literal["stream", "documents"] = "stream"  # documents: whole ones, and attention stays inside each
     val_fraction: Fraction = 0.1  # the last part of a text, never trained on

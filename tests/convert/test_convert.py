@@ -390,3 +390,63 @@ def test_a_mechanism_of_ones_own_says_how_it_is_made(monkeypatch):
 def test_a_function_is_found_without_an_import():
     assert attention.defines("gated", "weights_from") and not attention.defines("mha", "weights_from")
     assert not attention.defines("no_such_thing", "weights_from")
+
+
+WINDOWED = replace(SHAPE, mechanisms=("sliding",), options={"sliding": {"window": 7, "n_kv_heads": 2}})
+MIXED = replace(WINDOWED, mechanisms=("mha", "sliding"))
+
+
+@pytest.mark.parametrize("target", targets.names())
+@pytest.mark.parametrize("config", [WINDOWED, MIXED], ids=["windowed", "mixed"])
+def test_a_window_is_kept_or_the_conversion_refused(config, target):
+    source = grown(config)
+    if target == "sliding":
+        new, found = convert(source, target)
+        assert (
+            found.exact
+            and [c.window for c in attention_configs(new.config)] == [c.window for c in attention_configs(config)]
+            if config is WINDOWED
+            else found.exact
+        )
+        assert found.cache_share == 1
+        with pytest.raises(UserError, match="window 9 does not fit this model: give 1 to 7"):
+            convert(grown(WINDOWED), target, rank=9)
+    else:
+        layer = len(config.mechanisms) - 1
+        with pytest.raises(UserError, match=f"layer {layer} of this model sees the last 7 tokens, and {target} would"):
+            convert(source, target, calibration=batches())
+        if target != "cla" or config is WINDOWED:
+            wide, found = convert(source, target, calibration=batches(), drop_window=True)
+            assert wide.config.mechanisms == (target,) and not found.exact
+
+
+@pytest.mark.parametrize(
+    "options", [{"q_rank": 8}, {"norm": "rms"}, {"v_dim": 4}, {"rope_places": [0.0, 0.5]}, {"head_dim": 8}]
+)
+def test_an_option_is_taken_or_refused(models, options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"the option {name} is .*this conversion makes it .*: leave it out"):
+        convert(models["rope"], "mla", options=options)
+    for target in targets.names():
+        if name in attention.module(target).Config.__dataclass_fields__:
+            with pytest.raises(UserError, match=f"option {name}|with these options|no such tensor"):
+                convert(models["rope"], target, calibration=batches(), options=options)
+
+
+def test_options_that_say_what_is_made_anyway_are_taken(models):
+    new, found = convert(models["rope"], "mla", options={"q_rank": 0, "norm": "none", "v_dim": 6, "mode": "absorbed"})
+    assert found.exact and new.config.options["mla"]["mode"] == "absorbed"
+    for options in ({"bias": False}, {"rope_theta": 500.0}, {"qk_norm": 0.1}, {"cap": 3.0}):
+        with pytest.raises(UserError, match="this conversion makes it"):
+            convert(models["qwen2"], "gqa", options=options)
+
+
+def test_caps_and_rotary_bases_of_the_layers_are_kept():
+    capped = grown(replace(SHAPE, options={"mha": {"cap": 2.0}}))
+    for target in ("gqa", "sliding", "gated"):
+        assert convert(capped, target)[1].exact
+    with pytest.raises(UserError, match="caps its scores"):
+        convert(capped, "mla")
+    turned = grown(replace(SHAPE, options={"mha": {"rope_theta": 77.0}}))
+    for target in ("gqa", "mla", "gated"):
+        assert convert(turned, target)[1].exact

@@ -15,6 +15,7 @@ from attnlab.config import DataConfig
 from attnlab.data import packing, texts
 from attnlab.data.load import KINDS, SourceKind
 from attnlab.data.prepare import Recipe, prepare
+from attnlab.data.tokenizer import ByteTokenizer
 from attnlab.errors import UserError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 9
@@ -225,7 +226,9 @@ def test_unknown_source(source, said):
 def test_the_sentence_about_an_unknown_source_is_made_from_the_table(monkeypatch):
     said = (
         "data source 'books' is unknown; allowed are 'shakespeare', 'text:PATH' (a UTF-8 file or a folder of such "
-        "files), 'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, alone, "
+        "files), 'jsonl:PATH#FIELD' (a file of JSON lines, or a folder of them; text without #FIELD), "
+        "'parquet:PATH#FIELD' (the same of Parquet files), "
+        "'prepared:DIR' (what attnlab prepare made), mixtures such as '0.7*prepared:A+0.3*text:B' and, alone, "
         "'task:NAME'"
     )
     with pytest.raises(UserError) as caught:
@@ -399,3 +402,30 @@ def test_what_prepare_made_is_trained_on_document_by_document(tmp_path, end):
     shard = tmp_path / "stories" / "train-00000.bin"
     shard.write_bytes(bytes(shard.stat().st_size))  # it is known by its checksums: no token is read to tell
     assert data.load(config).fingerprint == corpus.fingerprint
+
+
+RECORDS = ["the quick brown fox", "jumps over the lazy dog", ""]
+
+
+def test_records_are_read_as_prepare_reads_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": each, "other": "x"}) + "\n" for each in RECORDS))
+    tokenizer = ByteTokenizer()
+    wanted = data.from_texts(RECORDS[:2], tokenizer=tokenizer)
+    found = data.load(DataConfig(source=f"jsonl:{tmp_path / 'a.jsonl'}", tokenizer="byte"))
+    assert torch.equal(found.train.read(0, len(found.train)), wanted.train.read(0, len(wanted.train)))
+    assert data.load(DataConfig(source=f"jsonl:{tmp_path}#other")).tokenizer.vocab_size == 1
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'attnlab[data]'")
+    table = pytest.importorskip("pyarrow").table({"text": RECORDS})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    again = data.load(DataConfig(source=f"parquet:{tmp_path / 'a.parquet'}", tokenizer="byte"))
+    assert again.fingerprint == found.fingerprint
+    for source, said in {
+        "jsonl:": "is unknown",
+        f"jsonl:{tmp_path}/none.jsonl": "does not exist",
+        f"jsonl:{tmp_path / 'a.jsonl'}#body": "has no field 'body'; it has text, other",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            data.load(DataConfig(source=source))
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"text": ""}))
+    with pytest.raises(UserError, match="has no text in it"):
+        data.load(DataConfig(source=f"jsonl:{tmp_path / 'empty.jsonl'}"))

@@ -350,6 +350,19 @@ def test_an_exported_model_gives_the_same_numbers(place: Path) -> None:
     assert (begun.tokens, begun.loss) == (found.tokens + 1, pytest.approx(wanted.loss))
 
 
+def test_records_are_documents(place: Path, tmp_path: Path) -> None:
+    documents = [VERSE, VERSE[::-1]]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"body": each}) + "\n" for each in documents))
+    exported = pretrained.save(pretrained.load(place / "run"), tmp_path / "exported")
+    found = evaluate_source(exported, f"jsonl:{tmp_path / 'docs.jsonl'}#body", device="cpu")
+    model, _ = load_model(place / "run")
+    tokenizer = RunFolder.open(place / "run").tokenizer()
+    wanted = evaluate(model, [tokenizer.encode(each) for each in documents], tokenizer=tokenizer)
+    assert (found.documents, found.split, found.loss) == (2, "all", pytest.approx(wanted.loss))
+    with pytest.raises(UserError, match="has no parts"):
+        evaluate_source(exported, f"jsonl:{tmp_path / 'docs.jsonl'}#body", "test", device="cpu")
+
+
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["eval", f"{place}/run", "--device", "cpu"]
     assert cli.main(words) == 0

@@ -48,7 +48,7 @@ def host(kind: str, seed: int = 0):
 
 def patched(kind: str, name: str, **kwargs):
     model = host(kind)
-    patch(model, name, options=SMALL.get(name), **kwargs)
+    patch(model, name, options=SMALL.get(name), drop_window=True, **kwargs)
     return model
 
 
@@ -85,8 +85,10 @@ def test_a_kept_output_projection_follows_and_stays(tmp_path):
 SAME = [
     ("gpt2", "mha", {}),
     ("llama", "mha", {}),
+    ("llama", "gqa", {}),
     ("llama", "gqa", {"n_kv_heads": 2}),
-    ("mistral", "sliding", {"n_kv_heads": 2}),
+    ("mistral", "sliding", {}),
+    ("mistral", "sliding", {"n_kv_heads": 4}),
     ("qwen2", "mka", {"chunk": 99}),
     ("qwen3", "sliding", {"window": 99}),
 ]
@@ -401,7 +403,7 @@ def test_a_dry_run_counts_and_needs_no_weights(tmp_path, capsys):
     assert (code, said) == (0, "30,707,712/133,886,208 (22.94 %)\n")
     HOSTS["llama"].save_pretrained(tmp_path)
     code, said = run(["patch", tmp_path, "--mechanism", "gqa", "--train", "attention", "--dry-run"], capsys)
-    assert (code, said.split("/")[0]) == (0, f"{3 * 32 * 8 * (4 + 1 + 1 + 4):,}")
+    assert (code, said.split("/")[0]) == (0, f"{3 * 32 * 8 * (4 + 2 + 2 + 4):,}")
     for words, answer in {
         ("--mechanism", "mla", "--preset", "published-msla"): "one of the two",
         ("--preset", "published"): "did you mean 'published-msla'",

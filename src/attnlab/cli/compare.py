@@ -70,8 +70,8 @@ def compare(
             pooled where the runs allow it, else pairwise. compare.json has both.
         margin: A difference that does not matter, in nats: within it mechanisms are equal.
         options: Fields of their Configs: '{"mla": {"kv_rank": 32}}'.
-        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
-            mixture: 0.7*prepared:A+0.3*text:B.
+        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), jsonl:PATH#FIELD, parquet:PATH#FIELD,
+            prepared:DIR (made by attnlab prepare), or a mixture: 0.7*prepared:A+0.3*text:B.
         pack: documents: rows hold whole documents, and attention stays inside each.
         out: Where runs and results go (compare/PRESET if left out); finished runs in it are kept.
         engine: Where runs are made: in processes here, as tasks on Ray, or as jobs of Slurm.

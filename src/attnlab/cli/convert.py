@@ -26,6 +26,7 @@ def convert(
     rank: Annotated[str | None, arg(metavar="N|SHARE")] = None,
     method: Annotated[str | None, arg(metavar="NAME")] = None,
     per_layer: Flag = False,
+    drop_window: Flag = False,
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     data: Annotated[str, arg(metavar="SOURCE")] = "shakespeare",
     calibrate: Count = 16,
@@ -44,6 +45,7 @@ def convert(
             widest, at which least is lost, if left out.
         method: svd or aware (weighted by calibration text) for latents; mean, aligned or first for heads.
         per_layer: Share the same total of ranks among the layers by singular-value energy.
+        drop_window: Let layers that see a window become ones that see all tokens, which they were not trained for.
         options: Further fields of the mechanism's Config: '{"top_k": 64}'.
         data: The text: its training part calibrates, its held-out part is measured.
         calibrate: Batches of calibration text, of 8 sequences each.
@@ -65,6 +67,7 @@ def convert(
             raise UserError(f"--grid tries shares of its own by every method: leave out {name}")
     loaded = pretrained.load(source)
     wish: dict[str, Any] = {"per_layer": per_layer, "options": json_object("--options", options), "seed": seed}
+    wish["drop_window"] = drop_window
     shares = None if grid is None else [_rank("--grid", word) for word in split_commas(grid)]
     if shares == []:
         raise UserError(f"--grid is {quoted(grid)}: give shares of the cache, such as 0.5,0.25")
@@ -112,7 +115,10 @@ def _rank(option: str, text: str | None) -> int | float | None:
 
 
 def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed: int) -> dict[str, Any]:
-    """Batches for calibration, from the training part of the text, and to measure on, from the held-out part."""
+    """Batches for calibration, from the training part of the text, and to measure on, from the held-out part.
+
+    Each window begins with the tokens that stand before every text.
+    """
     import numpy as np
     import torch
 
@@ -123,16 +129,20 @@ def _texts(loaded: Loaded, data: str, calibrate: int, context: int | None, seed:
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer, so it can read no text: put its tokenizer.json beside it")
     length, rows = min(loaded.model.config.context, 512) if context is None else context, 8
+    first = torch.tensor([loaded.tokenizer.starts] * rows, dtype=torch.long)
+    own = length - first.shape[1]  # tokens of the text in a window
+    if own < 2:
+        raise UserError(f"windows of {length} tokens hold {max(own, 0)} of the text: give --context {length - own + 2}")
     found = {}
     for name, split, count in (("calibration", "train", calibrate), ("held_out", "val", 8)):
         tokens, _ = in_tokens(DataConfig(source=data), split, loaded.tokenizer)
-        room = len(tokens) - length
+        room = len(tokens) - own
         if room < 1:
-            raise UserError(f"{data} has {len(tokens)} tokens to use as {name} text, fewer than {length}: give more")
+            raise UserError(f"{data} has {len(tokens)} tokens to use as {name} text, fewer than {own + 1}: give more")
         numbers = np.random.Generator(np.random.Philox(seed))
         even = spread_places(count * rows, room + 1)
         starts = even if split == "val" else numbers.integers(0, room, count * rows)
-        found[name] = list(torch.as_tensor(tokens.gather(starts, length)).split(rows))
+        found[name] = [torch.cat([first, batch], 1) for batch in tokens.gather(starts, own).split(rows)]
     return found
 
 

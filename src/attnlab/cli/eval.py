@@ -33,7 +33,8 @@ def evaluate(
 
     Args:
         model: A run folder, an exported or a Hugging Face folder, nanoGPT's ckpt.pt, or a name on the Hugging Face hub.
-        data: text:PATH, prepared:DIR or shakespeare; what a run was trained on if left out.
+        data: text:PATH, jsonl:PATH#FIELD, parquet:PATH#FIELD, prepared:DIR or shakespeare; what a run was trained on if
+            left out.
         split: The part of the text; what was trained on only if you say so.
         context: The longest window, in tokens (the model's if left out).
         stride: How far a window ends from the one before it, in tokens; fewer show more of the past (the context if

@@ -47,7 +47,7 @@ def heal(
 
     Args:
         source: The folder that attnlab convert wrote, or any trained model.
-        data: What to train on: shakespeare, text:PATH, prepared:DIR.
+        data: What to train on: shakespeare, text:PATH, jsonl:PATH#FIELD, parquet:PATH#FIELD, prepared:DIR.
         steps: Optimizer steps.
         train: Everything, the attention layers, or of those what multi-head attention does not have.
         distill: The share of the objective, 0 to 1, that is agreement with the original instead of with the text.

@@ -23,6 +23,7 @@ def patch(
     options: Annotated[str | None, arg(metavar="JSON")] = None,
     keep_output: Flag = False,
     train: Literal["all", "attention", "new"] = "all",
+    drop_window: Flag = False,
     seed: Seed = 0,
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     dry_run: Flag = False,
@@ -39,6 +40,7 @@ def patch(
         options: Fields of the mechanism's Config: '{"kv_rank": 32}'.
         keep_output: Let the model's own output projection follow the mechanism's.
         train: What is not frozen: all, the mechanisms put in, or only what did not carry over into them.
+        drop_window: Let a mechanism that sees all tokens replace layers that see a window.
         seed: Of the new weights.
         out: The folder to write.
         dry_run: Only count, on shapes without weights.
@@ -47,7 +49,7 @@ def patch(
 
     if (mechanism is None) == (preset is None):
         raise UserError("give a --mechanism or a --preset, one of the two")
-    settings: dict[str, Any] = {"seed": seed}
+    settings: dict[str, Any] = {"seed": seed, "drop_window": drop_window}
     if layers is not None:
         settings["layers"] = whole_numbers("--layers", layers, Size)
     if preset is not None:

@@ -41,8 +41,8 @@ def train(
     Args:
         preset: A complete run to start from; every field of it can be overridden below.
         mechanism: The attention of every layer, or one per layer, repeated: sliding,sliding,sliding,mla.
-        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), prepared:DIR (made by attnlab prepare), or a
-            mixture: 0.7*prepared:A+0.3*text:B.
+        data: "shakespeare", text:PATH (a UTF-8 file or a folder of them), jsonl:PATH#FIELD, parquet:PATH#FIELD,
+            prepared:DIR (made by attnlab prepare), or a mixture: 0.7*prepared:A+0.3*text:B.
         pack: documents: rows hold whole documents, and attention stays inside each.
         out: The run folder (runs/PRESET-MECHANISM-sSEED if left out).
         resume: Go on from the newest checkpoint in the run folder, with any strategy and number of processes.

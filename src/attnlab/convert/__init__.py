@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
-from ..errors import UserError, choose
+from ..errors import UserError, choose, quoted
 from ..model import Decoder, attention_configs, cache_nbytes
 from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
-from . import low_rank, targets
+from . import low_rank, targets, windows
 from .calibration import Statistics, gather
 from .certificate import Certificate, compare_models
 from .dense import Dense
@@ -51,8 +51,9 @@ def convert(
     `rank`: a width of the mechanism (kv_rank, n_kv_heads, window), or as a float the share of the source's cache that
     the new one may have; None: the widest, at which least is lost. `per_layer` spreads the same total of ranks over the
     layers by singular-value energy. `method`: one of the target's METHODS; left out, one that uses the calibration text
-    where there is some. `options`: further fields of the mechanism's Config. `seed`: of what has no counterpart in the
-    source (gates, an indexer). These are the fields of `Request`.
+    where there is some. `options`: further fields of the mechanism's Config. `drop_window`: layers that see a window
+    may become ones that see all tokens. `seed`: of what has no counterpart in the source (gates, an indexer). These are
+    the fields of `Request`.
 
     `calibration`, `held_out`: batches of token ids (B T). Without held-out text the two models are compared on random
     tokens, and no loss is given. Raises `UserError` for what cannot be converted.
@@ -64,6 +65,9 @@ def convert(
     layers = [Dense.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
+    if not request.drop_window:
+        configs = [build(own) for own in fields]
+        windows.check_windows([d.config for d in layers], configs, model.config.context, mechanism)
 
     reads_text = target.METHODS[method]
     seen: Seen = gather(source, calibration, tell) if reads_text else [None] * len(layers)
@@ -73,6 +77,8 @@ def convert(
     for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
         tell(f"making {mechanism}", i, len(layers))
         made.append(target.weights(layer, _builder(model.config, mechanism, i)(own), method, seen[i]))
+    for further, _ in made:
+        _refuse_overwritten(request.options or {}, further)
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
     new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
@@ -110,8 +116,20 @@ def _widths(
     fields = []
     for layer, floats in zip(layers, _cache_floats(config), strict=True):
         budget = Budget(request.rank, given, build, config.context, floats)
-        fields.append({**given, **target.widths(layer, budget)})
+        own = target.widths(layer, budget)
+        _refuse_overwritten(given, own)
+        fields.append({**given, **own})
     return fields
+
+
+def _refuse_overwritten(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise `UserError` where an option is given that the conversion itself sets, to another value."""
+    for name, value in given.items():
+        made = own.get(name, value)
+        if made != value and list(made if isinstance(made, list | tuple) else [made]) != value:
+            raise UserError(
+                f"the option {name} is {quoted(value)}, and this conversion makes it {quoted(made)}: leave it out"
+            )
 
 
 def _method(mechanism: str, methods: Mapping[str, bool], given: str | None, text: bool) -> str:

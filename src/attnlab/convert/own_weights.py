@@ -13,7 +13,7 @@ from .calibration import Statistics
 from .dense import Dense
 from .width import Budget
 
-KEPT = ("head_dim", "n_kv_heads", "rope_theta", "bias", "o_bias", "qk_norm")  # fields that mean the same in both
+KEPT = ("head_dim", "n_kv_heads", "rope_theta", "bias", "o_bias", "qk_norm", "cap")  # fields that mean the same in both
 METHOD = "own"  # the name of the one way to make the weights
 
 

@@ -18,6 +18,7 @@ class Request:
     method: str | None = None  # one of the target's METHODS; None: one that uses the calibration text if there is some
     per_layer: bool = False  # spread the same total of ranks over the layers by singular-value energy
     options: Mapping[str, Any] | None = None  # further fields of the mechanism's Config
+    drop_window: bool = False  # whether a layer that sees all tokens may replace one that sees a window
     seed: Seed = 0  # of what has no counterpart in the source (gates, an indexer)
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from ..errors import UserError, is_panic, need, quoted
 from ..ranges import Count, checked
+from .declared import starts_of
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")  # the families' names for the end of a document
@@ -70,6 +71,12 @@ class BPETokenizer:
             words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space")
         )
         self.seam = SEAM if plain and as_gpt2 else None
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The ids that stand before a text, as transformers puts them there."""
+        silent = (self._data.get("post_processor") or {}).get("type") in (None, "ByteLevel")
+        return () if silent else starts_of(self._tokenizers, ("a", *self._ids))
 
     @cached_property
     def unknown(self) -> int | None:

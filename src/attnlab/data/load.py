@@ -18,6 +18,7 @@ from .corpus import Corpus
 from .endless import Endless
 from .mixture import Mixture
 from .shards import Prepared
+from .sources import read_documents
 from .texts import SHAKESPEARE, from_texts, read_texts, shakespeare
 from .tokenizer import CharTokenizer, Tokenizer
 from .tokenizer import tokenizer as named_tokenizer
@@ -101,7 +102,20 @@ def _shakespeare(config: DataConfig, source: str) -> Corpus:
 
 
 def _text(config: DataConfig, source: str) -> Corpus:
-    return _from_texts(config, source, read_texts(_path(source)))
+    return _from_texts(config, source, _texts(source))
+
+
+def _texts(source: str) -> list[str]:
+    return read_texts(_path(source))
+
+
+def _records(config: DataConfig, source: str) -> Corpus:
+    return _from_texts(config, source, _record_texts(source))
+
+
+def _record_texts(source: str) -> list[str]:
+    _path(source)  # there is one
+    return read_documents(source)
 
 
 def _from_texts(config: DataConfig, source: str, texts: list[str]) -> Corpus:
@@ -139,6 +153,13 @@ def _task(config: DataConfig, source: str) -> Corpus:
 KINDS = {
     SHAKESPEARE: SourceKind(SHAKESPEARE, _shakespeare),
     "text": SourceKind("text:PATH", _text, "a UTF-8 file or a folder of such files"),
+    "jsonl": SourceKind("jsonl:PATH#FIELD", _records, "a file of JSON lines, or a folder of them; text without #FIELD"),
+    "parquet": SourceKind("parquet:PATH#FIELD", _records, "the same of Parquet files"),
     "prepared": SourceKind("prepared:DIR", _prepared, "what attnlab prepare made"),
     "task": SourceKind("task:NAME", _task, mixes=False),
+}
+WHOLE: dict[str, Callable[[str], list[str]]] = {  # kinds without parts of their own -> the documents of a source
+    "text": _texts,
+    "jsonl": _record_texts,
+    "parquet": _record_texts,
 }

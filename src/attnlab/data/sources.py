@@ -109,6 +109,24 @@ def open_source(name: str, documents: str | None = None, revision: str | None = 
     )
 
 
+def read_documents(name: str) -> list[str]:
+    """Return the documents of a source's training part, all of which fits into memory; empty ones are left out.
+
+    UserError where there is none, and as `open_source` has it.
+    """
+    documents: list[str] = []
+    pieces: list[str] = []
+    for text, last, _ in open_source(name).splits["train"].read(0):
+        pieces.append(text)
+        if last:
+            documents.append("".join(pieces))
+            pieces.clear()
+    found = [text for text in (*documents, "".join(pieces)) if text]
+    if not found:
+        raise UserError(f"{name} has no text in it: give records with text")
+    return found
+
+
 # files
 
 

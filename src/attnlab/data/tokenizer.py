@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """The ids at which a text ends, `end` the first of them."""
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """The ids that stand before a text where a model reads it; `encode` leaves them out."""
+
+    @property
     def unknown(self) -> int | None:
         """The id that stands for what has none; None: there is none."""
 
@@ -79,6 +83,7 @@ class Complete:
 
     complete = True
     unknown = None
+    starts = ()
 
     def lost(self, text: str, ids: Sequence[int] | np.ndarray) -> Counter[str]:
         """Return nothing: no character is lost."""

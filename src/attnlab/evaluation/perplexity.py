@@ -28,14 +28,13 @@ from torch.nn import functional as F
 
 from .. import data, pretrained
 from ..config import DataConfig
+from ..data.load import WHOLE
 from ..data.shards import SPLITS, Prepared
 from ..data.tasks import task_of
-from ..data.texts import read_texts
 from ..data.tokenizer import Tokenizer
 from ..data.tokens import UNKNOWN, Tokens
 from ..device import find_device
 from ..errors import UserError, choose
-from ..files import expanded
 from ..inference.generate import evaluating
 from ..model import Decoder
 from ..ranges import Count, Size, check_fields, checked
@@ -328,8 +327,9 @@ def evaluate_source(
             f"{seen:.0%} of the passages looked for in {config.source!r} are in the training part of {source}: give "
             f"text that it was not trained on{', or say --split train' if own else ''}"
         )
-    front = loaded.about.get("config", {}).get("bos_token_id")
-    found = evaluate(loaded.model, tokens, **vars(rolling), tokenizer=loaded.tokenizer, front=front, progress=progress)
+    found = evaluate(
+        loaded.model, tokens, **vars(rolling), tokenizer=loaded.tokenizer, front=loaded.front, progress=progress
+    )
     return replace(
         found,
         model=str(source),
@@ -370,10 +370,10 @@ def in_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, whole: bool 
     `whole`: a text file has no parts, and all of it is returned. Raises `UserError` for a part that is not there.
     """
     kind, _, path = config.source.partition(":")
-    if whole and kind == "text":
+    if whole and kind in WHOLE:
         if split != "val":
             raise UserError(f"{config.source!r} has no parts, as the model was not trained on it: leave the split out")
-        return encoded(read_texts(expanded(path)), tokenizer), "all"
+        return encoded(WHOLE[kind](config.source), tokenizer), "all"
     corpus: Prepared | data.Corpus = Prepared.open(path) if kind == "prepared" else data.load(config)
     if isinstance(corpus, data.Corpus):
         choose(f"split of {config.source}", split, ("val", "train"))

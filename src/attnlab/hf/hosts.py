@@ -81,6 +81,8 @@ class Patched:
     tail: tuple[str, ...] = ()  # the modules in the attention that follow it
     stack: str  # the list of layers
     slot: str  # the attention in a layer
+    turns = True  # whether queries and keys turn by position
+    dropout = "attention_dropout"  # the config's field for attention weights
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -100,6 +102,11 @@ class Patched:
         found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         freeze_host(found[0] if isinstance(found, tuple) else found)
         return found
+
+    @staticmethod
+    def windows(config: PretrainedConfig) -> list[int | None]:
+        """Return the tokens that each layer sees within the context, None: all."""
+        return [None] * config.num_hidden_layers
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers."""
@@ -176,9 +183,14 @@ def freeze_host(model: Any) -> None:
 
 
 def gpt2_projections(host: Any) -> dict[str, Tensor]:
-    """Return q, k, v and o of GPT-2's attention, which stores the first three in one transposed matrix."""
-    weights = (*host.c_attn.weight.T.chunk(3), host.c_proj.weight.T)
-    biases = (*host.c_attn.bias.chunk(3), host.c_proj.bias)
+    """Return q, k, v and o of GPT-2's attention, which stores the first three in one transposed matrix.
+
+    Queries are so large that scores divided by sqrt(H) are the host's, whatever it divides by.
+    """
+    weights = [*host.c_attn.weight.T.chunk(3), host.c_proj.weight.T]
+    biases = [*host.c_attn.bias.chunk(3), host.c_proj.bias]
+    for parts in (weights, biases):
+        parts[0] = parts[0] * (host.scaling * host.head_dim**0.5)
     names = [f"{projection}.{kind}" for kind in ("weight", "bias") for projection in "qkvo"]
     return dict(zip(names, (*weights, *biases), strict=True))
 
@@ -186,6 +198,22 @@ def gpt2_projections(host: Any) -> dict[str, Tensor]:
 def llama_projections(host: nn.Module) -> dict[str, Tensor]:
     """Return q, k, v and o of Llama's attention, with Qwen3's norms of heads."""
     return {name.replace("_proj", ""): tensor for name, tensor in host.named_parameters()}
+
+
+def window_within(config: PretrainedConfig) -> int | None:
+    """Return the window that a config names; None where there is none, or the context is no longer."""
+    size: int | None = config.sliding_window
+    return None if size is None or size >= config.max_position_embeddings else size
+
+
+def windows_everywhere(config: PretrainedConfig) -> list[int | None]:
+    """Return Mistral's windows: one for all layers."""
+    return [window_within(config)] * config.num_hidden_layers
+
+
+def windows_by_layer(config: PretrainedConfig) -> list[int | None]:
+    """Return Qwen's windows: those of the layers whose type says so."""
+    return [window_within(config) if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
 class PatchFields:
@@ -208,6 +236,8 @@ class AttnlabGPT2ForCausalLM(Patched, transformers.GPT2LMHeadModel):
     family = gpt2
     output = "c_proj"
     tail = ("resid_dropout",)
+    turns = False
+    dropout = "attn_pdrop"
     read = staticmethod(gpt2_projections)
 
 
@@ -241,6 +271,7 @@ class AttnlabMistralForCausalLM(PatchedLlama, transformers.MistralForCausalLM):
     """Mistral with mechanisms of ours in some layers."""
 
     config_class = AttnlabMistralConfig
+    windows = staticmethod(windows_everywhere)
 
 
 class AttnlabQwen2Config(PatchFields, transformers.Qwen2Config):
@@ -253,6 +284,7 @@ class AttnlabQwen2ForCausalLM(PatchedLlama, transformers.Qwen2ForCausalLM):
     """Qwen2 with mechanisms of ours in some layers."""
 
     config_class = AttnlabQwen2Config
+    windows = staticmethod(windows_by_layer)
 
 
 class AttnlabQwen3Config(PatchFields, transformers.Qwen3Config):
@@ -265,3 +297,4 @@ class AttnlabQwen3ForCausalLM(PatchedLlama, transformers.Qwen3ForCausalLM):
     """Qwen3 with mechanisms of ours in some layers."""
 
     config_class = AttnlabQwen3Config
+    windows = staticmethod(windows_by_layer)

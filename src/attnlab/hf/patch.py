@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from .. import attention
 from ..config import to_dict
+from ..convert.windows import seen_window
 from ..errors import UserError, choose
 from ..laws.interface import separate
 from ..laws.state import seeded, unchanged
@@ -45,24 +46,28 @@ def patch(
     options: Mapping[str, Any] | None = None,
     keep_output: bool = False,
     train: str = "all",
+    drop_window: bool = False,
     seed: Seed = 0,
 ) -> Counts:
     """Replace the attention of a transformers model (GPT-2, Llama, Mistral, Qwen2, Qwen3) in place.
 
     Print and return how many parameters train, of how many.
 
-    layers: numbers from 0; None: all. options: fields of the mechanism's Config; sizes, rotary base and biases are the
-    model's. keep_output: the model's own output projection follows the mechanism's. train: "all", "attention" (the
-    new mechanisms) or "new" (of those, what did not carry over). seed: of the new weights. On the meta device it
-    only counts. Raises `UserError` for what does not fit together, and `laws.Broken` where the patched model breaks a
-    law that its mechanism promises; the model is then unchanged.
+    layers: numbers from 0; None: all. options: fields of the mechanism's Config; sizes, rotary base, windows and
+    biases are the model's. keep_output: the model's own output projection follows the mechanism's. train: "all",
+    "attention" (the new mechanisms) or "new" (of those, what did not carry over). drop_window: a mechanism that sees
+    all tokens may replace layers that see a window. seed: of the new weights. On the meta device it only counts.
+    Raises `UserError` for what does not fit together, and `laws.Broken` where the patched model breaks a law that its
+    mechanism promises; the model is then unchanged.
     """
     choose("train", train, TRAIN)
     cls = kind_of(model)
     before = State.of(model, cls)
     at = chosen(before.slots, layers)
     parts = cls.read(before.slots[at[0]])
-    config = attention.config(mechanism, **{**config_fields(mechanism, model.config, parts), **(options or {})})
+    fields = config_fields(mechanism, cls, model.config, parts) | dict(options or {})
+    windows = {i: cls.windows(model.config)[i] for i in at}
+    config = with_window(mechanism, fields, windows, drop_window, model.config.max_position_embeddings)
     config.check_context(model.config.max_position_embeddings)
     if config.gives or config.takes:
         raise UserError(
@@ -113,24 +118,59 @@ def chosen(slots: Sequence[nn.Module], layers: Sequence[int] | None) -> tuple[in
     return at
 
 
-def config_fields(mechanism: str, config: PretrainedConfig, parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fields of the mechanism's Config that the model's own config and weights (`parts`) fix."""
-    held = config.to_dict()
-    theta, scaling = rotary(held) if "rope_parameters" in held else (None, UNSCALED)
+def config_fields(
+    mechanism: str, cls: type[Any], config: PretrainedConfig, parts: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the fields of the mechanism's Config that the model's own config and weights (`parts`) fix.
+
+    `cls`: the class that the model becomes. The window is left out: see `with_window`.
+    """
+    theta, scaling = rotary(config.to_dict()) if cls.turns else (None, UNSCALED)
+    head_dim = len(parts["q.weight"]) // config.num_attention_heads
+    form = attention.module(mechanism).Config
     given = {
         "d_model": config.hidden_size,
         "n_heads": config.num_attention_heads,
-        "head_dim": len(parts["q.weight"]) // config.num_attention_heads,
+        "head_dim": head_dim,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "bias": "q.bias" in parts,
         "o_bias": "o.bias" in parts,
-        "qk_norm": held["rms_norm_eps"] if "q_norm.weight" in parts else 0.0,
-        "dropout": held.get("attention_dropout", held.get("attn_pdrop")),
-        **({"window": held["sliding_window"]} if held.get("sliding_window") else {}),
+        "qk_norm": config.rms_norm_eps if "q_norm.weight" in parts else 0.0,
+        "dropout": getattr(config, cls.dropout),
+        # a mechanism whose cache has no width has as many heads as its definition says
+        **({} if form.cache_width is None else {"n_kv_heads": len(parts["k.weight"]) // head_dim}),
     }
-    known = attention.module(mechanism).Config.__dataclass_fields__
-    return {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in given.items() if name in form.__dataclass_fields__}
+
+
+def with_window(
+    mechanism: str, fields: Mapping[str, Any], windows: Mapping[int, int | None], drop: bool, context: int
+) -> AttentionConfig:
+    """Return the mechanism's Config with these fields, and the window of the layers that it replaces.
+
+    `windows`: layer -> tokens that it sees, None: all. Raises `UserError` where they differ, and where the mechanism
+    sees all of the `context`, unless that is asked for by `drop`.
+    """
+    plain = attention.config(mechanism, **fields)
+    sizes = set(windows.values()) - {None}
+    if drop or not sizes:
+        return plain
+    narrow, size = next((i, size) for i, size in windows.items() if size is not None)
+    known = "window" in attention.module(mechanism).Config.__dataclass_fields__
+    windowed = attention.config(mechanism, **{"window": size, **fields}) if known else plain
+    if seen_window(windowed, context) is None:
+        raise UserError(
+            f"layer {narrow} of this model sees the last {size} tokens, and {mechanism} would see all: take a "
+            "mechanism with a window, leave such layers out, or add drop_window (--drop-window)"
+        )
+    if "window" not in fields and None in windows.values():
+        wide = next(i for i, each in windows.items() if each is None)
+        raise UserError(
+            f"layer {narrow} of this model sees the last {size} tokens and layer {wide} all: patch such layers one "
+            "after the other (--layers), or give the option window"
+        )
+    return windowed
 
 
 def carried(parts: Mapping[str, Tensor], module: nn.Module, keep_output: bool) -> dict[str, Tensor]:

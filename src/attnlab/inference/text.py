@@ -58,17 +58,20 @@ def continue_texts(
 ) -> Samples:
     """Return continuations of `prompts`, each until the end of a text or for `sampling.n` tokens.
 
-    `chatting`: each prompt is what a user says, after `system`, in the form of the model's chat template. `on_text` is
-    told (number of the prompt, piece of text) as it comes. Pieces are whole characters, and joined they are the text.
-    Raises `UserError` as `generate` does, for a model without a tokenizer, and without a template where one is asked
-    for.
+    A prompt begins with the tokens that the tokenizer puts before every text. `chatting`: each prompt is what a user
+    says, after `system`, in the form of the model's chat template. `on_text` is told (number of the prompt, piece of
+    text) as it comes. Pieces are whole characters, and joined they are the text. Raises `UserError` as `generate` does,
+    for a model without a tokenizer, and without a template where one is asked for.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     if tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer that we read; put its tokenizer.json beside config.json")
     if system is not None and not chatting:
         raise UserError("a system message is for a chat; add --chat, or put it into the prompt")
-    ids = [in_chat(loaded, prompt, system) if chatting else tokenizer.encode(prompt) for prompt in prompts]
+    ids = [
+        in_chat(loaded, prompt, system) if chatting else [*tokenizer.starts, *tokenizer.encode(prompt)]
+        for prompt in prompts
+    ]
     check_request(model, ids, sampling)
     if not ids or not sampling.n:
         raise UserError(f"there are {len(ids)} prompts and {sampling.n} tokens to sample; give at least one of each")

@@ -41,6 +41,13 @@ class Loaded:
     family: str  # "run", or the name of a file in `families/`
     about: Mapping[str, Any] = field(default_factory=dict)  # "config" of the source; "step", "results", "chat_template"
 
+    @property
+    def front(self) -> int | None:
+        """The token before a document that is evaluated: as the source's config names it, else the tokenizer's."""
+        named = self.about.get("config", {}).get("bos_token_id")
+        own = () if self.tokenizer is None else self.tokenizer.starts
+        return next(iter(own), None) if named is None else named
+
 
 def names() -> list[str]:
     """Return the families, in alphabetical order."""

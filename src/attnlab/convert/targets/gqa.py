@@ -24,7 +24,8 @@ def widths(source: Dense, budget: Budget) -> dict[str, Any]:
 def kept(source: Dense, budget: Budget) -> dict[str, Any]:
     """Return the fields that the target must share with the source, where its own differ in this model."""
     usual = budget.build(budget.given)
-    fields = {name: getattr(source.config, name) for name in ("head_dim", "rope_theta", "bias", "o_bias", "qk_norm")}
+    names = ("head_dim", "rope_theta", "bias", "o_bias", "qk_norm", "cap")
+    fields = {name: getattr(source.config, name) for name in names}
     return {name: value for name, value in fields.items() if getattr(usual, name) != value}
 
 

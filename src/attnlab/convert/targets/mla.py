@@ -37,6 +37,10 @@ def widths(source: Dense, budget: Budget) -> dict[str, Any]:
         raise UserError(
             "a model that norms its query and key heads cannot be converted to latents: a norm is no product"
         )
+    if source.config.cap:
+        raise UserError(
+            "a model that caps its scores cannot be converted to latents, which have no cap: convert to gqa"
+        )
     usual: Any = budget.build(budget.given)
     fields = _fixed(source, usual)
     K, H, width = source.k.shape
@@ -59,6 +63,8 @@ def _fixed(source: Dense, usual: Any) -> dict[str, Any]:
         fields["bias"] = True
     if usual.head_dim != H:
         fields["head_dim"] = H
+    if source.frequencies is not None and usual.rope_theta != source.config.rope_theta:
+        fields["rope_theta"] = source.config.rope_theta
     return fields
 
 
