@@ -66,8 +66,8 @@ def convert(
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
     if not request.drop_window:
-        configs = [build(own) for own in fields]
-        windows.check_windows([d.config for d in layers], configs, model.config.context, mechanism)
+        before = [each.config for each in layers]
+        windows.check_windows(before, [build(own) for own in fields], model.config.context, mechanism)
 
     reads_text = target.METHODS[method]
     seen: Seen = gather(source, calibration, tell) if reads_text else [None] * len(layers)
@@ -77,30 +77,36 @@ def convert(
     for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
         tell(f"making {mechanism}", i, len(layers))
         made.append(target.weights(layer, _builder(model.config, mechanism, i)(own), method, seen[i]))
-    for further, _ in made:
-        _refuse_overwritten(request.options or {}, further)
+        _refuse_overwritten(request.options or {}, made[i][0])
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
     new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
         target.finish(new, source, calibration, tell)
 
     measured = _measured(source.double(), new, held_out, request.seed, tell)
-    width = model.embed.weight.element_size()
     certificate = Certificate(
         source="+".join(dict.fromkeys(model.config.mechanisms)),
         target=mechanism,
         method=method,
         rank=request.rank,
         per_layer=request.per_layer,
-        cache_bytes_before=cache_nbytes(model.config, width),
-        cache_bytes_after=cache_nbytes(new.config, width),
         context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),
         options=to_dict(new.config)["options"],
+        **_cache_bytes(model, new),
         **measured,
     )
     return new.to(model.embed.weight), certificate
+
+
+def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, int]:
+    """Return the bytes of both caches at the model's context, in the dtype of its weights."""
+    width = model.embed.weight.element_size()
+    return {
+        "cache_bytes_before": cache_nbytes(model.config, width),
+        "cache_bytes_after": cache_nbytes(new.config, width),
+    }
 
 
 def _cache_floats(config: ModelConfig) -> list[int]:
