@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -505,3 +506,23 @@ def test_a_task_at_several_sizes_is_several_columns(recall, tmp_path):
     assert [task["cells"][0]["parameters"] for task in found["tasks"]] == [
         size["cells"][0]["parameters"] for size in found["sizes"]
     ]
+
+
+SCRIPT = """
+from dataclasses import replace
+from attnlab import presets
+from attnlab.comparison.compare import compare
+from attnlab.comparison.engines import Share
+from attnlab.comparison.grid import Comparison
+quick = presets.get("quick")
+model = replace(quick.model, n_layers=1, d_model=16, n_heads=2, context=16)
+train = replace(quick.train, steps=2, batch_size=2, eval_every=2, eval_batches=1, device="cpu")
+found = compare(Comparison(replace(quick, model=model, train=train), ["mha"], 2), "out", share=Share(jobs=2))
+print("trained", [cell["status"] for cell in found["cells"]])
+"""
+
+
+def test_a_script_that_does_not_say_main_compares_too(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["trained ['done', 'done']"], done.stderr

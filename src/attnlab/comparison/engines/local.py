@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -116,7 +117,7 @@ class Workers(Engine):
         ours, theirs = spawn.Pipe()
         device = number % self.devices if self.devices else None
         process = spawn.Process(target=_work, args=(theirs, self.threads, device), daemon=True)
-        with _signals_held():
+        with _signals_held(), _main_unseen():
             process.start()
         theirs.close()
         return Worker(process, ours)
@@ -147,6 +148,23 @@ class Workers(Engine):
                 worker.process.kill()
             elif worker.call is not None and worker.process.pid is not None:
                 os.kill(worker.process.pid, signal.SIGINT)
+
+
+@contextmanager
+def _main_unseen() -> Iterator[None]:
+    """Let a process start without running the caller's script again, of which calls need nothing.
+
+    So a script without `if __name__ == "__main__"` is as good as one with it.
+    """
+    main = sys.modules["__main__"]
+    held = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    try:
+        for name in held:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(main, name, value)
 
 
 def _work(pipe: Connection, threads: int, device: int | None) -> None:
