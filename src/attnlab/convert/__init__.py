@@ -1,7 +1,8 @@
 """Conversion of a trained model to another attention, with a certificate of what that did to it.
 
 The source's layers are of the dense family: mha, gqa, mqa, sliding. They become what has a file in `targets/`, and what
-says `weights_from` in its own module (`own_weights`); the mathematics is in `low_rank`, `pooling` and `rotary`.
+says `weights_from` in its own module (`own_weights`); the mathematics is in `low_rank`, `pooling` and `rotary`. Layers
+of latents (mla, msla) become the same at a lower rank (`latents`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
-from . import low_rank, targets, windows
+from . import latents, low_rank, targets, windows
 from .calibration import Statistics, gather
 from .certificate import Certificate, compare_models
 from .dense import Dense
@@ -59,41 +60,35 @@ def convert(
     tokens, and no loss is given. Raises `UserError` for what cannot be converted.
     """
     request = Request(**settings)
-    target = targets.module(mechanism)
+    target, form = _target(model, mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
     source = computing(copy.deepcopy(model).cpu().eval())
-    layers = [Dense.of(block.attention) for block in source.blocks()]
+    layers = [form.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
-    if not request.drop_window:
-        configs = [build(own) for own in fields]
-        windows.check_windows([d.config for d in layers], configs, model.config.context, mechanism)
-
-    reads_text = target.METHODS[method]
-    seen: Seen = gather(source, calibration, tell) if reads_text else [None] * len(layers)
+    _check_windows(layers, [build(own) for own in fields], model, mechanism, request)
+    seen: Seen = gather(source, calibration, tell) if target.METHODS[method] else [None] * len(layers)
     if request.per_layer:
         fields = _spread(target, layers, fields, build, method, seen)
     made = []
     for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
         tell(f"making {mechanism}", i, len(layers))
         made.append(target.weights(layer, _builder(model.config, mechanism, i)(own), method, seen[i]))
-    for further, _ in made:
-        _refuse_overwritten(request.options or {}, further)
+        _refuse_overwritten(request.options or {}, made[-1][0])
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
     new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
         target.finish(new, source, calibration, tell)
 
     measured = _measured(source.double(), new, held_out, request.seed, tell)
-    width = model.embed.weight.element_size()
     certificate = Certificate(
         source="+".join(dict.fromkeys(model.config.mechanisms)),
         target=mechanism,
         method=method,
         rank=request.rank,
         per_layer=request.per_layer,
-        cache_bytes_before=cache_nbytes(model.config, width),
-        cache_bytes_after=cache_nbytes(new.config, width),
+        cache_bytes_before=cache_nbytes(model.config, model.embed.weight.element_size()),
+        cache_bytes_after=cache_nbytes(new.config, model.embed.weight.element_size()),
         context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),
@@ -101,6 +96,22 @@ def convert(
         **measured,
     )
     return new.to(model.embed.weight), certificate
+
+
+def _target(model: Decoder, mechanism: str) -> tuple[Any, Any]:
+    """Return the target, and the class of the values that it makes weights from. `UserError` for an unknown name."""
+    target = targets.module(mechanism)
+    layers = [block.attention for block in model.blocks()]
+    smaller = latents.shrinks(layers, set(model.config.layers), mechanism)
+    return (latents, latents.Latent) if smaller else (target, Dense)
+
+
+def _check_windows(
+    layers: Sequence[Any], new: Sequence[AttentionConfig], model: Decoder, mechanism: str, request: Request
+) -> None:
+    """Raise `UserError` where a layer would see more tokens than the one in its place, unless that is asked for."""
+    if not request.drop_window:
+        windows.check_windows([layer.config for layer in layers], new, model.config.context, mechanism)
 
 
 def _cache_floats(config: ModelConfig) -> list[int]:
