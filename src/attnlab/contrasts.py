@@ -210,9 +210,10 @@ def _why(judging: Judging, pool: Pool | None, pooling: bool, baseline: str, judg
         lack = "lacks" if len(lacking) == 1 else "lack"
         alone = f"; {words(lacking)} {lack} seeds, where own pairs decide" if lacking else ""
         guards = ", and no interval is narrower than its own pairs allow" if judging.intervals == "auto" else ""
+        degrees = f"{pool.spread.degrees} degree{'s' * (pool.spread.degrees != 1)} of freedom"
         return (
             f"The spread is pooled over {len(pool.mechanisms) + 1} mechanisms and {len(pool.seeds)} seeds "
-            f"({pool.spread.degrees} degrees of freedom, Dunnett's correction){guards}{alone}."
+            f"({degrees}, Dunnett's correction){guards}{alone}."
         )
     if len(pool.seeds) < 3:
         return f"Two seeds cannot show whether all mechanisms spread alike, so {own}: take three seeds or more."

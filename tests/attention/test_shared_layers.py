@@ -139,13 +139,22 @@ def test_cross_layer_attention_is_its_formula():
     [
         (["cla"], {"cla": {"own": False}}, r"layer 0 \(cla\) takes k of an earlier layer, and none gives it"),
         (["mha", "cla"], {"cla@1": {"own": False}}, r"layer 1 \(cla\) takes k of an earlier layer, and none gives it"),
-        (["cla"], {"cla@1": {"n_kv_heads": 4}}, r"layer 1 \(cla\) takes k of shape \(4, 8\), .* gives \(1, 8\)"),
+        (
+            ["cla"],
+            {"cla@1": {"n_kv_heads": 4, "own": False}},
+            r"layer 1 \(cla\) takes k of shape \(4, 8\), .* gives \(1, 8\)",
+        ),
         (["cla"], {"cla": {"share": 0}}, "share is 0: it must be"),
     ],
 )
 def test_rows_that_nobody_gives_are_refused(mechanisms, options, said):
     with pytest.raises(UserError, match=said):
         Decoder(shape(mechanisms, 4, **options))
+
+
+def test_rows_of_another_shape_are_not_shared():
+    configs = attention_configs(shape(["cla"], 4, **{"cla@1": {"n_kv_heads": 4}, "cla@2": {"n_kv_heads": 4}}))
+    assert [each.own for each in configs] == [True, True, False, True]
 
 
 def test_a_conversion_keeps_keys_and_values_of_the_layers_that_make_them():

@@ -381,6 +381,7 @@ def test_demo_ends_with_a_report_and_repeats_nothing(run: Run, monkeypatch: pyte
     monkeypatch.setattr(presets, "get", lambda name: small)
     monkeypatch.setattr(demo, "COMPARED", ("mha", "latent_lookup"))
     monkeypatch.setattr(demo, "DEMO_BENCH", {"decode": (8,)})
+    monkeypatch.setattr(demo, "DEMO_STEPS", 4)
     monkeypatch.setattr(extras, "check_mechanism", functools.partial(extras.check_mechanism, laws=["mixing"]))
 
     code, out, err = run("demo", "--out", "shown", "--jobs", "1")

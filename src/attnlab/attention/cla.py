@@ -5,7 +5,8 @@
 k and v are those of `gqa` in a layer that makes its own, and the same rows in the layers that take them, which have
 neither W_k nor W_v. Brandon et al. 2024 (arXiv 2405.12981), whose CLA2 is `share` 2. With no limit to `share`, behind
 layers that read a window, it is a decoder-decoder like YOCO (Sun et al. 2024, arXiv 2405.05254), which makes the rows
-outside of any attention. Layers in a row share: a layer of another mechanism between them changes nothing.
+outside of any attention. A layer of another mechanism between them changes nothing, and one whose rows have another
+shape makes its own.
 Caches 2 K H floats per token in a layer that makes them, nothing in the others.
 """
 
@@ -52,9 +53,10 @@ class Config(gqa.Config):
     def placed(self, before: Sequence[AttentionConfig], depth: int) -> Config:
         if self.own is not None:
             return self
-        sharing = [each.own for each in before if isinstance(each, Config)]
-        readers = sharing[::-1].index(True) + 1 if True in sharing else 0  # of the rows made last
-        return replace(self, own=not readers or readers == self.share)
+        sharing = [each for each in before if isinstance(each, Config)]
+        readers = next((n for n in range(1, len(sharing) + 1) if sharing[-n].own), 0)  # of the rows made last
+        full = readers == self.share
+        return replace(self, own=not readers or full or sharing[-readers].rows != self.rows)
 
     @property
     def cache_spec(self) -> CacheSpec:

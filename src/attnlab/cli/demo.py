@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,8 @@ from ..terminal import tables
 from ..terminal.progress import working
 from .options import progress, this_command
 
-DEMO_SEEDS = 2
+DEMO_SEEDS = 3  # fewer decide nothing
+DEMO_STEPS = 300
 DEMO_BENCH: dict[Literal["train", "prefill", "decode"], tuple[int, ...]] = {
     "train": (64,),
     "prefill": (256,),
@@ -43,6 +45,7 @@ def demo(
     from ..terminal.comparison import table
 
     config = presets.get("quick")
+    config = replace(config, train=replace(config.train, steps=DEMO_STEPS))
     comparison = Comparison(config, COMPARED, DEMO_SEEDS)
     found = compare(comparison, out, share=Share(jobs=jobs), command=this_command(), show=progress())
     measured = out / "bench.json"

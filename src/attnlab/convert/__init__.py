@@ -66,20 +66,21 @@ def convert(
     layers = [form.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
-    _check_windows(layers, [build(own) for own in fields], model, mechanism, request)
+    if not request.drop_window:
+        _check_windows(layers, [build(own) for own in fields], model.config.context, mechanism)
+
     seen: Seen = gather(source, calibration, tell) if target.METHODS[method] else [None] * len(layers)
     if request.per_layer:
         fields = _spread(target, layers, fields, build, method, seen)
     made = []
-    for i, (layer, own) in enumerate(zip(layers, fields, strict=True)):
+    for i, config in enumerate(attention_configs(_shape(model.config, mechanism, fields))):
         tell(f"making {mechanism}", i, len(layers))
-        made.append(target.weights(layer, _builder(model.config, mechanism, i)(own), method, seen[i]))
-        _refuse_overwritten(request.options or {}, made[-1][0])
+        made.append(target.weights(layers[i], config, method, seen[i]))
+        _refuse_overwritten(request.options or {}, made[i][0])
     fields = [{**own, **further} for own, (further, _) in zip(fields, made, strict=True)]
     new = _assemble(source, mechanism, fields, [tensors for _, tensors in made], request.seed)
     if hasattr(target, "finish"):
         target.finish(new, source, calibration, tell)
-
     measured = _measured(source.double(), new, held_out, request.seed, tell)
     certificate = Certificate(
         source="+".join(dict.fromkeys(model.config.mechanisms)),
@@ -87,12 +88,11 @@ def convert(
         method=method,
         rank=request.rank,
         per_layer=request.per_layer,
-        cache_bytes_before=cache_nbytes(model.config, model.embed.weight.element_size()),
-        cache_bytes_after=cache_nbytes(new.config, model.embed.weight.element_size()),
         context=model.config.context,
         calibration_tokens=sum(batch.numel() for batch in calibration),
         held_out=bool(held_out),
         options=to_dict(new.config)["options"],
+        **_cache_bytes(model, new),
         **measured,
     )
     return new.to(model.embed.weight), certificate
@@ -103,15 +103,20 @@ def _target(model: Decoder, mechanism: str) -> tuple[Any, Any]:
     target = targets.module(mechanism)
     layers = [block.attention for block in model.blocks()]
     smaller = latents.shrinks(layers, set(model.config.layers), mechanism)
-    return (latents, latents.Latent) if smaller else (target, Dense)
+    return (latents.Smaller, latents.Latent) if smaller else (target, Dense)
 
 
-def _check_windows(
-    layers: Sequence[Any], new: Sequence[AttentionConfig], model: Decoder, mechanism: str, request: Request
-) -> None:
-    """Raise `UserError` where a layer would see more tokens than the one in its place, unless that is asked for."""
-    if not request.drop_window:
-        windows.check_windows([layer.config for layer in layers], new, model.config.context, mechanism)
+def _check_windows(layers: Sequence[Any], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
+    windows.check_windows([each.config for each in layers], new, context, mechanism)
+
+
+def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, int]:
+    """Return the bytes of both caches at the model's context, in the dtype of its weights."""
+    width = model.embed.weight.element_size()
+    return {
+        "cache_bytes_before": cache_nbytes(model.config, width),
+        "cache_bytes_after": cache_nbytes(new.config, width),
+    }
 
 
 def _cache_floats(config: ModelConfig) -> list[int]:
@@ -152,12 +157,11 @@ def _method(mechanism: str, methods: Mapping[str, bool], given: str | None, text
     return given
 
 
-def _builder(config: ModelConfig, mechanism: str, layer: int = 0) -> Build:
-    """Return the function from fields of the mechanism to its Config in this layer of the model."""
+def _builder(config: ModelConfig, mechanism: str) -> Build:
+    """Return the function from fields of the mechanism to its Config in the first layer of the model."""
 
     def build(fields: Mapping[str, Any]) -> AttentionConfig:
-        whole = replace(config, n_layers=layer + 1, mechanisms=(mechanism,), options={mechanism: fields})
-        return attention_configs(whole)[layer]
+        return attention_configs(replace(config, n_layers=1, mechanisms=(mechanism,), options={mechanism: fields}))[0]
 
     return build
 
@@ -179,16 +183,21 @@ def _spread(
     return [{**own, name: rank} for own, rank in zip(fields, ranks, strict=True)]
 
 
-def _assemble(
-    source: Decoder, mechanism: str, fields: Sequence[dict[str, Any]], tensors: Sequence[dict[str, Tensor]], seed: int
-) -> Decoder:
-    """Return the new decoder in float64: these tensors in its attention layers, the source's everywhere else."""
+def _shape(config: ModelConfig, mechanism: str, fields: Sequence[dict[str, Any]]) -> ModelConfig:
+    """Return the config of the new model, whose layers have these fields."""
     common = {name: value for name, value in fields[0].items() if all(own.get(name) == value for own in fields)}
     options = {mechanism: common}
     for i, own in enumerate(fields):
         if special := {name: value for name, value in own.items() if name not in common}:
             options[f"{mechanism}@{i}"] = special
-    config = replace(source.config, mechanisms=(mechanism,), options=options)
+    return replace(config, mechanisms=(mechanism,), options=options)
+
+
+def _assemble(
+    source: Decoder, mechanism: str, fields: Sequence[dict[str, Any]], tensors: Sequence[dict[str, Tensor]], seed: int
+) -> Decoder:
+    """Return the new decoder in float64: these tensors in its attention layers, the source's everywhere else."""
+    config = _shape(source.config, mechanism, fields)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         new = Decoder(config).double().eval()

@@ -1,4 +1,4 @@
-"""Latents made smaller: a model of latent attention at a lower rank, with the same interface as a file of `targets/`.
+"""Latents made smaller: a model of latent attention at a lower rank.
 
 A latent is c = w * z / rms(z) with z = W_dkv x (R floats), and keys and values are M c. The factors of M diag(w) that
 lose least at rank r span r directions U (R r, orthonormal) of z; the new latent is U^T z, and its norm takes the part
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from .dense import affine
 from .low_rank import low_rank
 from .width import Budget
 
-METHODS = {"svd": False, "aware": True}
 MODELS = ("kv_rank", "d_model", "n_heads", "rope_scaling", "impl")  # fields that are the model's, or made here
 BASE = ("head_dim", "bias", "rope_theta", "dropout")  # whose defaults are the model's
 FREE = ("impl", "mode", "dropout", "warmup", "learn_every")  # fields that the options may change
@@ -54,37 +53,43 @@ def shrinks(layers: list[nn.Module], names: set[str], mechanism: str) -> bool:
     return names == {mechanism} and all(type(layer) in (mla.Attention, msla.Attention) for layer in layers)
 
 
-def widths(source: Latent, budget: Budget) -> dict[str, Any]:
-    """Return the fields of the source, with the rank that the budget has room for."""
-    kept = {}
-    for each in fields(source.config):
-        value = getattr(source.config, each.name)
-        chosen = each.name in FREE and each.name in budget.given
-        if each.name not in MODELS and not chosen and (each.name in BASE or value != each.default):
-            kept[each.name] = list(value) if isinstance(value, tuple) else value
-    return kept | {"kv_rank": budget.choose("kv_rank", range(1, source.config.kv_rank + 1), **kept)}
+class Smaller:
+    """A target of conversions, with the interface of the files in `targets/`."""
 
+    METHODS: ClassVar[Mapping[str, bool]] = {"svd": False, "aware": True}
 
-def weights(
-    source: Latent, config: Any, method: str, seen: Statistics | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return no further fields, and the tensors of a layer whose latent has `config.kv_rank` floats."""
-    R, r = source.config.kv_rank, config.kv_rank
-    normed = source.config.norm == "rms"
-    w = source.tensors["norm.weight"] if normed else torch.ones(R, dtype=torch.float64)
-    up = torch.cat([source.tensors["k_up.weight"], source.tensors["v_up.weight"]]) * w
-    latent, rotary = source.down.split([R, source.config.rope_dim])
-    moment = torch.eye(R, dtype=torch.float64) if seen is None else latent @ seen.moment @ latent.T
-    _, directions = low_rank(up, moment, rank=r)
-    basis = torch.linalg.qr(directions.T).Q  # R r
-    fitted = up @ moment @ basis @ torch.linalg.pinv(basis.T @ moment @ basis, hermitian=True)
-    kept = float((basis.T @ moment @ basis).trace() / moment.trace())  # share of z's energy
-    gain = math.sqrt(R / r * kept) if normed else 1.0
-    k_up, v_up = (gain * fitted).split([len(source.tensors["k_up.weight"]), len(source.tensors["v_up.weight"])])
-    down = torch.cat([basis.T @ latent, rotary])
-    tensors = dict(source.tensors) | {"down.weight": down[:, :-1], "k_up.weight": k_up, "v_up.weight": v_up}
-    if normed:
-        tensors["norm.weight"] = torch.ones(r, dtype=torch.float64)
-    if "down.bias" in tensors:
-        tensors["down.bias"] = down[:, -1]
-    return {}, tensors
+    @staticmethod
+    def widths(source: Latent, budget: Budget) -> dict[str, Any]:
+        """Return the fields of the source, with the rank that the budget has room for."""
+        kept = {}
+        for each in fields(source.config):
+            value = getattr(source.config, each.name)
+            chosen = each.name in FREE and each.name in budget.given
+            if each.name not in MODELS and not chosen and (each.name in BASE or value != each.default):
+                kept[each.name] = list(value) if isinstance(value, tuple) else value
+        return kept | {"kv_rank": budget.choose("kv_rank", range(1, source.config.kv_rank + 1), **kept)}
+
+    @staticmethod
+    def weights(
+        source: Latent, config: Any, method: str, seen: Statistics | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return no further fields, and the tensors of a layer whose latent has `config.kv_rank` floats."""
+        R, r = source.config.kv_rank, config.kv_rank
+        normed = source.config.norm == "rms"
+        w = source.tensors["norm.weight"] if normed else torch.ones(R, dtype=torch.float64)
+        up = torch.cat([source.tensors["k_up.weight"], source.tensors["v_up.weight"]]) * w
+        latent, rotary = source.down.split([R, source.config.rope_dim])
+        moment = torch.eye(R, dtype=torch.float64) if seen is None else latent @ seen.moment @ latent.T
+        _, directions = low_rank(up, moment, rank=r)
+        basis = torch.linalg.qr(directions.T).Q  # R r
+        fitted = up @ moment @ basis @ torch.linalg.pinv(basis.T @ moment @ basis, hermitian=True)
+        kept = float((basis.T @ moment @ basis).trace() / moment.trace())  # share of z's energy
+        gain = math.sqrt(R / r * kept) if normed else 1.0
+        k_up, v_up = (gain * fitted).split([len(source.tensors["k_up.weight"]), len(source.tensors["v_up.weight"])])
+        down = torch.cat([basis.T @ latent, rotary])
+        tensors = dict(source.tensors) | {"down.weight": down[:, :-1], "k_up.weight": k_up, "v_up.weight": v_up}
+        if normed:
+            tensors["norm.weight"] = torch.ones(r, dtype=torch.float64)
+        if "down.bias" in tensors:
+            tensors["down.bias"] = down[:, -1]
+        return {}, tensors
