@@ -110,7 +110,7 @@ def _check_windows(layers: Sequence[Any], new: Sequence[AttentionConfig], contex
     windows.check_windows([each.config for each in layers], new, context, mechanism)
 
 
-def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, int]:
+def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, Any]:
     """Return the bytes of both caches at the model's context, in the dtype of its weights."""
     width = model.embed.weight.element_size()
     return {
