@@ -177,6 +177,7 @@ class TrainConfig:
     steps: Count = 2000
     batch_size: Count = 12  # sequences per step and accumulation part
     accumulate: Count = 1
+    context: Count | None = None  # tokens of a sequence, at most the model's context; None: as many
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-3
     min_lr: NotNegative = 1e-4
@@ -223,6 +224,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.length > self.model.context:
+            raise UserError(
+                f"train.context is {self.length} and model.context {self.model.context}: give at most that, or leave "
+                "train.context out"
+            )
         if bool(self.teacher) != bool(self.train.distill):
             raise UserError(
                 f"the teacher is {self.teacher!r} and train.distill {self.train.distill}: give both, or neither"
@@ -234,10 +240,17 @@ class RunConfig:
         return "+".join(dict.fromkeys(self.model.mechanisms))
 
     @property
+    def length(self) -> int:
+        """Return the tokens of a sequence in training."""
+        return self.model.context if self.train.context is None else self.train.context
+
+    @property
     def key(self) -> str:
         """Return twelve hexadecimal digits that change with every field but the name."""
         data = to_dict(self)
         del data["name"]
+        if self.train.context is None:  # a field that earlier versions lack
+            del data["train"]["context"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -21,9 +21,17 @@ def choose(what: str, given: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if isinstance(given, str) and given in allowed:
         return given
-    near = difflib.get_close_matches(given, allowed, 1) if isinstance(given, str) and len(given) < WORD else []
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(given, allowed) if isinstance(given, str) else None
+    hint = f"; did you mean {near!r}?" if near else ""
     raise UserError(f"unknown {what} {quoted(given)}: expected one of {', '.join(allowed)}{hint}")
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str | None:
+    """Return the one of `allowed` for which `given` may be a slip of the pen, or a beginning; None: there is none."""
+    if len(given) >= WORD:
+        return None
+    alike = [name for name in allowed if abs(len(name) - len(given)) <= 2 or (given and name.startswith(given))]
+    return next(iter(difflib.get_close_matches(given, alike, 1, cutoff=0.65)), None)
 
 
 def quoted(value: object) -> str:

@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_said(models, source, target, fields, said):
 
 
 def test_sources_that_cannot_be_converted():
-    for name in ("mla", "mka", "mlp_latent"):
+    for name in ("mla", "mka", "mlp_latent"):  # mla becomes mla and nothing else
         with pytest.raises(UserError, match=f"a layer of {name} cannot be converted"):
             convert(grown(replace(SHAPE, mechanisms=(name,))), "gqa")
     normed = grown(replace(SHAPE, options={"mha": {"qk_norm": 1e-6}}))
@@ -450,3 +450,46 @@ def test_caps_and_rotary_bases_of_the_layers_are_kept():
     turned = grown(replace(SHAPE, options={"mha": {"rope_theta": 77.0}}))
     for target in ("gqa", "mla", "gated"):
         assert convert(turned, target)[1].exact
+
+
+LATENT = {
+    "plain": {"kv_rank": 12},
+    "queries": {"kv_rank": 12, "q_rank": 10, "bias": True, "v_dim": 4},
+    "unnormed": {"kv_rank": 10, "norm": "none", "rope_dim": 0},
+}
+
+
+@pytest.mark.parametrize("name", ["mla", "msla"])
+@pytest.mark.parametrize("case", LATENT)
+def test_latents_become_smaller_latents(name, case):
+    options = LATENT[case] | ({"top_k": 6} if name == "msla" else {})
+    source = grown(replace(SHAPE, mechanisms=(name,), options={name: options}))
+    text = {"calibration": batches(), "held_out": batches(2, 7)}
+    new, found = convert(source, name, **text)
+    assert found.exact and found.cache_share == 1 and attention_configs(new.config) == attention_configs(source.config)
+    errors = []
+    for rank in (options["kv_rank"], 8, 4, 1):
+        new, found = convert(source, name, rank=rank, **text)
+        assert attention_configs(new.config)[0].kv_rank == rank
+        errors.append(found.layer_errors[0])
+    assert errors[0] < 1e-9 < errors[1] < errors[3]
+    half = convert(source, name, rank=0.75, method="svd")[1]
+    assert 0.4 < half.cache_share <= 0.75 and half.method == "svd"
+    with pytest.raises(UserError, match="kv_rank 99 does not fit this model: give 1 to"):
+        convert(source, name, rank=99)
+    with pytest.raises(UserError, match="the option head_dim is 8, and this conversion makes it 6"):
+        convert(source, name, options={"head_dim": 8})
+
+
+def test_latents_that_nothing_speaks_for_are_left_out():
+    source = grown(replace(SHAPE, mechanisms=("mla",), options={"mla": {"kv_rank": 8}}))
+    with torch.no_grad():
+        for block in source.blocks():  # keys and values read 5 of the 8 directions
+            up = torch.cat([block.attention.k_up.weight, block.attention.v_up.weight])
+            up = up @ torch.linalg.qr(torch.randn(8, 5).double()).Q @ torch.randn(5, 8).double()
+            block.attention.k_up.weight.copy_(up[:24])
+            block.attention.v_up.weight.copy_(up[24:])
+    unnormed = replace(source.config, options={"mla": {"kv_rank": 8, "norm": "none"}})
+    plain = Decoder(unnormed).double().eval()
+    plain.load_state_dict({n: v for n, v in source.state_dict().items() if ".norm." not in n}, strict=True)
+    assert convert(plain, "mla", rank=5)[1].exact and not convert(plain, "mla", rank=4)[1].exact

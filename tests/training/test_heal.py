@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from attnlab import pretrained
 from attnlab.cli.main import main
-from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from attnlab.convert import convert
 from attnlab.data import CharTokenizer
 from attnlab.errors import UserError
@@ -194,3 +195,23 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
     assert main([*words, "--out", f"{tmp_path}/run", "--resume"]) == 0
     assert main(["heal", "source", *text, "--distill", "1", "--out", "bad"]) == 2
     assert "--teacher" in capsys.readouterr().err and not (place / "bad").exists()
+
+
+def test_windows_are_capped_and_the_models_context_stays(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    long = replace(MODEL, context=600, vocab_size=65, positions="rope")
+    for name, shape in {"long": long, "learned": replace(long, positions="learned")}.items():
+        pretrained.save(pretrained.Loaded(Decoder(shape).eval(), None, "here", "attnlab"), name)
+        assert main(["heal", name, "--steps", "1", "--batch-size", "1", "--device", "cpu", "--out", f"{name}-run"]) == 0
+        config = RunFolder.open(f"{name}-run").config
+        assert (config.length, config.model.context) == (512, 600)
+        assert RunFolder.open(f"{name}-run").metrics()[-1]["tokens"] == 512
+    words = ["heal", "long", "--steps", "1", "--batch-size", "1", "--device", "cpu", "--out", "longer"]
+    assert main([*words, "--context", "20"]) == 0 and RunFolder.open("longer").config.length == 20
+    with pytest.raises(UserError, match=r"train.context is 601 and model.context 600: give at most that"):
+        RunConfig(model=long, train=TrainConfig(context=601))
+    known = RunConfig(model=long)
+    assert replace(known, train=replace(known.train, context=600)).key != known.key
+    fields = to_dict(known)
+    del fields["name"], fields["train"]["context"]  # earlier versions had no such field, and their keys stay
+    assert hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12] == known.key

@@ -53,7 +53,7 @@ def heal(
         distill: The share of the objective, 0 to 1, that is agreement with the original instead of with the text.
         teacher: The original (what the certificate of DIR names if left out).
         batch_size: Sequences per step.
-        context: Tokens per sequence (the model's if left out).
+        context: Tokens per sequence (the model's context, at most 512, if left out).
         lr: The learning rate, which falls to a tenth.
         warmup: Steps in which it rises.
         eval_every: Steps between two points of the curve (a tenth of all if left out).
@@ -84,13 +84,16 @@ def heal(
     every = max(steps // 10, 1) if eval_every is None else eval_every
     own = loaded.tokenizer is not None and not data.startswith("prepared:")
     name = f"{folder.name}-healed"
+    shape = loaded.model.config
+    length = min(shape.context, 512) if context is None else context
     config = RunConfig(
         name=name,
-        model=loaded.model.config if context is None else replace(loaded.model.config, context=context),
+        model=replace(shape, context=max(shape.context, length)),
         data=DataConfig(source=data, tokenizer=str(folder) if own else "auto"),
         train=TrainConfig(
             steps=steps,
             batch_size=batch_size,
+            context=length,
             lr=lr,
             min_lr=lr / 10,
             warmup=warmup,

@@ -1,7 +1,8 @@
 """Conversion of a trained model to another attention, with a certificate of what that did to it.
 
 The source's layers are of the dense family: mha, gqa, mqa, sliding. They become what has a file in `targets/`, and what
-says `weights_from` in its own module (`own_weights`); the mathematics is in `low_rank`, `pooling` and `rotary`.
+says `weights_from` in its own module (`own_weights`); the mathematics is in `low_rank`, `pooling` and `rotary`. Layers
+of latents (mla, msla) become the same at a lower rank (`latents`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..ranges import checked
 from ..results import Tell
 from ..runs.tensors import computing
 from ..spec import AttentionConfig
-from . import low_rank, targets, windows
+from . import latents, low_rank, targets, windows
 from .calibration import Statistics, gather
 from .certificate import Certificate, compare_models
 from .dense import Dense
@@ -59,10 +60,10 @@ def convert(
     tokens, and no loss is given. Raises `UserError` for what cannot be converted.
     """
     request = Request(**settings)
-    target = targets.module(mechanism)
+    target, form = _target(model, mechanism)
     method = _method(mechanism, target.METHODS, request.method, bool(calibration))
     source = computing(copy.deepcopy(model).cpu().eval())
-    layers = [Dense.of(block.attention) for block in source.blocks()]
+    layers = [form.of(block.attention) for block in source.blocks()]
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
     if not request.drop_window:
@@ -97,11 +98,19 @@ def convert(
     return new.to(model.embed.weight), certificate
 
 
-def _check_windows(layers: Sequence[Dense], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
+def _target(model: Decoder, mechanism: str) -> tuple[Any, Any]:
+    """Return the target, and the class of the values that it makes weights from. `UserError` for an unknown name."""
+    target = targets.module(mechanism)
+    layers = [block.attention for block in model.blocks()]
+    smaller = latents.shrinks(layers, set(model.config.layers), mechanism)
+    return (latents.Smaller, latents.Latent) if smaller else (target, Dense)
+
+
+def _check_windows(layers: Sequence[Any], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
     windows.check_windows([each.config for each in layers], new, context, mechanism)
 
 
-def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, int]:
+def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, Any]:
     """Return the bytes of both caches at the model's context, in the dtype of its weights."""
     width = model.embed.weight.element_size()
     return {

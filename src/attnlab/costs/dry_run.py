@@ -40,8 +40,8 @@ def forecast(config: RunConfig, rate: float | None = None) -> Forecast:
     """
     model, train = config.model, config.train
     count = parameters(model)
-    per_step = train.batch_size * train.accumulate * model.context
-    per_token = training_flops(model)
+    per_step = train.batch_size * train.accumulate * config.length
+    per_token = training_flops(model, config.length)
     if rate is None:
         device = find_device(train.device)
         speed = measured_peak(device, find_precision(train.precision, device), torch.get_num_threads()).rate

@@ -39,7 +39,7 @@ def _is_large(config: RunConfig, device: torch.device) -> bool:
     rows = min(train.batch_size, train.batch_size * train.accumulate)
     states = 4 * parameters(model)  # weights, gradients, two moments
     width = WIDTHS * model.d_model + 4 * (model.ff_dim or 4 * model.d_model)
-    activations = rows * model.context * (model.n_layers * width + 4 * model.vocab_size)
+    activations = rows * config.length * (model.n_layers * width + 4 * model.vocab_size)
     try:
         check_room("", 10 * FLOAT * (states + activations), "", device)
     except UserError:

@@ -97,7 +97,7 @@ def footprint(
     """
     with torch.random.fork_rng([]), device:
         model = Decoder(config.model)
-        tokens, targets = (torch.zeros(batch, config.model.context, dtype=torch.int64) for _ in "xy")
+        tokens, targets = (torch.zeros(batch, config.length, dtype=torch.int64) for _ in "xy")
     freeze(model, config.train.train)
     if accumulated:
         for parameter in model.parameters():

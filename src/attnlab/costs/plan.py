@@ -125,7 +125,7 @@ def plan(
     model, train = config.model, config.train
     if not 0 < mfu <= 1:
         raise UserError(f"the MFU is {mfu}: it is a share of the peak, above 0 and at most 1")
-    budget = train.steps * train.batch_size * train.accumulate * model.context if tokens is None else tokens
+    budget = train.steps * train.batch_size * train.accumulate * config.length if tokens is None else tokens
     if not 1 <= budget < math.inf:
         raise UserError(f"there are {budget:g} tokens to train on: give 1 or more, such as 300e9")
     sizes = Sizes(config)
@@ -191,7 +191,7 @@ class Sizes:
     def training_flops(self, machine: Machine) -> float:
         """Return FLOPs per token, counted, with those that kernels compute again for their backward passes."""
         batch = self.batch(machine)
-        return self.step(batch, machine.recompute, False).flops / (batch * self.config.model.context)
+        return self.step(batch, machine.recompute, False).flops / (batch * self.config.length)
 
     def memory(self, machine: Machine) -> StepMemory:
         """Return the memory of a training step, once the optimizer has its state."""

@@ -24,6 +24,11 @@ from .schemas import ORIGINAL, ModelFile, TokenizerSettings
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WANTED = ["*.json", "*.jinja", "*.safetensors"]  # the files to download of a model on the hub
+GGUF = b"GGUF"  # the beginning of such a file
+NO_GGUF = (
+    "which is not read here: give the folder of safetensors that it was made from, or let transformers write one "
+    "(from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT))"
+)
 
 
 class LazyTensor(NamedTuple):
@@ -59,6 +64,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
     Raises `UserError` where there is no config.json, or one that is no JSON object.
     """
+    packed = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if packed is not None and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds {packed.name}, a GGUF file, {NO_GGUF}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has neither run.json nor config.json; give the folder of a run or of a model")
     config = read_json(folder / "config.json", ModelFile, ORIGINAL)
@@ -167,6 +175,7 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
 
     Its tokenizer, a pickle elsewhere, is not read. Raises `UserError` for any other file.
     """
+    refuse_other_files(path)
     held = unpickle(path, trust)
     if not isinstance(held, dict) or not {"model", "model_args"} <= set(held):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args; give a model's folder")
@@ -183,6 +192,16 @@ def nanogpt(path: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, 
         if found.setdefault(name.removeprefix("_orig_mod."), tensor) is not tensor:
             raise UserError(f"{path} has the tensor {name.removeprefix('_orig_mod.')} twice; save it again")
     return about, found
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise `UserError` for a single file that is no checkpoint of PyTorch: GGUF, or safetensors without a config."""
+    with regular(path).open("rb") as file:
+        begin = file.read(16)
+    if begin.startswith(GGUF) or path.suffix == ".gguf":
+        raise UserError(f"{path} is a GGUF file, {NO_GGUF}")
+    if path.suffix == ".safetensors" or begin[8:10] == b'{"':
+        raise UserError(f"{path} holds tensors without a config.json: give the folder that has both")
 
 
 def unpickle(path: Path, trust: bool) -> Any:

@@ -156,10 +156,23 @@ def read_tensors(
     read = {}
     for row in rows:
         floating = any(name in dtypes for name in row.ours)
-        theirs = [finite_weights(name, found[name].load(), source, floating) for name in row.theirs]
+        theirs = [
+            finite_weights(name, scaled(name, found[name].load(), source), source, floating) for name in row.theirs
+        ]
         for name, tensor in zip(row.ours, row.read(*theirs), strict=True):
             read[name] = torch.empty(tensor.shape, dtype=dtypes.get(name, tensor.dtype)).copy_(tensor)
     return read
+
+
+def scaled(name: str, tensor: Tensor, source: str) -> Tensor:
+    """Return `tensor`. Raises `UserError` for floating-point numbers of 8 bits: they count in units of a scale."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source} has {name} in {kind}, a quantized form whose scales are not read: bring it as float32, float16 "
+            "or bfloat16"
+        )
+    return tensor
 
 
 def write_tensors(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

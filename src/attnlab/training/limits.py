@@ -28,9 +28,9 @@ def check_run(config: RunConfig, processes: int = 1) -> None:
     model, train = config.model, config.train
     device = find_device(train.device)
     rows = train.batch_size * train.accumulate
-    check_room("the tokens of a step", 2 * ID * rows * model.context // processes, SMALLER)
+    check_room("the tokens of a step", 2 * ID * rows * config.length // processes, SMALLER)
     part = max(train.batch_size // processes, 1)
-    logits = FLOAT * part * model.context * model.vocab_size
+    logits = FLOAT * part * config.length * model.vocab_size
     check_room("the logits of one part of a step", logits, SMALLER, device)
     part_sizes(train, processes)
     for layer in attention_configs(model):
@@ -46,7 +46,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, data.Corpus]:
     Raises `UserError` for a seed, a source, a context or a learning rate that cannot be used.
     """
     corpus = data.load(config.data)
-    corpus.check(config.model.context)
+    corpus.check(config.length)
     if config.model.vocab_size < corpus.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
     check_rates(config.train)

@@ -113,9 +113,7 @@ class Trainer:
         """Return the parts of step `step` that this process reads one by one, on the host."""
         train, processes = self.config.train, self.processes
         size = train.batch_size * train.accumulate
-        whole = self.corpus.batch(
-            self.config.seed, step, size, self.config.model.context, processes.rank, processes.size
-        )
+        whole = self.corpus.batch(self.config.seed, step, size, self.config.length, processes.rank, processes.size)
         ends = list(accumulate(part_sizes(train, processes.size)))
         return [whole.rows(start, end) for start, end in pairwise([0, *ends])]
 

@@ -83,8 +83,7 @@ class Account:
         self.tokens += tokens
         self.seconds += seconds
         self.waited += waited
-        model = self.config.model
-        for length, count in [(n, n) for n in lengths] or [(model.context, tokens)]:
+        for length, count in [(n, n) for n in lengths] or [(self.config.length, tokens)]:
             needed, executed = self._cost(length)
             self.flops += count * needed
             self.executed += count * executed

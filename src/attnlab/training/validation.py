@@ -15,7 +15,7 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
     """Return the mean loss in nats over the targets of the fixed held-out rows; None when it was `stopped`."""
     size = trainer.config.train.batch_size
     processes = trainer.processes
-    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.model.context)
+    whole = trainer.corpus.windows(trainer.config.train.eval_batches * size, trainer.config.length)
     losses: list[Tensor] = []
     counts: list[int] = []
     trainer.model.eval()
