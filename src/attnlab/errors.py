@@ -30,7 +30,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """Return the one of `allowed` for which `given` may be a slip of the pen, or a beginning; None: there is none."""
     if len(given) >= WORD:
         return None
-    alike = [name for name in allowed if abs(len(name) - len(given)) <= 2 or (given and name.startswith(given))]
+    alike = [
+        name
+        for name in allowed
+        if abs(len(name) - len(given)) <= 2
+        or (given and name.startswith(given))
+        or difflib.SequenceMatcher(None, given, name).ratio() >= 0.8  # a long name, a little shorter
+    ]
     return next(iter(difflib.get_close_matches(given, alike, 1, cutoff=0.65)), None)
 
 

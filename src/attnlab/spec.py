@@ -39,6 +39,10 @@ class Mask:
             raise UserError(f"window is {quoted(self.window)}: it must be a whole number, at least 1, or None")
         if not isinstance(self.plain, bool):
             raise UserError(f"plain is {quoted(self.plain)}: it must be true or false")
+        if not isinstance(self.given, dict):
+            raise UserError(f"given is {quoted(self.given)}: it must be a dict of tensors by name")
+        if self.gifts is not None and not isinstance(self.gifts, dict):
+            raise UserError(f"gifts is {quoted(self.gifts)}: it must be a dict of tensors by name, or None")
 
     def __call__(self, q: Any, k: Any) -> Any:
         """Return whether queries at positions `q` see keys at `k`: arrays that broadcast, of NumPy, Torch or JAX."""

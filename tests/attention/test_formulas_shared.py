@@ -109,29 +109,37 @@ def test_activation_checkpoints_change_no_gradient():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
-def test_cross_layer_attention_is_its_formula():
-    config = cla.Config(d_model=12, n_heads=4, head_dim=4, n_kv_heads=2, bias=True, qk_norm=0.0)
+CASES = [
+    ("cla", {"n_kv_heads": 2, "bias": True}),
+    ("cla", {"n_kv_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES)
+def test_a_layer_that_takes_rows_is_its_formula(name: str, fields: dict[str, Any]) -> None:
+    config: Any = attention.config(name, d_model=12, n_heads=4, head_dim=4, **fields)
+    K = config.n_kv_heads
     torch.manual_seed(4)
-    stack: Any = judged_layer(cla.Attention, config).double().eval()
+    stack: Any = judged_layer(attention.module(name).Attention, config).double().eval()
     x = torch.randn(1, 6, 12, dtype=torch.float64)
     y, _ = stack(x, torch.arange(6)[None])
     first, second = stack.layers
     with torch.no_grad():
         first_y, _ = first(x, torch.arange(6)[None])
-        qkv = first.qkv(x)[0]
+        made = first.qkv(x)[0]
         q = second.q(x + first_y)[0].view(6, 4, 4)
         rows = []
         for t in range(6):
             heads = []
             for n in range(4):
-                j = n // 2
-                keys = [turn(qkv[s, 16 + 4 * j : 20 + 4 * j], s) for s in range(t + 1)]
-                values = [qkv[s, 24 + 4 * j : 28 + 4 * j] for s in range(t + 1)]
+                at = 16 + 4 * (n // (4 // K))
+                keys = [turn(made[s, at : at + 4], s) for s in range(t + 1)]
+                values = [made[s, 4 * K + at : 4 * K + at + 4] for s in range(t + 1)]
                 weights = torch.stack([turn(q[t, n], t) @ key / 2 for key in keys]).softmax(0)
                 heads.append(sum(w * v for w, v in zip(weights, values, strict=True)))
             rows.append(second.o(torch.cat(heads)))
     torch.testing.assert_close(y[0], torch.stack(rows), rtol=0, atol=1e-12)
-    assert {name for name, _ in second.named_parameters()} == {"q.weight", "q.bias", "o.weight", "o.bias"}
+    assert {name.partition(".")[0] for name, _ in second.named_parameters()} == {"q", "o"}
 
 
 @pytest.mark.parametrize(
