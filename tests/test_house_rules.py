@@ -48,6 +48,7 @@ ORDER = [
     "device",
     "arguments",
     "layers",
+    "normed_heads",
     "recording",
     "kernels",
     "cache",

@@ -289,9 +289,8 @@ def test_sources_that_cannot_be_converted():
             convert(grown(replace(SHAPE, mechanisms=(name,))), "gqa")
     normed = grown(replace(SHAPE, options={"mha": {"qk_norm": 1e-6}}))
     assert convert(normed, "gqa")[1].exact and convert(normed, "sliding")[1].exact
-    for target, fields in (("mla", {}), ("gqa", {"rank": 2, "method": "aligned"})):
-        with pytest.raises(UserError, match="norm"):
-            convert(normed, target, **fields)
+    with pytest.raises(UserError, match="norm"):
+        convert(normed, "gqa", rank=2, method="aligned")
 
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n" * 30

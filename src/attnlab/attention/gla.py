@@ -41,6 +41,8 @@ class Config(mla.Config):
         if self.kv_rank is None:
             self.set("kv_rank", 2 * self.head_dim)
         super().__post_init__()
+        if self.from_heads:
+            raise UserError("from_heads is of mla: leave it out, because gla's latents are made from x")
         if self.n_heads % self.groups:
             raise UserError(f"groups is {self.groups}: it must divide n_heads, {self.n_heads}")
 

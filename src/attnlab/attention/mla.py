@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..cache import Cache, Output, Seen, extend
 from ..errors import UserError
 from ..layers import Linear, RMSNorm
+from ..normed_heads import NormedHeads, absorbing_is_less, check_heads, core_flops, kv_width, query_map, source_flops
 from ..ops import attend, rope
-from ..ranges import DERIVED, Count, NotNegative, Size
+from ..ranges import DERIVED, Count, NotNegative, Positive, Size
 from ..recording import note
 from ..spec import CAUSAL, AttentionConfig, CacheSpec, Mask
 
@@ -39,6 +40,8 @@ class Config(AttentionConfig):
     v_dim: Count = DERIVED  # left out: head_dim
     q_rank: Size = 0  # 0: queries straight from x
     norm: Literal["rms", "layer", "none"] = "rms"  # of the latents
+    from_heads: Size = 0  # key/value heads that are normed, and made into the latent (Qwen3); 0: it is made from x
+    head_eps: Positive = 1e-6  # epsilon of these norms
     mode: Literal["auto", "expanded", "absorbed"] = "auto"
 
     formula = "o[n] = softmax([W_q x; rope] [W_uk c; rope]^T / sqrt(H + r)) W_uv c,  c = norm(W_dkv x)"
@@ -60,6 +63,7 @@ class Config(AttentionConfig):
             self.set("rope_dim", 2 * len(self.rope_places))
         elif self.rope_dim is None:
             self.set("rope_dim", 0 if self.rope_theta is None else self.head_dim // 4 * 2)
+        check_heads(self)
         if self.rope_dim % 2 or (self.rope_dim and self.rope_theta is None):
             raise UserError(f"rope_dim is {self.rope_dim}: give an even number, and 0 where positions are learned")
 
@@ -68,24 +72,11 @@ class Config(AttentionConfig):
         return CacheSpec({"latent": (self.kv_rank + self.rope_dim,)})  # one tensor: absorbed keys need no copy
 
     def flops(self, queries: int, keys: int) -> int:
-        q_width = self.n_heads * (self.head_dim + self.rope_dim)
-        q_product = (self.d_model + q_width) * self.q_rank if self.q_rank else self.d_model * q_width
-        down_and_out = self.d_model * (self.kv_rank + self.rope_dim + self.n_heads * self.v_dim)
-        shared = 2 * queries * (q_product + down_and_out)
-        return shared + self.core_flops(queries, keys, self.absorbs(queries, keys))
-
-    def core_flops(self, queries: int, keys: int, absorbed: bool) -> int:
-        """Return the FLOPs that differ between the modes: W_uk and W_uv, scores, and the weighted sum."""
-        up = self.kv_rank * (self.head_dim + self.v_dim)
-        if absorbed:
-            return 2 * self.n_heads * (queries * up + queries * keys * (2 * self.kv_rank + self.rope_dim))
-        return 2 * self.n_heads * (keys * up + queries * keys * (self.head_dim + self.rope_dim + self.v_dim))
+        return queries * source_flops(self) + core_flops(self, queries, keys, self.absorbs(queries, keys))
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Return whether `queries` new tokens that read `keys` stored ones are computed in the absorbed mode."""
-        if self.mode != "auto":
-            return self.mode == "absorbed"
-        return self.core_flops(queries, keys, absorbed=True) < self.core_flops(queries, keys, absorbed=False)
+        return self.mode == "absorbed" if self.mode != "auto" else absorbing_is_less(self, queries, keys)
 
 
 class Attention(nn.Module):
@@ -97,8 +88,10 @@ class Attention(nn.Module):
         if config.q_rank:
             self.q_down = Linear(D, config.q_rank, bias=config.bias)
             self.q_norm = NORMS[config.norm](config.q_rank, eps=1e-6)
-        self.q = Linear(config.q_rank or D, N * (config.head_dim + config.rope_dim), bias=config.bias)
-        self.down = Linear(D, config.kv_rank + config.rope_dim, config.bias)
+        if config.from_heads:
+            self.heads = NormedHeads(config)
+        self.q = query_map(config)
+        self.down = Linear(kv_width(config), config.kv_rank + config.rope_dim, config.bias)
         self.norm = NORMS[config.norm](config.kv_rank, eps=1e-6)
         self.k_up = Linear(config.kv_rank, N * config.head_dim, bias=False)
         self.v_up = Linear(config.kv_rank, N * config.v_dim, bias=False)
@@ -107,15 +100,14 @@ class Attention(nn.Module):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x: B L D -> queries B L N (H + rope_dim), and the row to store, c and r: B L (R + rope_dim)."""
         c = self.config
-        q_source = self.q_norm(self.q_down(x)) if c.q_rank else x
-        q = self.q(q_source).unflatten(-1, (c.n_heads, -1))
-        latent, k_rope = self.down(x).split([c.kv_rank, c.rope_dim], -1)
+        q_source, kv_source = self.heads(x) if c.from_heads else (x, x)
+        q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else q_source).unflatten(-1, (c.n_heads, -1))
+        latent, k_rope = self.down(kv_source).split([c.kv_rank, c.rope_dim], -1)
         latent = note("latent", self.norm(latent))
         if c.rope_dim:
             q = torch.cat([q[..., : c.head_dim], self.turn(q[..., c.head_dim :], positions)], -1)
             k_rope = self.turn(k_rope[:, :, None], positions)[:, :, 0]
-            latent = torch.cat([latent, k_rope], -1)
-        return q, latent
+        return q, torch.cat([latent, k_rope], -1)
 
     def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Return the rotary part of heads (B L N rope_dim), turned by position."""
@@ -145,8 +137,7 @@ class Attention(nn.Module):
         """
         c = self.config
         latent, k_rope = stored.split([c.kv_rank, c.rope_dim], -1)
-        k = self.k_up(latent).unflatten(-1, (c.n_heads, -1))
-        v = self.v_up(latent).unflatten(-1, (c.n_heads, -1))
+        k, v = (up(latent).unflatten(-1, (c.n_heads, -1)) for up in (self.k_up, self.v_up))
         if not c.rope_dim:
             return (q,), (k,), v
         return q.split([c.head_dim, c.rope_dim], -1), (k, k_rope[:, :, None]), v
@@ -156,5 +147,4 @@ class Attention(nn.Module):
         c = self.config
         k_up = self.k_up.weight.unflatten(0, (c.n_heads, -1))  # N H R
         q_latent = torch.einsum("blnh,nhr->blnr", q[..., : c.head_dim], k_up)
-        k = stored[:, :, None]
-        return torch.cat([q_latent, q[..., c.head_dim :]], -1), k, k[..., : c.kv_rank]
+        return torch.cat([q_latent, q[..., c.head_dim :]], -1), stored[:, :, None], stored[:, :, None, : c.kv_rank]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attention import gqa, mla
 from ..model import Decoder
 from ..recording import record_attention
 from ..results import Tell
@@ -18,7 +19,7 @@ from ..results import Tell
 class Statistics:
     """Statistics of one layer, in float64."""
 
-    moment: Tensor  # E [x 1] [x 1]^T of its input x, (D + 1) (D + 1)
+    moment: Tensor  # E [x 1] [x 1]^T of x, the input of its linear maps (see `features`), (D + 1) (D + 1)
     reach: Tensor  # share of attention that goes 0, 1, ... tokens back, T; nan where positions are not rotary
 
     @property
@@ -48,23 +49,36 @@ def record_inputs(model: Decoder) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def features(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what is multiplied by matrices in a layer that reads x (B T D): x, or what it has normed, B T M.
+
+    That is, of a layer whose heads have norms, the queries, keys and values of all heads; of latents made from such
+    heads, their keys and values.
+    """
+    if isinstance(layer, mla.Attention) and layer.config.from_heads:
+        return layer.heads(x)[1]
+    if isinstance(layer, gqa.Attention) and layer.config.qk_norm:
+        return torch.cat([heads.flatten(2) for heads in layer.heads(x)], -1)
+    return x
+
+
 @torch.no_grad()
 def gather(model: Decoder, batches: Sequence[Tensor], tell: Tell) -> list[Statistics]:
     """Return the statistics of every layer, from batches of token ids (B T)."""
     rotary = model.config.positions == "rope"
     layers = len(model.layers)
-    width = model.config.d_model + 1
     length = max(batch.shape[1] for batch in batches)
-    moments = torch.zeros(layers, width, width, dtype=torch.float64)
+    moments = [torch.zeros(1, 1, dtype=torch.float64)] * layers
     reaches = torch.zeros(layers, length, dtype=torch.float64)
     for done, batch in enumerate(batches):
         tell("reading calibration text", done, len(batches))
         recording: AbstractContextManager[list[Tensor]] = record_attention() if rotary else nullcontext([])
         with record_inputs(model) as seen, recording as maps:
             model.hidden(batch)
-        for moment, x in zip(moments, seen, strict=True):
-            x = nn.functional.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)
-            moment += x.T @ x
+        for i, (block, x) in enumerate(zip(model.blocks(), seen, strict=True)):
+            read = features(block.attention, x).flatten(0, 1).double()
+            read = nn.functional.pad(read, (0, 1), value=1.0)
+            moments[i] = read.T @ read + (moments[i] if done else 0)
         for reach, weights in zip(reaches, maps, strict=rotary):
             total = weights.double().sum((0, 1))  # T T
             reach[: len(total)] += torch.stack([total.diagonal(-back).sum() for back in range(len(total))])

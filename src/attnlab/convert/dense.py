@@ -5,7 +5,7 @@ Everything is float64, head by head, and affine: the last column of a weight is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Dense:
     o_bias: Tensor  # D
     norms: dict[str, Tensor]  # "q_norm.weight" and "k_norm.weight", H each; {}: heads have no norms
     config: gqa.Config
+    inputs: Tensor | None = None  # E [x 1] [x 1]^T where no text shows it, (D + 1) (D + 1); None: the identity
 
     @classmethod
     def of(cls, layer: nn.Module) -> Dense:
@@ -51,6 +52,24 @@ class Dense:
         o, o_bias = out[:, :-1].unflatten(1, (c.n_heads, -1)), out[:, -1]
         norms = {name: value.double() for name, value in layer.state_dict().items() if "_norm." in name}
         return cls(q, k, v, o, o_bias, norms, c)
+
+    def after_norms(self) -> Dense:
+        """Return the layer as one that reads its own queries, keys and values, the first two normed.
+
+        So what is left of it are linear maps: each head takes its part of that input, (N + 2K) H. Without text, its
+        moment is that which a white input has, and each norm divides by the root mean square that this gives a head.
+        """
+        N, H, _ = self.q.shape
+        K = self.kv_heads
+        picks = torch.eye((N + 2 * K) * H + 1, dtype=self.q.dtype)
+        q, k, v = picks[:-1].unflatten(0, (-1, H)).split([N, K, K])
+        normed = [
+            heads / heads.square().sum(-1).mean(-1).sqrt()[:, None, None] * self.norms[f"{name}_norm.weight"][:, None]
+            for name, heads in (("q", self.q), ("k", self.k))
+        ]
+        maps = torch.cat([*normed, self.v]).flatten(0, 1)
+        maps = torch.cat([maps, torch.eye(maps.shape[1], dtype=maps.dtype)[-1:]])
+        return replace(self, q=q, k=k, v=v, inputs=maps @ maps.T)
 
     @property
     def frequencies(self) -> Tensor | None:

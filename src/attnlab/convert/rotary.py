@@ -40,7 +40,8 @@ def split(source: Dense, pairs: int, seen: Statistics | None = None) -> Rotary:
     q = as_complex(source.q)
     k = as_complex(source.k)
     K, P, width = k.shape
-    moment = torch.eye(width, dtype=torch.float64) if seen is None else seen.moment
+    white = torch.eye(width, dtype=torch.float64) if source.inputs is None else source.inputs
+    moment = white if seen is None else seen.moment
     weight = torch.einsum("npd,de,npe->np", q, moment + 0j, q.conj()).real.unflatten(0, (K, -1)).sum(1)
     weight = weight.clamp(min=1e-12 * float(weight.max())).sqrt()
     weighted = (weight[..., None] * k).transpose(0, 1)  # P K (D + 1)

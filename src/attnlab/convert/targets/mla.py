@@ -31,18 +31,15 @@ def widths(source: Dense, budget: Budget) -> dict[str, Any]:
     """Return the fields that shape a layer of latents.
 
     All rotary pairs and all values of the source are kept where the budget has room for them. Else rotary keys and
-    latent get half of it each, which was best where it was measured. Raises `UserError` for heads with norms.
+    latent get half of it each, which was best where it was measured.
     """
-    if source.norms:
-        raise UserError(
-            "a model that norms its query and key heads cannot be converted to latents: a norm is no product"
-        )
     if source.config.cap:
         raise UserError(
             "a model that caps its scores cannot be converted to latents, which have no cap: convert to gqa"
         )
     usual: Any = budget.build(budget.given)
     fields = _fixed(source, usual)
+    source = source.after_norms() if source.norms else source
     K, H, width = source.k.shape
     D = width - 1
     ranks = range(1, min(D, 2 * K * H) + 1)
@@ -58,7 +55,9 @@ def widths(source: Dense, budget: Budget) -> dict[str, Any]:
 def _fixed(source: Dense, usual: Any) -> dict[str, Any]:
     """Return the fields that follow from the source alone; `usual` is the Config without them."""
     H = source.k.shape[1]
-    fields = {"norm": "none", "q_rank": 0, "v_dim": H}
+    fields: dict[str, Any] = {"norm": "none", "q_rank": 0, "v_dim": H, "from_heads": 0}
+    if source.norms:
+        fields |= {"from_heads": source.kv_heads, "head_eps": source.config.qk_norm}
     if source.biased and not usual.bias:
         fields["bias"] = True
     if usual.head_dim != H:
@@ -93,10 +92,23 @@ def weights(
     source: Dense, config: Any, method: str, seen: Statistics | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the places of the rotary pairs, and the tensors of a layer of latents."""
+    seen = seen if method == "aware" else None
+    if not source.norms:
+        return _factored(source, config, seen)
+    further, found = _factored(source.after_norms(), config, seen)
+    heads = torch.arange(config.n_heads * config.head_dim).view(config.n_heads, 1, -1)
+    q = found["q.weight"].unflatten(0, (config.n_heads, -1))
+    found["q.weight"] = q.gather(2, heads.expand(-1, q.shape[1], -1))  # each head reads its own part, and no other
+    found["down.weight"] = found["down.weight"][:, heads.numel() :]
+    found |= {f"heads.{name}": value for name, value in (state(qkv=source.qkv) | source.norms).items()}
+    return further, found
+
+
+def _factored(source: Dense, config: Any, seen: Statistics | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the places of the rotary pairs, and the tensors of a layer whose maps are linear."""
     K = source.kv_heads
     H = config.head_dim
     r = config.rope_dim
-    seen = seen if method == "aware" else None
     rotating = rotary.split(source, r // 2, seen)
     up, down = low_rank(*problem(source, rotating.rest, seen), rank=config.kv_rank)
     k_up, v_up = (source.per_query(part.unflatten(0, (K, H))) for part in up.chunk(2))
@@ -119,6 +131,7 @@ def weights(
 def energies(source: Dense, config: Any, method: str, seen: Statistics | None) -> Tensor:
     """Return how much error each rank of the latent removes, greatest first."""
     seen = seen if method == "aware" else None
+    source = source.after_norms() if source.norms else source
     return spectrum(*problem(source, rotary.split(source, config.rope_dim // 2, seen).rest, seen))
 
 
@@ -129,7 +142,7 @@ def problem(source: Dense, keys: Tensor, seen: Statistics | None) -> tuple[Tenso
     """
     matrix = torch.cat([keys, source.v])[..., :-1].flatten(0, 1)
     if seen is None:
-        return matrix, None, None
+        return matrix, None if source.inputs is None else source.inputs[:-1, :-1], None
     inputs = seen.covariance if source.biased else seen.moment[:-1, :-1]
     values = torch.einsum("dnh,dng->nhg", source.o, source.o)  # N H H: the form e -> |W_o e|^2
     v = source.per_query(source.v[..., :-1])
