@@ -1,6 +1,6 @@
 """Our own results, made by attnlab's commands and written into docs/results.md. Anyone can run it:
 
-    python benchmarks/results.py --out runs/results      all of it: about an hour on two cores
+    python benchmarks/results.py --out runs/results      all of it: a few hours on two cores
     python benchmarks/results.py --only states           one section; the others stay in the document as they are
     python benchmarks/results.py --small --document FILE --out FOLDER    a minute, to see that it runs
 
