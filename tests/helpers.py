@@ -6,7 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attnlab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from attnlab.model import Decoder
 
 PANGRAM = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n"
 HAMLET = ("to", "be", "or", "not", "that", "is", "the", "question")
@@ -40,3 +43,22 @@ def tiny_run(
 ) -> RunConfig:
     """Return a run of `model` on `text`, which is written into `folder`."""
     return RunConfig(**{"name": "tiny", "model": model, "data": tiny_corpus(folder, text), "train": train, **fields})
+
+
+CONVERTED = ModelConfig(vocab_size=29, context=21, n_layers=2, d_model=24, n_heads=4, head_dim=6)  # in tests of convert
+
+
+def grown(config: ModelConfig, seed: int = 0) -> Decoder:
+    """Return a random model in float64 whose norms and biases matter."""
+    torch.manual_seed(seed)
+    model = Decoder(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batches(count: int = 3, seed: int = 1) -> list[torch.Tensor]:
+    """Return batches of random tokens for a model of the shape `CONVERTED`."""
+    numbers = torch.Generator().manual_seed(seed)
+    return [torch.randint(CONVERTED.vocab_size, (3, CONVERTED.context), generator=numbers) for _ in range(count)]

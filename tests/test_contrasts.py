@@ -219,8 +219,8 @@ def test_the_margin_decides():
 @pytest.mark.parametrize("kind", ["auto", "pooled", "pairwise"])
 def test_seeds_that_are_needed_are_the_fewest(kind):
     for variance, comparisons in ((1e-6, 7), (1.5e-5, 3), (1e-4, 1), (1e-4, 7), (4e-4, 3)):
-        seeds = seeds_needed(variance, comparisons, 0.01, kind)
-        assert seeds is not None
+        seeds = seeds_needed(variance, comparisons, 0.01, kind) or 0  # 0, which no answer is: more than are ever named
+        assert seeds >= 2
 
         def short(n, variance=variance, comparisons=comparisons):
             degrees = (1 if kind == "pairwise" else comparisons) * (n - 1)

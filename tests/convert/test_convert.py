@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import CONVERTED as SHAPE
+from helpers import batches, grown
 
 from attnlab import attention, pretrained
 from attnlab.cli.main import main
-from attnlab.config import ModelConfig, to_dict
+from attnlab.config import to_dict
 from attnlab.convert import convert, low_rank, pooling, rotary, targets
 from attnlab.convert.calibration import gather
 from attnlab.convert.dense import Dense
@@ -24,7 +26,6 @@ from attnlab.ops import rope
 from attnlab.recording import record_losses
 from attnlab.spec import RopeScaling
 
-SHAPE = ModelConfig(vocab_size=29, context=21, n_layers=2, d_model=24, n_heads=4, head_dim=6)
 SOURCES = {
     "gpt2": replace(SHAPE, positions="learned", bias=True),
     "learned": replace(SHAPE, positions="learned"),
@@ -35,21 +36,6 @@ SOURCES = {
         SHAPE, mechanisms=("sliding", "gqa"), options={"sliding": {"window": 30}, "gqa": {"n_kv_heads": 2}}
     ),
 }  # fmt: skip
-
-
-def grown(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A random model in float64 whose biases are not 0."""
-    torch.manual_seed(seed)
-    model = Decoder(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def batches(count: int = 3, seed: int = 1) -> list[torch.Tensor]:
-    numbers = torch.Generator().manual_seed(seed)
-    return [torch.randint(SHAPE.vocab_size, (3, SHAPE.context), generator=numbers) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

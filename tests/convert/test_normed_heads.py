@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import CONVERTED as SHAPE
+from helpers import batches, grown
 
 from attnlab import pretrained
 from attnlab.attention import gla, mla
@@ -16,23 +18,10 @@ from attnlab.inference.generate import generate
 from attnlab.laws import check_attention
 from attnlab.model import Decoder, attention_configs
 
-SHAPE = ModelConfig(vocab_size=29, context=21, n_layers=2, d_model=24, n_heads=4, head_dim=6)
 
-
-def grown(mechanism: str, positions: str = "rope", **options) -> Decoder:
-    """A random model in float64 whose norms and biases matter."""
-    torch.manual_seed(0)
-    config = replace(SHAPE, mechanisms=(mechanism,), positions=positions, options={mechanism: options})
-    model = Decoder(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def batches(count: int = 3, seed: int = 1) -> list[torch.Tensor]:
-    numbers = torch.Generator().manual_seed(seed)
-    return [torch.randint(SHAPE.vocab_size, (3, SHAPE.context), generator=numbers) for _ in range(count)]
+def source(positions: str = "rope", **options: object) -> Decoder:
+    """Return a grown gqa, with these fields of its Config."""
+    return grown(replace(SHAPE, mechanisms=("gqa",), positions=positions, options={"gqa": options}))
 
 
 TEXT = {"calibration": batches(), "held_out": batches(1, 7)}
@@ -48,7 +37,7 @@ NORMED = [
 @pytest.mark.parametrize("options", NORMED)
 def test_norms_of_heads_stay_before_the_latent(options, method, positions):
     """At full rank nothing is lost, and the cache is no larger than the source's; with every rank less is lost."""
-    model = grown("gqa", positions, **options)
+    model = source(positions, **options)
     new, found = convert(model, "mla", method=method, **TEXT)
     assert found.exact and found.cache_share == 1.0
     errors = [convert(model, "mla", rank=r, method=method, **TEXT)[1].layer_errors[0] for r in (2, 8, 2 * 4 * 6)[:2]]
@@ -60,21 +49,21 @@ def test_norms_of_heads_stay_before_the_latent(options, method, positions):
 
 
 def test_text_helps_where_heads_have_norms():
-    model = grown("gqa", **NORMED[0])
+    model = source(**NORMED[0])
     plain, aware = (convert(model, "mla", rank=6, method=m, **TEXT)[1].layer_errors for m in ("svd", "aware"))
     assert all(b < a for a, b in zip(plain, aware, strict=True)) and sum(aware) < 0.9 * sum(plain)
 
 
 @pytest.mark.parametrize("method", ["svd", "aware"])
 def test_latents_of_normed_heads_get_a_lower_rank(method):
-    new, _ = convert(grown("gqa", **NORMED[2]), "mla", **TEXT)
+    new, _ = convert(source(**NORMED[2]), "mla", **TEXT)
     rank = attention_configs(new.config)[0].kv_rank
     errors = [convert(new, "mla", rank=r, method=method, **TEXT)[1].layer_errors[0] for r in (2, rank // 2, rank)]
     assert errors[0] > errors[1] > 0.01 and errors[2] < 1e-9
 
 
 def test_norms_of_heads_become_sparse_latents():
-    model = grown("gqa", **NORMED[2])
+    model = source(**NORMED[2])
     assert convert(model, "msla", options={"top_k": 21}, **TEXT)[1].exact
     new, _ = convert(model, "mla", rank=0.5, per_layer=True, **TEXT)
     laws = ["causality", "batch independence", "chunks", "left padding", "plain path"]
