@@ -107,7 +107,8 @@ class Attention(nn.Module):
         if c.rope_dim:
             q = torch.cat([q[..., : c.head_dim], self.turn(q[..., c.head_dim :], positions)], -1)
             k_rope = self.turn(k_rope[:, :, None], positions)[:, :, 0]
-        return q, torch.cat([latent, k_rope], -1)
+            latent = torch.cat([latent, k_rope], -1)
+        return q, latent
 
     def turn(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Return the rotary part of heads (B L N rope_dim), turned by position."""

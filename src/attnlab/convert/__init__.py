@@ -67,7 +67,7 @@ def convert(
     build = _builder(model.config, mechanism)
     fields = _widths(target, layers, request, build, model.config)
     if not request.drop_window:
-        _check_windows(layers, [build(own) for own in fields], model.config.context, mechanism)
+        windows.check_windows(layers, [build(own) for own in fields], model.config.context, mechanism)
 
     seen: Seen = gather(source, calibration, tell) if target.METHODS[method] else [None] * len(layers)
     if request.per_layer:
@@ -104,10 +104,6 @@ def _target(model: Decoder, mechanism: str) -> tuple[Any, Any]:
     layers = [block.attention for block in model.blocks()]
     smaller = latents.shrinks(layers, set(model.config.layers), mechanism)
     return (latents.Smaller, latents.Latent) if smaller else (target, Dense)
-
-
-def _check_windows(layers: Sequence[Any], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
-    windows.check_windows([each.config for each in layers], new, context, mechanism)
 
 
 def _cache_bytes(model: Decoder, new: Decoder) -> dict[str, Any]:

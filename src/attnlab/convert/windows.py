@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import UserError
 from ..spec import AttentionConfig
@@ -18,10 +19,13 @@ def seen_window(config: AttentionConfig, context: int) -> int | None:
     return spec.keep if bounded and spec.keep is not None and spec.keep < context else None
 
 
-def check_windows(old: Sequence[AttentionConfig], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
-    """Raise `UserError` where a layer of `mechanism` (`new`) sees more tokens than the one in its place (`old`)."""
+def check_windows(old: Sequence[Any], new: Sequence[AttentionConfig], context: int, mechanism: str) -> None:
+    """Raise `UserError` where a layer of `mechanism` (`new`) sees more tokens than the one in its place (`old`).
+
+    Each of `old` has its Config as `config`.
+    """
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
-        window = seen_window(before, context)
+        window = seen_window(before.config, context)
         wider = seen_window(after, context)
         if window is not None and (wider is None or wider > window):
             raise UserError(
