@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -614,6 +615,28 @@ def interrupted_while_it_imports(lab: Lab) -> Outcome:
     return Outcome(f"exit code 130 and one line, while {', '.join(modules)} were imported", longest)
 
 
+UNHEARD = {  # how streams break -> what a shell adds to the command for that
+    "a reader that ends after one line": "2>&1 >/dev/null | head -n 1 >/dev/null; exit ${PIPESTATUS[0]}",
+    "a full disk behind stderr": "2>/dev/full",
+    "stdout and stderr that are closed": ">&- 2>&-",
+}
+
+
+def unheard(lab: Lab) -> Outcome:
+    """Progress that cannot be written is dropped, and the run ends with the same bits."""
+    whole = lab.whole()
+    longest = 0.0
+    for how, redirected in UNHEARD.items():
+        out = lab.new()
+        began = time.time()
+        command = f"{shlex.join([sys.executable, '-m', 'attnlab', *lab.words(out, {}, False)])} {redirected}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=lab.env, timeout=PROMPT)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (how, done)
+        same(out, whole)
+        longest = max(longest, time.time() - began)
+    return Outcome(f"exit code 0 and the same bits, with {', '.join(UNHEARD)}", longest)
+
+
 # the table
 
 
@@ -663,6 +686,7 @@ FAULTS: dict[str, Callable[[Lab], Outcome]] = {
     "guard rewind, NaN in one of two processes": partial(decided_alike, guard="rewind"),
     "float16 gradients that overflow": overflows,
     "two processes in one run folder": second_process,
+    "streams that break": unheard,
     "kill -9 of a conversion that writes its folder": partial(
         killed_while_it_writes_a_folder, words=("convert", "--to", "gqa"), contents={"config.json", "certificate.json"}
     ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from .errors import UserError, need
-from .ranges import Count, Fraction, NotNegative, checked
+from .ranges import Count, Fraction, Share, checked
 
 
 @checked
@@ -103,7 +103,7 @@ def beyond(value: float, groups: Sequence[Sequence[float]]) -> float:
 
 
 @checked
-def holm(p: Sequence[NotNegative], alpha: Fraction) -> list[bool]:
+def holm(p: Sequence[Share], alpha: Fraction) -> list[bool]:
     """Return which p-values are significant, where the chance of any false one is at most `alpha` (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     marked = [False] * len(p)
